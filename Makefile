@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer and git:
+#   make reproduce    the embedded benchmark: trains, then writes Tables 1-2, Figures 2 and 4 and the report
+#   make test         the test suite
+# Each makes its own virtual environment (.venv) when there is none. PYTHON=... chooses the interpreter.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: reproduce test test-slow sync notebooks clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '2,4p' Makefile | sed 's/^# *//'
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[repro,dev]'
+	touch $(STAMP)
+
+reproduce: $(STAMP)
+	$(BIN)/cadm reproduce
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+# notebooks -> cadm_paper/ and README.md
+sync: $(STAMP)
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis
