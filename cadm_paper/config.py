@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'WHERE', 'TaskFields', 'DataFields', 'ModelFields', 'LossFields', 'RecipeFields', 'MachineFields',
-           'ConfigError', 'TrainConfig', 'explain', 'learning_rate', 'config_digest', 'run_name', 'checkout_root',
-           'default_folder', 'given_parameters']
+           'ConfigError', 'TrainConfig', 'explain', 'learning_rate', 'portable', 'config_digest', 'run_name',
+           'checkout_root', 'default_folder', 'given_parameters']
 
 # %% ../nbs/05a_config.ipynb #0409142e
 import difflib
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Literal
@@ -34,10 +35,13 @@ class DataFields(BaseModel):
     resize: Literal["squash", "crop"] = Field("squash", description="whole image to the square, or short side and centre crop")
     flip: bool = Field(True, description="random horizontal flip in training (Sec. 3.2)")
     normalise: Literal["imagenet", "half"] = Field("imagenet", description="mean and std of pixels: ImageNet's, or 0.5 and 0.5")
-    unlabelled_train: Literal["keep", "drop"] = Field("drop", description="training images without any label")
+    unlabelled_train: Literal["paper", "keep", "drop"] = Field("paper", description="training images without any label; paper: dropped for COCO, kept elsewhere")
     unlabelled_test: Literal["keep", "drop"] = Field("keep", description="test images without any label")
+    crowd: bool = Field(True, description="COCO's crowd annotations count as labels")
     difficult: Literal["ignore", "present", "absent"] = Field("ignore", description="VOC's difficult objects in training")
     missing: Literal["error", "drop"] = Field("error", description="photographs that are listed but not there")
+    crops: Literal["none", "multiscale"] = Field("none", description="random crops of several sizes in training (the field's custom, not the paper's)")
+    holdout: float = Field(0.0, ge=0, lt=1, description="fraction of the training images to evaluate on in place of the test images (for exploring)")
     limit_train: int = Field(0, ge=0, description="only the first so many training images; 0: all")
     limit_test: int = Field(0, ge=0, description="only the first so many test images; 0: all")
 
@@ -46,9 +50,13 @@ class ModelFields(BaseModel):
     "What Eq. 1-3 and 6-8 leave open."
     backbone: str = Field("resnet101", description="any torchvision ResNet by name, or narrow_resnet")
     weights: str = Field("imagenet", description="where the backbone starts: imagenet, digits, a file, or none")
+    expected_missing: str = Field("", description="patterns of names that a weights file may lack, separated by commas (layer4.1.*)")
     bias: Literal["none", "fcls", "both"] = Field("none", description="bias of the classifier, and in which stream (Sec. 2.3 omits it)")
-    embed_hidden: int = Field(512, ge=1, description="width of the hidden layer of f_embed (Eq. 8)")
-    embed_dim: int = Field(128, ge=1, description="length of a label vector a_c (Eq. 8)")
+    share_weights: bool = Field(True, description="the maps use the classifier's weights (Eq. 6), or weights of their own")
+    embed_hidden: int = Field(256, ge=1, description="width of the hidden layer of f_embed (Eq. 8)")
+    embed_dim: int = Field(64, ge=1, description="length of a label vector a_c (Eq. 8)")
+    embed_relu: Literal["hidden", "both"] = Field("hidden", description="ReLU between the two layers of f_embed, or after the second too")
+    embed_resize: Literal["interpolate", "pool", "error"] = Field("interpolate", description="what f_embed does with maps of another size than its own")
     detach_embed_maps: Literal["none", "weights", "all"] = Field("none", description="where the gradient of Eq. 12 stops (Eq. 9's minimum is over f_embed alone: all)")
 
 # %% ../nbs/05a_config.ipynb #3c87fe1e
@@ -77,6 +85,7 @@ class RecipeFields(BaseModel):
     warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up, in epochs")
     clip_grad: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: not clipped")
     accumulate: int = Field(1, ge=1, description="micro-batches a step is computed in; their sizes add up to batch_size")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="moving average of the weights, evaluated in their place; 0: none")
     report_epoch: Literal["last", "best"] = Field("last", description="epoch whose numbers are the run's; best is selected on the test set and named so")
 
 # %% ../nbs/05a_config.ipynb #2de3db4d
@@ -86,6 +95,11 @@ class MachineFields(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the training's forward and backward pass; auto: bf16 where the hardware has it")
     threads: int = Field(0, ge=0, description="CPU threads of a run; 0: all physical cores")
     workers: int = Field(0, ge=0, description="processes or threads that read images")
+    pack_dir: str | None = Field(None, description="folder of a packed copy of the photographs (cadm data pack)")
+    processes: int = Field(1, ge=1, description="data-parallel processes on this machine; more than one are started through torchrun")
+    sync_bn: bool = Field(False, description="batch norm over all processes (GPUs only)")
+    tf32: bool = Field(True, description="TF32 matrix products and convolutions in float32 on GPUs that have them")
+    tensorboard: bool = Field(False, description="write TensorBoard logs into the run's folder")
     channels_last: bool = Field(True, description="memory layout of images and weights")
     compile: bool = Field(False, description="torch.compile the training step")
     eval_every: int = Field(1, ge=1, description="epochs between two evaluations; the last epoch is always evaluated")
@@ -117,6 +131,8 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
     def __init__(self, **given):
         given = {name: value for name, value in given.items() if value is not None}
         preset = PRESETS.get(given.setdefault("preset", "mini"), {})
+        if given.get("method", "cadm") != "cadm":
+            given.setdefault("lam", 0.0)  # the other rows have no label correlation loss
         try:
             super().__init__(**{**preset, **given})
         except ValidationError as error:
@@ -130,6 +146,16 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
             if isinstance(value, bool) and field and field.annotation in (int, float):
                 raise ValueError(f"{name}: a number is expected, not {value}")
         return values
+
+    @model_validator(mode="after")
+    def _values_that_go_together(self):
+        if self.method != "cadm" and self.lam:
+            raise ValueError(f"lam = {self.lam:g}: only method='cadm' has the label correlation loss; leave lam out for {self.method!r}")
+        if self.batch_size % (self.accumulate * self.processes):
+            raise ValueError(f"batch_size = {self.batch_size}: not a multiple of accumulate x processes = {self.accumulate} x {self.processes}")
+        if self.sync_bn and self.device == "cpu":
+            raise ValueError("sync_bn: batch norm over processes needs GPUs; leave it out on a CPU")
+        return self
 
 # %% ../nbs/05a_config.ipynb #18596898
 def explain(error: ValidationError, config: type[BaseModel]) -> str:
@@ -149,8 +175,6 @@ def explain(error: ValidationError, config: type[BaseModel]) -> str:
 # %% ../nbs/05a_config.ipynb #cb5e3917
 def learning_rate(config: TrainConfig, epoch: float) -> float:
     "Learning rate at a point of the training (`epoch` counts from 0 and may be fractional; Sec. 3.2)."
-    import math
-
     if epoch < config.warmup_epochs:
         return config.lr * (epoch + 1e-8) / config.warmup_epochs
     if config.schedule == "cosine":
@@ -160,11 +184,19 @@ def learning_rate(config: TrainConfig, epoch: float) -> float:
     return config.lr * config.lr_gamma**plateau
 
 # %% ../nbs/05a_config.ipynb #a9e56f58
-WHERE = ("data_dir", "out_dir", "workers", "checkpoint_minutes")  # where and how, not what: they change no number
+WHERE = ("data_dir", "out_dir", "pack_dir", "workers", "checkpoint_minutes", "tensorboard")  # where and how, not what
+
+def portable(config: BaseModel) -> dict:
+    "The configuration as plain values; of folders and files only the last part of the name is kept."
+    values = config.model_dump()
+    for key in ("data_dir", "out_dir", "pack_dir", "weights"):
+        if values.get(key) and ("/" in values[key] or "\\" in values[key]):
+            values[key] = Path(values[key].replace("\\", "/")).name
+    return values
 
 def config_digest(config: BaseModel) -> str:
     "SHA-256 over every field that can change a number."
-    what = {k: v for k, v in config.model_dump().items() if k not in WHERE}
+    what = {k: v for k, v in portable(config).items() if k not in WHERE}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 def run_name(config: TrainConfig) -> str:

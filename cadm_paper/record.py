@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'SCHEMA', 'installed', 'code_version', 'cpu_name', 'environment', 'RecordError', 'RunRecord',
-           'save_arrays', 'write_record', 'portable', 'load_runs', 'is_record']
+           'save_arrays', 'write_record', 'load_runs', 'is_record']
 
 # %% ../nbs/05b_record.ipynb #8e892c69
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import cadm_paper
-from .config import TrainConfig, checkout_root, config_digest
+from .config import TrainConfig, checkout_root, config_digest, portable
 from .files import sha256_file, whole_file, write_json
 
 # %% ../nbs/05b_record.ipynb #38a6cf78
@@ -143,14 +143,6 @@ def write_record(folder, name: str, config: TrainConfig, beside: list[str], **pa
     }
     write_json(folder / "run.json", content)
     return RunRecord.load(folder)
-
-def portable(config: TrainConfig) -> dict:
-    "The configuration as plain values; of folders and files only the last part of the name is kept."
-    values = config.model_dump()
-    for key in ("data_dir", "out_dir", "weights"):
-        if values.get(key) and ("/" in values[key] or "\\" in values[key]):
-            values[key] = Path(values[key]).name
-    return values
 
 # %% ../nbs/05b_record.ipynb #740e8e38
 def load_runs(folder) -> list[RunRecord]:
