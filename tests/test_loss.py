@@ -1,0 +1,290 @@
+"""What the notebook 02_loss cannot show in a cell: invariances over many inputs, gradients, number formats, memory, compilers."""
+import subprocess, sys
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from cadm_paper.loss import (LOSS_SWITCHES, CADMLoss, asymmetric_loss, center_attraction, classification_loss, effective_lambda,
+                             label_correlation_loss, pairwise_attraction)
+
+LCE_SWITCHES = ("reduction_classes", "hinge", "distance", "detach_center", "pair_weight", "no_positive", "one_positive")
+switches = st.fixed_dictionaries({name: st.sampled_from(LOSS_SWITCHES[name]) for name in LCE_SWITCHES})
+kinds = st.sampled_from(LOSS_SWITCHES["classification"])
+many = settings(deadline=None, max_examples=60)
+
+
+@st.composite
+def batches(draw, ignored=True, dtype=torch.float64, images=5):
+    """An output (logits and label vectors) and targets, with every number of present labels from none to all."""
+    n, C, k = draw(st.integers(1, images)), draw(st.integers(1, 9)), draw(st.integers(1, 4))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    low, present = (-1 if ignored else 0), draw(st.floats(0, 1))
+    targets = torch.where(torch.rand(n, C, generator=g) < present, 1, torch.randint(low, 1, (n, C), generator=g)).to(torch.int8)
+    output = SimpleNamespace(logits=3 * torch.randn(n, C, dtype=dtype, generator=g), label_vectors=0.6 * torch.randn(n, C, k, dtype=dtype, generator=g))
+    return output, targets
+
+
+def part(output, index):
+    return SimpleNamespace(logits=output.logits[index], label_vectors=output.label_vectors[index])
+
+
+def close(a, b, tolerance=1e-9):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---- Eq. 4, 9-12 against independent computations --------------------------------------------------------------------
+
+def one_image(vectors, labels, hinge, margin, distance, pair_weight, no_positive, one_positive, **_):
+    """Eq. 12 of one image with Python's own numbers."""
+    S, rest = ([c for c, y in enumerate(labels) if y == value] for value in (1, 0))
+    if (not S and no_positive == "skip") or (len(S) == 1 and one_positive == "skip"):
+        return 0.0
+    mean = [sum(vectors[c][i] for c in S) / max(len(S), 1) for i in range(len(vectors[0]))]
+    squares = [sum((x - m) ** 2 for x, m in zip(v, mean)) for v in vectors]
+    d = squares if distance == "squared" else [s ** 0.5 for s in squares]
+    second = sum(max(0, margin - d[c]) for c in rest) if hinge == "inside" else max(0, margin - sum(d[c] for c in rest))
+    return sum(d[c] for c in S) * (len(S) if pair_weight else 1) + second
+
+
+@many
+@given(batch=batches(), options=switches, margin=st.floats(0.1, 3))
+def test_every_switch_against_plain_python(batch, options, margin):
+    output, y = batch
+    images = [one_image(v, t, margin=margin, **options) for v, t in zip(output.label_vectors.tolist(), y.tolist())]
+    if options["reduction_classes"] == "mean":
+        images = [x / max(sum(label >= 0 for label in t), 1) for x, t in zip(images, y.tolist())]
+    ours = label_correlation_loss(output.label_vectors, y, margin=margin, **options)
+    assert ours.item() == pytest.approx(sum(images) / len(images), rel=1e-9, abs=1e-9)
+
+
+@many
+@given(batch=batches())
+def test_pairs_are_the_number_of_labels_times_the_mean_form(batch):
+    output, y = batch
+    close(pairwise_attraction(output.label_vectors, y), (y == 1).sum(1) * center_attraction(output.label_vectors, y))
+
+
+@many
+@given(batch=batches(ignored=False))
+def test_cross_entropy_is_torchs(batch):
+    output, y = batch
+    close(classification_loss(output.logits, y), F.binary_cross_entropy_with_logits(output.logits, y.double(), reduction="sum") / len(y))
+    close(classification_loss(output.logits, y, reduction_classes="mean"), F.binary_cross_entropy_with_logits(output.logits, y.double()))
+    close(asymmetric_loss(output.logits, y, gamma_neg=0, gamma_pos=0, clip=0), classification_loss(output.logits, y))
+
+
+@many
+@given(batch=batches())
+def test_hinge_outside_asks_for_less(batch):
+    output, y = batch
+    some = (y == 0).any(1)  # with no absent label the outside form is the constant margin
+    inside, outside = (label_correlation_loss(output.label_vectors[some], y[some], hinge=hinge) for hinge in ("inside", "outside"))
+    assert outside <= inside + 1e-9
+
+
+# ---- invariances -------------------------------------------------------------------------------------------------------
+
+@many
+@given(batch=batches(), options=switches, kind=kinds, seed=st.integers(0, 2**31))
+def test_order_of_images_and_classes(batch, options, kind, seed):
+    output, y = batch
+    g = torch.Generator().manual_seed(seed)
+    loss = CADMLoss(classification=kind, **options)
+    rows, columns = torch.randperm(len(y), generator=g), torch.randperm(y.shape[1], generator=g)
+    mixed = part(part(output, rows), (slice(None), columns))
+    for a, b in zip(loss.terms(output, y), loss.terms(mixed, y[rows][:, columns])):
+        close(a, b)
+
+
+@many
+@given(batch=batches(), options=switches, seed=st.integers(0, 2**31))
+def test_another_order_of_classes_in_every_image(batch, options, seed):
+    """Eq. 12 does not know which classes are present together: each image may name its classes anew."""
+    output, y = batch
+    orders = torch.rand(y.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    vectors = output.label_vectors.take_along_dim(orders[:, :, None], 1)
+    close(label_correlation_loss(output.label_vectors, y, **options), label_correlation_loss(vectors, y.take_along_dim(orders, 1), **options))
+
+
+@many
+@given(batch=batches(), options=switches, kind=kinds, cuts=st.lists(st.integers(0, 5), max_size=4))
+def test_parts_add_up(batch, options, kind, cuts):
+    """Micro-batches and processes, empty ones included: values and gradients are those of the whole."""
+    output, y = batch
+    loss, edges = CADMLoss(classification=kind, **options), [0, *sorted(min(c, len(y)) for c in cuts), len(y)]
+    leaves = [output.logits.requires_grad_(), output.label_vectors.requires_grad_()]
+    whole = loss.terms(output, y)
+    grads = torch.autograd.grad(whole.total, leaves)
+    pieces = [loss.terms(part(output, slice(a, b)), y[a:b], num_images=len(y)) for a, b in zip(edges, edges[1:])]
+    for total, *split in zip(whole, *pieces):
+        close(sum(split), total)
+    for a, b in zip(torch.autograd.grad(sum(p.total for p in pieces), leaves), grads):
+        close(a, b)
+
+
+@many
+@given(batch=batches(ignored=False), options=switches, kind=kinds, data=st.data())
+def test_an_ignored_label_is_a_class_less(batch, options, kind, data):
+    output, y = batch
+    drop = data.draw(st.lists(st.booleans(), min_size=y.shape[1], max_size=y.shape[1]).filter(lambda drop: not all(drop)))
+    keep = ~torch.tensor(drop)
+    unknown = torch.where(keep, y, -1)
+    output.logits[:, ~keep], output.label_vectors[:, ~keep] = 1e4, -1e4  # whatever stands there
+    loss = CADMLoss(classification=kind, **options)
+    leaves = [output.logits.requires_grad_(), output.label_vectors.requires_grad_()]
+    for a, b in zip(loss.terms(output, unknown), loss.terms(part(output, (slice(None), keep)), y[:, keep])):
+        close(a, b)
+    for grad in torch.autograd.grad(loss(output, unknown), leaves):
+        assert (grad[:, ~keep] == 0).all()
+
+
+@many
+@given(batch=batches(), options=switches, shift=st.floats(-3, 3))
+def test_moving_all_vectors_of_an_image_alike_changes_nothing(batch, options, shift):
+    output, y = batch
+    options["no_positive"] = "skip"  # the origin is a fixed point
+    close(label_correlation_loss(output.label_vectors + shift, y, **options), label_correlation_loss(output.label_vectors, y, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float16, torch.float32, torch.float64])
+def test_number_type_of_targets(dtype):
+    output = SimpleNamespace(logits=torch.randn(3, 4), label_vectors=torch.randn(3, 4, 2))
+    y = torch.tensor([[1, 0, -1, 1], [0, 0, 0, 0], [1, 1, 1, -1]])
+    assert torch.equal(CADMLoss()(output, y.to(dtype)), CADMLoss()(output, y))
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------------
+
+@settings(deadline=None, max_examples=25)
+@given(batch=batches(images=3), options=switches, kind=kinds)
+def test_gradients_against_finite_differences(batch, options, kind):
+    output, y = batch
+    options |= {"detach_center": False}  # a stopped gradient is not a finite difference
+    if options["distance"] == "euclidean":  # plain distances have no derivative where a single present label is its own mean
+        options["one_positive"] = "skip"
+    loss = CADMLoss(lam=0.7, classification=kind, clip=0, gamma_neg=2, gamma_pos=1, **options)
+    function = lambda logits, vectors: loss(SimpleNamespace(logits=logits, label_vectors=vectors), y)
+    assert torch.autograd.gradcheck(function, (output.logits.requires_grad_(), output.label_vectors.requires_grad_()), atol=1e-6)
+
+
+@many
+@given(batch=batches(), options=switches, kind=kinds)
+def test_gradients_are_finite_where_distances_are_zero(batch, options, kind):
+    output, y = batch
+    leaf = torch.zeros_like(output.label_vectors, requires_grad=True)
+    CADMLoss(classification=kind, **options)(SimpleNamespace(logits=output.logits, label_vectors=leaf), y).backward()
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", LOSS_SWITCHES["classification"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_logits(kind, dtype):
+    logits = torch.tensor([[-6e4, -100, -5, 0, 5, 100, 6e4]] * 2).to(dtype).requires_grad_()
+    loss = CADMLoss(0, classification=kind, gamma_pos=1)(SimpleNamespace(logits=logits), torch.tensor([[1] * 7, [0] * 7]))
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+# ---- number formats ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", [{}, {"classification": "asymmetric", "distance": "euclidean"}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_and_from_half_precision(options, dtype):
+    """float32 inputs: the very same number. Half-precision inputs: what their own rounding (2^-8, 2^-11) makes of them, and no more."""
+    g = torch.Generator().manual_seed(0)
+    exact = SimpleNamespace(logits=torch.randn(8, 80, generator=g), label_vectors=0.1 * torch.randn(8, 80, 64, generator=g))
+    y = (torch.rand(8, 80, generator=g) < 0.05).to(torch.int8)
+    half = SimpleNamespace(logits=exact.logits.to(dtype), label_vectors=exact.label_vectors.to(dtype))
+    rounded = SimpleNamespace(logits=half.logits.double(), label_vectors=half.label_vectors.double())
+    loss = CADMLoss(**options)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(loss(exact, y), CADMLoss(**options)(exact, y)) and loss(half, y).dtype == torch.float32
+        close(loss(half, y).double(), loss(rounded, y), 1e-6)
+    close(loss(exact, y).double(), loss(SimpleNamespace(logits=exact.logits.double(), label_vectors=exact.label_vectors.double()), y), 1e-6)
+    close(loss(half, y), loss(exact, y), 1e-2)
+
+
+# ---- cost, compilers, mistakes -------------------------------------------------------------------------------------------
+
+def test_nothing_for_pairs_of_classes():
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest, *(t.numel() for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor))])
+            return out
+
+    n, C, k = 2, 300, 4
+    output = SimpleNamespace(logits=torch.randn(n, C, requires_grad=True), label_vectors=torch.randn(n, C, k, requires_grad=True))
+    with Watch():
+        CADMLoss()(output, (torch.rand(n, C) < 0.5).long()).backward()
+    assert 0 < largest <= n * C * k < n * C * C
+
+
+def test_lambda_zero_never_touches_label_vectors():
+    class Output:
+        logits = torch.zeros(2, 3)
+
+        @property
+        def label_vectors(self):
+            raise AssertionError("asked for label vectors")
+
+    terms = CADMLoss(lam=0).terms(Output(), torch.ones(2, 3))
+    assert terms.label_correlation == 0 and terms.total == terms.classification
+    assert CADMLoss(lam=0)(SimpleNamespace(logits=torch.zeros(2, 3), label_vectors=torch.full((2, 3, 1), float("nan"))), torch.ones(2, 3)).isfinite()
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor
+    label_vectors: torch.Tensor
+
+
+@pytest.mark.parametrize("options", [{}, {"classification": "asymmetric", "hinge": "outside", "distance": "euclidean", "reduction_classes": "mean"}])
+def test_torch_compile_finds_no_graph_break(options):
+    loss, y, output = CADMLoss(**options), torch.tensor([[1, 0, 0], [1, 1, 0]]), Output(torch.randn(2, 3), torch.randn(2, 3, 2))
+    close(torch.compile(loss, backend="eager", fullgraph=True)(output, y), loss(output, y), 1e-6)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(targets=torch.zeros(2, 4)), "2 images and 3 classes"), (dict(targets=torch.full((2, 3), 0.5)), "6 targets are neither"),
+    (dict(targets=torch.full((2, 3), float("nan"))), "the first is nan"), (dict(label_vectors=None), "needs label vectors"),
+    (dict(label_vectors=torch.zeros(2, 4, 5)), "2 images and 4 classes")])
+def test_wrong_input(wrong, message):
+    given = dict(logits=torch.zeros(2, 3), label_vectors=torch.zeros(2, 3, 5), targets=torch.zeros(2, 3)) | wrong
+    with pytest.raises(ValueError, match=message):
+        CADMLoss()(SimpleNamespace(**given), given["targets"])
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(lam=-0.1), "lam=-0.1"), (dict(lam=float("inf")), "lam=inf"), (dict(margin=0), "margin=0"), (dict(hinge="sum"), "'inside', 'outside'"),
+    (dict(reduction_classes="none"), "'sum', 'mean'"), (dict(classification="focal"), "'bce', 'asymmetric'"), (dict(clip=1.5), "clip=1.5")])
+def test_wrong_switches(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        CADMLoss(**wrong)
+
+
+@pytest.mark.parametrize("function, wrong", [(classification_loss, dict(sign="plus")), (classification_loss, dict(reduction_classes="none")),
+                                             (asymmetric_loss, dict(reduction_classes="none")), (asymmetric_loss, dict(clip=-1))])
+def test_wrong_switches_of_functions(function, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        function(torch.zeros(2, 3), torch.zeros(2, 3), **wrong)
+
+
+@given(lam=st.floats(0, 10), scale=st.floats(0.01, 10), C=st.integers(1, 1000))
+def test_mixed_reductions_undo_each_other(lam, scale, C):
+    mean_then_sum = effective_lambda(lam, scale, reduction_cls="mean", num_classes=C)
+    assert effective_lambda(mean_then_sum, reduction_lce="mean", num_classes=C) == pytest.approx(lam * scale)
+
+
+def test_light_to_import():
+    """The loss for its own sake: neither torchvision nor anything of Jupyter."""
+    code = "import sys, cadm_paper.loss; print([m for m in ('torchvision', 'IPython', 'nbdev', 'fastcore', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
