@@ -2,9 +2,11 @@
 import os, re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import assume, given, settings, strategies as st
 
-from cadm_paper.paper import COLUMNS, TABLE1, TABLE2, printed_rows
+from cadm_paper.paper import (CLAIMS, COLUMNS, FACTS, TABLE1, TABLE2, VERDICTS, above_threshold, exactly_three, f1, f1_verdict, needed, printed_rows, row)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("CADM_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -45,3 +47,76 @@ def test_the_companions_rows_are_named():
     for table in (TABLE1, TABLE2):
         assert [(r.method, r.lam) for r in table if r.method] == [("baseline", None), ("cadm", 0.0), ("cadm", 0.5)]
         assert {r.method for r in table} - {None} <= set(METHODS)
+
+
+# ---- the arithmetic of the audit -------------------------------------------------------------------------------
+
+printed = lambda x: round(x, 1)
+fractions = st.floats(0.02, 0.98)
+
+
+@given(st.lists(st.tuples(fractions, fractions), min_size=1, max_size=30))
+def test_an_honest_row_is_never_accused(classes):
+    """CP, CR and their harmonic mean, each rounded to one decimal, always add up; a mean of per-class F1 is never higher."""
+    p, r = (100 * sum(x) / len(classes) for x in zip(*classes))
+    assert f1_verdict(printed(p), printed(r), printed(f1(p, r))) == "adds up"
+    mean_f1 = sum(100 * f1(*c) for c in classes) / len(classes)
+    assert f1_verdict(printed(p), printed(r), printed(mean_f1)) != "higher"
+    assert mean_f1 >= p + r - 100 - 1e-9
+
+
+@given(fractions, fractions)
+def test_what_a_row_would_need(p, r):
+    p, r = 100 * p, 100 * r
+    f = f1(p, r)
+    assume(2 * printed(r) - printed(f) > 1)  # below that any precision will do
+    low, high = needed(printed(f), printed(r))
+    assert low - 1e-9 <= p <= high + 1e-9
+
+
+@st.composite
+def rankings(draw):
+    """Scores and labels of a few images: at least one label and one prediction in each way of counting."""
+    n, c = draw(st.integers(1, 12)), draw(st.integers(4, 8))
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+    scores, labels = rng.permutation(n * c).reshape(n, c) / (n * c), rng.random((n, c)) < draw(st.floats(0.1, 0.6))
+    labels[0, 0], scores[0, 0] = True, 0.999
+    return scores, labels
+
+
+def counted(chosen, labels):
+    """CP, CR, OP, OR in percent, printed; a class without labels or predictions counts 0."""
+    hit = chosen & labels
+    safe = lambda a, b: np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0)
+    numbers = (safe(hit.sum(0), chosen.sum(0)).mean(), safe(hit.sum(0), labels.sum(0)).mean(), hit.sum() / chosen.sum(), hit.sum() / labels.sum())
+    return [printed(100 * x) for x in numbers]
+
+
+@settings(deadline=None)
+@given(rankings())
+def test_a_protocol_that_was_used_is_never_excluded(data):
+    scores, labels = data
+    best = scores.argsort(1).argsort(1) >= scores.shape[1] - 3
+    every, forced, passed = (counted(chosen, labels) for chosen in (scores > 0.5, best, best & (scores > 0.5)))
+    assume(min(every[3], forced[3], passed[3]) > 5)
+    as_row = lambda top: row("x", None, "- {} {} - {} {} - {} {} - {} {} -".format(*every, *top))
+    assert exactly_three(as_row(forced), (labels.sum() / len(labels),))
+    assert above_threshold(as_row(passed))
+
+
+@pytest.mark.skipif(not (SHARED / "coco2014_labels80.npz").is_file(), reason="COCO's labels are not here")
+def test_counts_of_coco():
+    labels = np.load(SHARED / "coco2014_labels80.npz")["labels"]
+    train, val = FACTS["coco2014", "train"], FACTS["coco2014", "test"]
+    assert len(labels) == train.labelled + val.labelled
+    per_image = labels.sum(1, dtype=int)
+    assert per_image.min() > 0  # labelled images only
+    assert (per_image[:train.labelled].sum(), per_image[train.labelled:].sum()) == (train.labels, val.labels)
+    assert np.minimum(per_image[train.labelled:], 3).sum() == val.labels_up_to_three
+
+
+def test_claims_are_complete():
+    assert len({(c.where, c.says) for c in CLAIMS}) == len(CLAIMS)
+    for claim in CLAIMS:
+        assert claim.verdict in VERDICTS and all(getattr(claim, field) for field in ("where", "says", "found", "true_if"))
+        assert all(len(quote.split()) <= 9 for quote in re.findall(r'"([^"]*)"', " ".join(vars(claim).values())))  # a quotation is a few words
