@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'WHERE', 'TaskFields', 'DataFields', 'ModelFields', 'LossFields', 'RecipeFields', 'MachineFields',
            'ConfigError', 'TrainConfig', 'explain', 'learning_rate', 'portable', 'config_digest', 'run_name',
-           'checkout_root', 'default_folder', 'given_parameters']
+           'checkout_root', 'default_folder', 'given_parameters', 'truth']
 
 # %% ../nbs/05a_config.ipynb #0409142e
 import difflib
@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 # %% ../nbs/05a_config.ipynb #d4b68bbb
 class TaskFields(BaseModel):
@@ -68,6 +68,13 @@ class LossFields(BaseModel):
     margin: float = Field(1.0, gt=0, description="the 1 of Eq. 12")
     distance: Literal["squared", "euclidean"] = Field("squared", description="(.)^2 as printed, or the distance that the text names")
     detach_center: bool = Field(False, description="no gradient through the mean label vector")
+    pair_weight: bool = Field(False, description="the first term of Eq. 12 times |S|: Eq. 9's sum over pairs instead of Eq. 11's over labels")
+    no_positive: Literal["skip", "origin"] = Field("skip", description="Eq. 12 for an image without a present label: none, or around the origin")
+    one_positive: Literal["keep", "skip"] = Field("keep", description="Eq. 12 for an image with one present label")
+    classification: Literal["bce", "asymmetric"] = Field("bce", description="Eq. 4, or the asymmetric loss (a later custom of the field)")
+    gamma_neg: float = Field(4.0, ge=0, description="asymmetric loss: focusing of absent labels")
+    gamma_pos: float = Field(0.0, ge=0, description="asymmetric loss: focusing of present labels")
+    asl_clip: float = Field(0.05, ge=0, lt=1, description="asymmetric loss: absent labels below this score cost nothing")
 
 # %% ../nbs/05a_config.ipynb #07ebb87e
 class RecipeFields(BaseModel):
@@ -115,8 +122,10 @@ PRESETS = {
         dataset="scenes-coco", backbone="narrow_resnet", weights="digits", image_size=80, flip=False, normalise="half",
         epochs=12, batch_size=32, lr=0.01, embed_hidden=64, embed_dim=16, device="cpu", threads=1,
     ),
-    # what the field does now: warm-up and cosine, clipped gradients, larger steps for the new layers
-    "modern": dict(schedule="cosine", warmup_epochs=2.0, head_lr_mult=10.0, clip_grad=10.0, decay_norms=False, epochs=40),
+    # what the field does now: warm-up and cosine, moving average of the weights, larger steps for the new layers, asymmetric loss,
+    # crops of several sizes, clipped gradients, no decay of biases and norms
+    "modern": dict(schedule="cosine", warmup_epochs=2.0, ema_decay=0.9997, head_lr_mult=10.0, classification="asymmetric",
+                   crops="multiscale", clip_grad=10.0, decay_norms=False, epochs=40),
 }
 
 # %% ../nbs/05a_config.ipynb #9d252369
@@ -229,3 +238,11 @@ def given_parameters(namespace: dict, before: set[str], extra: tuple[str, ...] =
             near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
             raise ConfigError(f"unknown parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are: {', '.join(sorted(allowed))}"))
     return {n: v for n, v in new.items() if v is not None}
+
+# %% ../nbs/05a_config.ipynb #0f41410a
+def truth(name: str, value) -> bool:
+    "A truth value from a parameter that may have come as text. Raises `ConfigError`."
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ConfigError(f"{name} = {value!r}: true or false is expected") from None
