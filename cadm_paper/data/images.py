@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .split import DataError
+
 # %% ../../nbs/04c_images.ipynb #e3bb3e37
-class ImageError(ValueError):
+class ImageError(DataError):
     "A file that cannot be used as a photograph; the message names it and says why."
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
