@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALL', 'TOP3', 'COLUMNS', 'TABLE1', 'TABLE2', 'TABLES', 'HALF', 'FACTS', 'LABELS_PER_IMAGE', 'VERDICTS', 'OURS',
-           'WITHOUT', 'BASELINE', 'NAMED', 'CLAIMS', 'PrintedRow', 'row', 'printed_rows', 'f1', 'f1_interval', 'needed',
-           'f1_verdict', 'audit_f1', 'SplitFacts', 'ratio_interval', 'exactly_three', 'above_threshold', 'top3_verdict',
-           'audit_top3', 'Claim', 'value', 'gain', 'leads', 'claims_table']
+           'WITHOUT', 'BASELINE', 'NAMED', 'CLAIMS', 'NOT_MEASURED', 'PLACES', 'MODEL_DECISIONS', 'LOSS_DECISIONS',
+           'DATA_DECISIONS', 'RECIPE_DECISIONS', 'METRIC_DECISIONS', 'REGISTER', 'PrintedRow', 'row', 'printed_rows',
+           'f1', 'f1_interval', 'needed', 'f1_verdict', 'audit_f1', 'SplitFacts', 'ratio_interval', 'exactly_three',
+           'above_threshold', 'top3_verdict', 'audit_top3', 'Claim', 'value', 'gain', 'leads', 'claims_table',
+           'Decision', 'register_table']
 
 # %% ../nbs/00_paper.ipynb #68c06e98
 from dataclasses import dataclass
@@ -312,3 +314,129 @@ def claims_table(claims: tuple[Claim, ...] = CLAIMS):
 
     frame = pd.DataFrame([vars(claim) for claim in claims])
     return frame.rename(columns={"says": "the paper says", "true_if": "true if / note"})[["where", "the paper says", "verdict", "found", "true if / note"]]
+
+# %% ../nbs/00_paper.ipynb #571ee154
+NOT_MEASURED = "not measured yet"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """An open decision: `readings` are value -> meaning, `default` one of them, `switch` its name in each of `where` (`PLACES`); no switch: it is fixed, and says so."""
+    question: str
+    paper: str
+    readings: dict
+    default: object
+    reason: str
+    switch: str | None = None
+    where: tuple[str, ...] = ()
+    measured: str = NOT_MEASURED
+
+# %% ../nbs/00_paper.ipynb #b03ea870
+PLACES = {
+    "config": "a field of TrainConfig: command line, papermill, workflow",
+    "model": "a keyword of CADM",
+    "loss": "a keyword of CADMLoss",
+    "classification_loss": "a keyword of classification_loss",
+    "load_split": "a keyword of load_split",
+    "feed": "a keyword of Feeder",
+    "prepare": "a keyword of prepare",
+    "metrics": "a keyword of multilabel_metrics",
+    "result": "a key of what multilabel_metrics returns: all readings are always computed",
+    "figures": "a keyword of figure2 and figure4",
+}
+
+# %% ../nbs/00_paper.ipynb #a4175052
+_BOTH = ("config", "model")
+MODEL_DECISIONS = (
+    Decision("How does the baseline pool?", "not said; the method pools by maximum", {"max": "maximum, method=\"baseline\"", "avg": "average, method=\"baseline_gap\": the usual ResNet"},
+             "max", "only then is the step from the baseline to λ = 0 the maps alone; both rows are always trained", "pool", ("model",)),
+    Decision("Has the classifier a bias?", "\"omit the bias term\", for the maps", {"none": "no", "fcls": "in the first stream only", "both": "in both"}, "none", "the text", "bias", _BOTH),
+    Decision("Do the maps use the classifier's own weights?", "yes (Eq. 6)", {True: "yes", False: "weights of their own, equal at the start"}, True, "Eq. 6; the other shows what sharing does", "share_weights", _BOTH),
+    Decision("What does Eq. 3 average?", "\"confidences\"", {"logits": "before the sigmoid", "probabilities": "after it"}, "logits", "Eq. 4 puts the sigmoid around the mean; records keep both streams, so the other can be computed"),
+    Decision("Is there one f_embed for all classes?", "one θ_embed (Eq. 8)", {"one": "shared", "C": "one per class"}, "one", "Eq. 8 has no class index at θ_embed"),
+    Decision("How wide is f_embed's hidden layer?", "not said", {256: "about h·w = 196"}, 256, "nothing to go by; small beside the backbone", "embed_hidden", _BOTH),
+    Decision("How long is a label vector?", "\"fixed size\"", {64: "fewer than classes"}, 64, "nothing to go by", "embed_dim", _BOTH),
+    Decision("Where are f_embed's ReLUs?", "\"two-layer ... with ReLU\"", {"hidden": "between the layers", "both": "after the second, too"}, "hidden", "the usual reading; a last ReLU puts all vectors in one orthant", "embed_relu", _BOTH),
+    Decision("Maps of another size than f_embed was made for?", "one image size only", {"interpolate": "bilinear, to f_embed's size", "pool": "adaptive average", "error": "refuse"},
+             "interpolate", "a position keeps its meaning", "embed_resize", _BOTH),
+    Decision("How far does Eq. 12's gradient reach?", "\"end-to-end\"; Eq. 9 minimises over θ_embed alone", {"none": "through the maps to classifier and backbone", "weights": "to the backbone, not into the shared weights",
+             "all": "f_embed only"}, "none", "\"end-to-end\"; with \"all\", λ could not change a prediction, since f_embed is not used for it", "detach_embed_maps", _BOTH),
+    Decision("Which ImageNet weights?", "\"pre-trained model based on ImageNet\"", {"imagenet": "torchvision's first version", "imagenet-v2": "its later, better one"}, "imagenet", "what existed in 2019", "weights", _BOTH),
+    Decision("How do new layers start?", "not said", {"torch": "torch's default for linear layers"}, "torch", "nothing to go by"),
+)
+
+# %% ../nbs/00_paper.ipynb #4bcdfe2b
+_LOSS = ("config", "loss")
+LOSS_DECISIONS = (
+    Decision("Sign of Eq. 4", "no minus", {"descent": "minus: cross-entropy", "printed": "as printed"}, "descent", "Eq. 5 is minimised; as printed, predictions would become wrong", "sign", ("classification_loss",)),
+    Decision("Sum or mean over classes?", "sums, in Eq. 4 and Eq. 12", {"sum": "sums", "mean": "both divided by the number of classes"}, "sum", "the equations; the common scale, see below", "reduction_classes", _LOSS),
+    Decision("Sum or mean over the images of a batch?", "one image only", {None: "mean", 1: "sum"}, None, "the step then does not grow with the batch", "num_images", ("classification_loss",)),
+    Decision("What is λ relative to?", "0.5, with both losses as sums", {1.0: "as printed", 80.0: "as if Eq. 4 alone were a mean over 80 classes"}, 1.0, "the equations; the relative scale, see below", "lce_scale", _LOSS),
+    Decision("Hinge inside the sum or around it?", "Eq. 12: inside; its repetition in the text: around", {"inside": "each absent label is pushed until it is far enough", "outside": "until they are far enough together"},
+             "inside", "the numbered equation", "hinge", _LOSS),
+    Decision("How far is far enough?", "1 (Eq. 12)", {1.0: "as printed"}, 1.0, "the equation; its size means something only relative to λ and f_embed's scale", "margin", _LOSS),
+    Decision("Squared or plain distance?", "\"Euclidean distances\"; the formula squares", {"squared": "as in the formula", "euclidean": "as in the words"}, "squared", "Eq. 10 holds for squares only", "distance", _LOSS),
+    Decision("Is the factor |S| of Eq. 10 kept?", "∝, then dropped", {False: "dropped (Eq. 11, 12)", True: "kept: Eq. 9's sum over pairs"}, False, "Eq. 12 as printed", "pair_weight", _LOSS),
+    Decision("An image without a label (S empty)", "the mean label vector does not exist", {"skip": "no Eq. 12 for it", "origin": "push absent labels away from 0"}, "skip", "nothing is there to be apart from", "no_positive", _LOSS),
+    Decision("An image with one label (|S| = 1)", "the first term is 0, the second is not", {"keep": "Eq. 12 as it is", "skip": "no Eq. 12: there is no co-occurrence"}, "keep", "the equation", "one_positive", _LOSS),
+    Decision("Gradient through the mean label vector?", "not said", {False: "yes", True: "no, the centre is a constant"}, False, "the derivative of Eq. 12", "detach_center", _LOSS),
+)
+
+# %% ../nbs/00_paper.ipynb #ee81d033
+DATA_DECISIONS = (
+    Decision("How does a photograph become 448 x 448?", "\"resolution of input images\"", {"squash": "both sides stretched", "crop": "short side, then the centre"}, "squash", "no object is cut away", "resize", ("config", "feed")),
+    Decision("More augmentation than the flip?", "\"i.e., random horizontal flip\"", {"none": "flip only", "multiscale": "random crops of several sizes"}, "none", "the text", "crops", ("config",)),
+    Decision("Normalisation of pixels", "not said", {"imagenet": "ImageNet's mean and deviation", "half": "0.5 and 0.5"}, "imagenet", "what the pretrained weights expect", "normalise", ("config", "prepare")),
+    Decision("Is the orientation in a JPEG's EXIF applied?", "not said", {False: "no", True: "yes"}, False, "the published boxes are of the stored pixels", "exif", ("feed",)),
+    Decision("Training images without a label", "COCO: 82,081 images, which leaves them out", {"paper": "dropped for COCO, kept elsewhere", "keep": "kept", "drop": "dropped"}, "paper", "the count", "unlabelled_train", ("config",)),
+    Decision("Test images without a label", "COCO: 40,504 images, which keeps them", {"keep": "kept", "drop": "dropped"}, "keep", "the count; numbers over labelled images stand beside them", "unlabelled_test", ("config",)),
+    Decision("Do COCO's crowd annotations count as labels?", "not said", {True: "yes", False: "no"}, True, "the object is in the picture", "crowd", ("config", "load_split")),
+    Decision("Photographs that are listed but not there", "all 269,648 were", {"error": "stop, and say how many", "drop": "leave out, and record it"}, "error", "numbers on other images are other numbers", "missing", ("config", "load_split")),
+    Decision("On what were λ and the epochs chosen?", "not said; no third split is named", {0.0: "nothing is chosen, printed values are used", 0.1: "a tenth of the training images is held out for exploring"}, 0.0, "test images choose nothing", "holdout", ("config",)),
+)
+
+# %% ../nbs/00_paper.ipynb #417c0602
+_CONFIG = ("config",)
+RECIPE_DECISIONS = (
+    Decision("Batch size", "not said", {32: "a common size"}, 32, "nothing to go by; with the learning rate of 0.01 as printed", "batch_size", _CONFIG),
+    Decision("Learning rate of the new layers", "one rate", {1.0: "the same", 10.0: "ten times, a custom of the field"}, 1.0, "the text", "head_lr_mult", _CONFIG),
+    Decision("Is the gradient clipped?", "not said", {0.0: "no", 10.0: "at norm 10"}, 0.0, "nothing said", "clip_grad", _CONFIG),
+    Decision("Weight decay on biases and norms?", "\"10⁻⁴\"", {True: "everywhere", False: "on weights only"}, True, "SGD's plain meaning", "decay_norms", _CONFIG),
+    Decision("Batch norm over processes", "not said", {False: "each its own images", True: "all together"}, False, "what torch does", "sync_bn", _CONFIG),
+    Decision("Which epoch is reported?", "60 epochs", {"last": "the last", "best": "the best on the test set, named so"}, "last", "choosing on the test set flatters", "report_epoch", _CONFIG),
+    Decision("How many runs stand behind a number?", "not said", {0: "one seed per record; tables give mean and spread over seeds"}, 0, "a difference needs a spread", "seed", _CONFIG),
+    Decision("Number format in training", "not said; float32 in 2019", {"auto": "bfloat16 where the hardware has it", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16, scaled"}, "auto", "speed; logits and losses stay float32", "precision", _CONFIG),
+)
+
+# %% ../nbs/00_paper.ipynb #d7db734c
+METRIC_DECISIONS = (
+    Decision("Threshold on what?", "\"confidence greater than 0.5\"", {0.5: "on σ(ŷ)", 0.6225: "on ŷ itself: σ(0.5) = 0.6225"}, 0.5, "scores in 0..1 are what everybody thresholds", "threshold", ("metrics",)),
+    Decision("> or ≥ at the threshold?", "\"greater than\"", {"OF1": ">", "OF1_ge": "≥"}, "OF1", "the text; it matters for saturated scores only", "OF1_ge", ("result",)),
+    Decision("Must top-3 pass the threshold?", "reads like no", {"OF1_top3": "yes", "OF1_top3_forced": "no: exactly three"}, "OF1_top3", "the paper's own rows did, by the audit above", "OF1_top3_forced", ("result",)),
+    Decision("Which CF1?", "\"average per-class ... F1\"", {"CF1": "harmonic mean of CP and CR", "CF1_mean": "mean of per-class F1"}, "CF1", "the paper's own rows are, by the audit above", "CF1_mean", ("result",)),
+    Decision("Which AP?", "\"average precision\"", {"mAP": "non-interpolated", "mAP_voc11": "VOC 2007's 11 points", "mAP_voc_area": "VOC's area from 2010 on"}, "mAP", "the usual one for COCO", "mAP_voc11", ("result",)),
+    Decision("Classes without a positive", "not said", {"mAP": "left out of the means", "mAP_all_classes": "count as 0"}, "mAP", "no ranking of theirs is right or wrong", "mAP_all_classes", ("result",)),
+    Decision("Precision of a class that is never predicted", "not said", {"CP": "0", "CP_predicted": "left out"}, "CP", "leaving out rewards silence", "CP_predicted", ("result",)),
+    Decision("Do unlabelled test images count?", "COCO: yes by its count; NUS-WIDE: not said", {"OF1": "yes", "OF1_labelled": "labelled images only"}, "OF1", "the count; SRN's and CNN-RNN's rows of Table 2 did not", "OF1_labelled", ("result",)),
+    Decision("Equal scores", "not said", {"one group": "AP: one group; third rank: the lower class index"}, "one group", "no order among equals is earned"),
+    Decision("Which sum orders the maps of Fig. 2?", "\"summation activation values\"", {False: "of all positions, with sign", True: "of the positive ones"}, False, "the words", "positive", ("figures",)),
+)
+
+# %% ../nbs/00_paper.ipynb #ebc89bd8
+REGISTER: tuple[Decision, ...] = (*MODEL_DECISIONS, *LOSS_DECISIONS, *DATA_DECISIONS, *RECIPE_DECISIONS, *METRIC_DECISIONS)
+
+# %% ../nbs/00_paper.ipynb #291a0973
+def register_table(register: tuple[Decision, ...] = REGISTER, measured: dict[str, str] | None = None):
+    """The register as a pandas DataFrame; `measured` maps switches to what a study found. ValueError for a name that is no switch."""
+    import pandas as pd
+
+    measured, known = measured or {}, {d.switch for d in register}
+    if unknown := set(measured) - known:
+        raise ValueError(f"measured: {', '.join(sorted(unknown))}: no such switch in the register")
+    lines = []
+    for d in register:
+        others = [f"{value}: {meaning}" for value, meaning in d.readings.items() if value != d.default]
+        lines.append({"question": d.question, "the paper says": d.paper, "default": f"{d.default}: {d.readings[d.default]}", "other readings": "; ".join(others) or "-",
+                      "why": d.reason, "switch": d.switch or "fixed", "set in": ", ".join(d.where) or "-",
+                      "what it changes": measured.get(d.switch, d.measured) if d.switch else "-"})
+    return pd.DataFrame(lines)

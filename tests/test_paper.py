@@ -1,12 +1,14 @@
 """What the notebook 00_paper cannot show in a cell: the transcription against the paper's own text, and the register against the code."""
-import os, re
+import inspect, os, re, subprocess, sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
-from cadm_paper.paper import (CLAIMS, COLUMNS, FACTS, TABLE1, TABLE2, VERDICTS, above_threshold, exactly_three, f1, f1_verdict, needed, printed_rows, row)
+from cadm_paper.paper import (CLAIMS, COLUMNS, FACTS, PLACES, REGISTER, TABLE1, TABLE2, VERDICTS, above_threshold, exactly_three, f1, f1_verdict, needed,
+                              printed_rows, row)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("CADM_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -120,3 +122,76 @@ def test_claims_are_complete():
     for claim in CLAIMS:
         assert claim.verdict in VERDICTS and all(getattr(claim, field) for field in ("where", "says", "found", "true_if"))
         assert all(len(quote.split()) <= 9 for quote in re.findall(r'"([^"]*)"', " ".join(vars(claim).values())))  # a quotation is a few words
+
+
+# ---- the register against the code -----------------------------------------------------------------------------
+
+def parameters(function):
+    return {name: p.default for name, p in inspect.signature(function).parameters.items()}
+
+
+def places(place):
+    """Switches and their defaults as they really are in a place of the register."""
+    from cadm_paper import config, data, figures, loss, metrics, model
+    from cadm_paper.data import feed
+
+    if place == "config":
+        return {name: field.default for name, field in config.TrainConfig.model_fields.items()}
+    if place == "model":
+        return parameters(model.CADM.__init__) | parameters(model.CADMHead.__init__)
+    if place == "result":
+        return {name: name for name in metrics.multilabel_metrics([[0.9, 0.1]], [[1, 0]])}
+    return parameters({"loss": loss.CADMLoss.__init__, "classification_loss": loss.classification_loss, "feed": feed.Feeder.__init__,
+                       "prepare": feed.prepare, "load_split": data.load_split, "metrics": metrics.multilabel_metrics,
+                       "figures": figures.figure2}[place])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_switch_exists_with_the_registers_default(place):
+    real = places(place)
+    wrong = []
+    for d in REGISTER:
+        if place in d.where:
+            if d.switch not in real:
+                wrong.append(f"{d.switch}: not there")
+            elif place == "result":  # a variant stands beside the default, and both are computed
+                wrong += [f"{key}: not computed" for key in d.readings if key not in real]
+            elif type(real[d.switch]) is not type(d.default) or real[d.switch] != d.default:
+                wrong.append(f"{d.switch}: {real[d.switch]!r} there, {d.default!r} in the register")
+    assert not wrong, f"{place}: {'; '.join(wrong)}"
+    assert any(place in d.where for d in REGISTER)
+
+
+def test_readings_are_the_codes_choices():
+    """A switch with named values has exactly these in the register."""
+    from cadm_paper.config import TrainConfig
+    from cadm_paper.loss import LOSS_SWITCHES
+    from cadm_paper.model import SWITCHES
+
+    choices = {name: set(get_args(field.annotation)) for name, field in TrainConfig.model_fields.items() if get_origin(field.annotation) is Literal}
+    choices |= {name: set(values) for name, values in (*SWITCHES.items(), *LOSS_SWITCHES.items())}
+    found = {d.switch: set(d.readings) for d in REGISTER if d.switch in choices}
+    assert len(found) > 20 and found == {name: choices[name] for name in found}
+
+
+def test_no_switch_of_model_or_loss_is_missing():
+    """Every switch of the model and of the losses that is a reading of the paper stands in the register."""
+    from cadm_paper.loss import LOSS_SWITCHES
+    from cadm_paper.model import SWITCHES
+
+    beyond = {"streams", "classification"}  # stated by the paper (Eq. 3, Eq. 4); the other values are other methods
+    listed = {d.switch for d in REGISTER}
+    assert set(SWITCHES) | set(LOSS_SWITCHES) <= listed | beyond
+
+
+def test_the_notebooks_scales_are_the_losses():
+    from cadm_paper.loss import effective_lambda
+
+    for cls, lce, expected in (("sum", "sum", 0.5), ("mean", "mean", 0.5), ("mean", "sum", 40.0), ("sum", "mean", 0.00625)):
+        assert effective_lambda(0.5, reduction_cls=cls, reduction_lce=lce, num_classes=80) == pytest.approx(expected)
+
+
+def test_paper_imports_no_other_module():
+    found = subprocess.run([sys.executable, "-c", "import sys, cadm_paper.paper; print([m for m in sys.modules if m.startswith('cadm_paper.') or m in ('torch', 'pandas')])"],
+                           capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "['cadm_paper.paper']"
