@@ -7,11 +7,11 @@ __all__ = ['BACKBONES', 'SWITCHES', 'METHODS', 'read_torch', 'READERS', 'IMAGENE
            'one_block_stage', 'narrow_resnet', 'pair', 'feature_shape', 'global_pool', 'class_maps',
            'embedding_network', 'upsampled_maps', 'fit_maps', 'check_switches', 'CADMOutput', 'embedding_maps',
            'CADMHead', 'weights_file', 'read_npz', 'unwrapped', 'read_state_dict', 'imagenet_state_dict', 'unnamed',
-           'refuse', 'load_backbone_weights', 'UntrainedBackbone', 'warn_untrained', 'start_backbone', 'file_sha256',
-           'CADM', 'save_model', 'replace_folder', 'read_model_config', 'load_model', 'export_onnx', 'FourOutputs']
+           'refuse', 'load_backbone_weights', 'UntrainedBackbone', 'warn_untrained', 'start_backbone', 'CADM',
+           'save_model', 'replace_folder', 'read_model_config', 'load_model', 'export_onnx', 'FourOutputs']
 
 # %% ../nbs/01_model.ipynb #3f5bf5a5
-import fnmatch, hashlib, json, os, shutil, uuid, warnings
+import fnmatch, json, os, shutil, uuid, warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from . import __version__
+from .files import sha256_file
 
 # %% ../nbs/01_model.ipynb #05d4743f
 def torchvision_resnet(name: str) -> nn.Sequential:
@@ -303,14 +304,8 @@ def start_backbone(backbone: nn.Module, name: str, weights: str | Path | None, e
     if weights in IMAGENET:
         state, origin = imagenet_state_dict(name, IMAGENET[weights]), {"source": weights, "version": IMAGENET[weights]}
     else:
-        state, origin = read_state_dict(weights), {"source": Path(weights).name, "sha256": file_sha256(weights_file(weights))}
+        state, origin = read_state_dict(weights), {"source": Path(weights).name, "sha256": sha256_file(weights_file(weights))}
     return {**origin, "initialised": load_backbone_weights(backbone, state, expected_missing)}
-
-# %% ../nbs/01_model.ipynb #f9434166
-def file_sha256(path: str | Path) -> str:
-    """The SHA-256 checksum of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../nbs/01_model.ipynb #ae7e04ec
 class CADM(nn.Module):
@@ -364,7 +359,7 @@ def save_model(model: CADM, folder: str | Path) -> Path:
         new.mkdir()
         state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
         safetensors.torch.save_file(state, new / "model.safetensors", metadata={"format": "pt"})
-        config = {"schema": SCHEMA, "cadm_paper": __version__, **model.config, "sha256": file_sha256(new / "model.safetensors")}
+        config = {"schema": SCHEMA, "cadm_paper": __version__, **model.config, "sha256": sha256_file(new / "model.safetensors")}
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         replace_folder(new, folder)
     finally:
@@ -404,7 +399,7 @@ def load_model(folder: str | Path, cls: type = CADM) -> CADM:
     config, file = read_model_config(folder), Path(folder) / "model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is incomplete: there is no model.safetensors in it")
-    if file_sha256(file) != config.pop("sha256", None):
+    if sha256_file(file) != config.pop("sha256", None):
         raise ValueError(f"{file} is not the file that config.json describes (checksum differs): damaged, or of another run")
     provenance = config.pop("weights", {"source": None})
     arguments = {key: value for key, value in config.items() if key not in ("schema", "cadm_paper")}
