@@ -1,0 +1,105 @@
+"""What the CADM head and loss cost over a plain ResNet: time and peak memory of forward and backward, as ratios.
+
+Plain: backbone, global average pooling, one linear layer, binary cross-entropy. CADM: the same backbone (the very same
+parameters), both streams, the maps, f_embed, Eq. 4 and Eq. 12 with lambda 0.5. Two kinds of time ratio, because whole steps on
+a busy machine scatter by more than the head costs:
+
+- `whole`: steps of both taken in turn, the ratio of each adjacent pair (median, quartiles, extremes) and of the fastest;
+- `parts`: 1 + (head step of CADM - head step of plain) / plain whole step, where the head steps run alone on ready features.
+
+Peak memory is what the step allocates on top of parameters and images: counted by CUDA's allocator on a GPU, and on a CPU
+from the profiler's record of every allocation and release, which is exact and does not scatter.
+
+    python benchmarks/head_overhead.py                      # ResNet-101, 448 px, batch 2 on a CPU, 16 on a GPU
+    python benchmarks/head_overhead.py --batch 32 --precision bf16 --out benchmarks/results/head_overhead-gpu.json
+"""
+import argparse, json, statistics
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from cadm_paper.loss import CADMLoss
+from cadm_paper.model import CADM
+from measure import in_turn, peak_bytes, setting, spread, write
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--backbone", default="resnet101")
+    p.add_argument("--size", type=int, default=448, help="side of the images, pixels")
+    p.add_argument("--classes", type=int, default=80)
+    p.add_argument("--batch", type=int, help="images (default: 2 on a CPU, 16 on a GPU)")
+    p.add_argument("--repeats", type=int, default=5, help="pairs of whole steps")
+    p.add_argument("--head-repeats", type=int, default=30, help="pairs of head steps")
+    p.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads")
+    p.add_argument("--out", type=Path, help="write the result there, as JSON")
+    return p.parse_args()
+
+
+def make_steps(a: argparse.Namespace) -> dict:
+    """name -> a function that runs one forward and backward: both whole steps, both heads alone."""
+    torch.manual_seed(0)
+    model = CADM(a.classes, a.backbone, None, quiet=True, image_size=a.size).to(a.device)
+    plain_head = torch.nn.Linear(model.head.classifier.in_features, a.classes).to(a.device)
+    images = torch.randn(a.batch, 3, a.size, a.size, device=a.device)
+    targets = (torch.rand(a.batch, a.classes, device=a.device) < 2.9 / a.classes).float()  # COCO's labels an image
+    loss = CADMLoss(lam=0.5)
+    half = lambda: torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=a.precision == "bf16")
+    with torch.no_grad(), half():
+        features = model.backbone(images)
+
+    def plain(x):
+        return F.binary_cross_entropy_with_logits(plain_head(x.mean((2, 3))).float(), targets, reduction="sum") / a.batch
+
+    def cadm(x):
+        return loss(model.head(x), targets)
+
+    def clear():
+        for part in (model, plain_head):
+            part.zero_grad(set_to_none=True)
+
+    def step(make_features, head):
+        clear()
+        with half():
+            head(make_features()).backward()
+
+    whole, ready = lambda: model.backbone(images), lambda: features.detach().requires_grad_()
+    return {"clear": clear, "plain": lambda: step(whole, plain), "cadm": lambda: step(whole, cadm),
+            "plain_head": lambda: step(ready, plain), "cadm_head": lambda: step(ready, cadm)}
+
+
+def main() -> None:
+    a = arguments()
+    a.batch = a.batch or (16 if a.device.startswith("cuda") else 2)
+    torch.set_num_threads(a.threads)
+    steps = make_steps(a)
+    peaks = {}
+    for name in ("plain", "cadm"):  # also warms up
+        steps[name]()
+        steps["clear"]()
+        peaks[name] = peak_bytes(steps[name], a.device)
+    whole = in_turn({name: steps[name] for name in ("plain", "cadm")}, a.repeats, a.device)
+    in_turn({name: steps[name] for name in ("plain_head", "cadm_head")}, 3, a.device)
+    heads = in_turn({name: steps[name] for name in ("plain_head", "cadm_head")}, a.head_repeats, a.device)
+    plain, cadm, plain_head, cadm_head = *whole.values(), *heads.values()
+    extra = [c - p for p, c in zip(plain_head, cadm_head)]
+    result = {
+        "what": "CADM head and loss over a plain ResNet, forward and backward",
+        "settings": {k: v for k, v in vars(a).items() if k != "out"},
+        "time_ratio_whole": spread([c / p for p, c in zip(plain, cadm)]) | {"of_fastest": min(cadm) / min(plain)},
+        "time_ratio_parts": spread([1 + e / statistics.median(plain) for e in extra]),
+        "peak_memory_ratio": peaks["cadm"] / peaks["plain"],
+        "clock": "wall" if a.device.startswith("cuda") else "CPU time of the process",
+        "seconds": {name: spread(times) for name, times in {**whole, **heads}.items()},
+        "peak_bytes": peaks,
+        "environment": setting(a.device, a.precision, a.threads),
+    }
+    print(json.dumps(result, indent=1))
+    write(result, a.out)
+
+
+if __name__ == "__main__":
+    main()

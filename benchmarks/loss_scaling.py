@@ -1,0 +1,99 @@
+"""How the loss (Eq. 4, 5, 12) grows with the number of classes: time and peak memory of forward and backward.
+
+Ours at C = 80, 1,000 and 10,000, and in the same run the form that is quickest to write: all C x C differences of label vectors,
+masked to the pairs of present labels (Eq. 9 divided by |S|, which is Eq. 11 by Eq. 10), at C = 80 and 1,000. Both forms must give
+the same value before anything is measured. The three labels an image of all cases are what COCO has.
+
+    python benchmarks/loss_scaling.py --out benchmarks/results/loss_scaling.json
+"""
+import argparse, json, statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from cadm_paper.loss import CADMLoss, classification_loss
+from measure import in_turn, peak_bytes, setting, spread, write
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--classes", type=int, nargs="+", default=[80, 1000, 10000])
+    p.add_argument("--naive-up-to", type=int, default=1000, help="most classes that the pairwise form is run with")
+    p.add_argument("--batch", type=int, default=2, help="images")
+    p.add_argument("--dim", type=int, default=64, help="length of a label vector")
+    p.add_argument("--repeats", type=int, default=40, help="of ours")
+    p.add_argument("--naive-repeats", type=int, default=5, help="of both forms in turn")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads")
+    p.add_argument("--out", type=Path, help="write the result there, as JSON")
+    return p.parse_args()
+
+
+def make_batch(a: argparse.Namespace, classes: int) -> tuple[SimpleNamespace, torch.Tensor]:
+    """A model's output with gradients wanted, and targets with three present labels an image."""
+    g = torch.Generator().manual_seed(classes)
+    draw = lambda *shape: torch.randn(*shape, generator=g).to(a.device).requires_grad_()
+    targets = torch.zeros(a.batch, classes, dtype=torch.int8)
+    for image in targets:
+        image[torch.randperm(classes, generator=g)[:3]] = 1
+    return SimpleNamespace(logits=draw(a.batch, classes), label_vectors=draw(a.batch, classes, a.dim)), targets.to(a.device)
+
+
+def naive(output: SimpleNamespace, targets: torch.Tensor) -> torch.Tensor:
+    """Eq. 5 with the first term of Eq. 12 from all pairs of classes; every image has present labels."""
+    a, present = output.label_vectors, (targets == 1).float()
+    size = present.sum(1)
+    pairs = (a[:, :, None] - a[:, None]).square().sum(-1) * present[:, :, None] * present[:, None]
+    center = (present[:, :, None] * a).sum(1) / size[:, None]
+    far = F.relu(1 - (a - center[:, None]).square().sum(-1)) * (targets == 0)
+    return classification_loss(output.logits, targets) + 0.5 * (pairs.sum((1, 2)) / 2 / size + far.sum(1)).mean()
+
+
+def make_step(form, output: SimpleNamespace, targets: torch.Tensor):
+    """One forward and backward."""
+    def step():
+        output.logits.grad = output.label_vectors.grad = None
+        form(output, targets).backward()
+    return step
+
+
+def main() -> None:
+    a = arguments()
+    torch.set_num_threads(a.threads)
+    steps, peaks, vectors = {}, {}, {}
+    for C in a.classes:
+        output, targets = make_batch(a, C)
+        vectors[f"C={C}"] = output.label_vectors.numel() * output.label_vectors.element_size()
+        steps[f"ours C={C}"] = make_step(CADMLoss(lam=0.5), output, targets)
+        if C <= a.naive_up_to:
+            torch.testing.assert_close(naive(output, targets), CADMLoss(lam=0.5)(output, targets), rtol=1e-4, atol=1e-4)
+            steps[f"naive C={C}"] = make_step(naive, output, targets)
+    for name, step in steps.items():
+        step()  # warms up
+        peaks[name] = peak_bytes(step, a.device)
+    times = in_turn({name: step for name, step in steps.items() if name.startswith("ours")}, a.repeats, a.device)
+    median = {name: statistics.median(t) for name, t in times.items()}
+    both = [C for C in a.classes if f"naive C={C}" in steps]
+    against = in_turn({f"{form} C={C}": steps[f"{form} C={C}"] for C in both for form in ("ours", "naive")}, a.naive_repeats, a.device)
+    ratio = {C: spread([n / o for n, o in zip(against[f"naive C={C}"], against[f"ours C={C}"])]) for C in both}
+    result = {
+        "what": "forward and backward of Eq. 5 against the number of classes, and against all pairs of classes",
+        "settings": {k: v for k, v in vars(a).items() if k != "out"},
+        "ours_per_class_relative_to_the_largest": {
+            f"C={C}": {"time": median[f"ours C={C}"] / C / (median[f"ours C={a.classes[-1]}"] / a.classes[-1]),
+                       "peak": peaks[f"ours C={C}"] / C / (peaks[f"ours C={a.classes[-1]}"] / a.classes[-1])} for C in a.classes},
+        "ours_peak_in_units_of_the_label_vectors": {f"C={C}": peaks[f"ours C={C}"] / vectors[f"C={C}"] for C in a.classes},
+        "naive_over_ours": {f"C={C}": {"time": ratio[C], "peak": peaks[f"naive C={C}"] / peaks[f"ours C={C}"]} for C in both},
+        "clock": "wall" if a.device.startswith("cuda") else "CPU time of the process",
+        "seconds": {name: spread(t) for name, t in {**against, **times}.items()},
+        "peak_bytes": peaks,
+        "environment": setting(a.device, threads=a.threads),
+    }
+    print(json.dumps({k: v for k, v in result.items() if k not in ("seconds", "environment")}, indent=1))
+    write(result, a.out)
+
+
+if __name__ == "__main__":
+    main()
