@@ -99,7 +99,7 @@ def resize_square(image: Tensor, size: int, resize: str = "squash") -> Tensor:
     if resize == "crop":
         image = central_square(image)
     if image.shape[:2] == (size, size):
-        return image
+        return image.contiguous()
     image = F.interpolate(image.permute(2, 0, 1)[None], (size, size), mode="bilinear", antialias=True)
     return image[0].permute(1, 2, 0).contiguous()
 

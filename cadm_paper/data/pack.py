@@ -92,12 +92,11 @@ def write_shard(folder: Path, number: int, images: Iterable[bytes]) -> dict:
 
 def finished_shard(folder: Path, number: int) -> dict | None:
     "The record of a shard that an earlier, interrupted call completed; None if there is none or its bytes are not those."
-    path = folder / f"shard-{number:05}.json"
-    if not path.is_file():
+    try:
+        record = json.loads((folder / f"shard-{number:05}.json").read_text())
+        return record if sha256_file(folder / record["file"]) == record["sha256"] else None
+    except (OSError, ValueError, KeyError):
         return None
-    record = json.loads(path.read_text())
-    shard = folder / record["file"]
-    return record if shard.is_file() and sha256_file(shard) == record["sha256"] else None
 
 # %% ../../nbs/04d_pack.ipynb #f300420e
 SHARD_BYTES = 2**28  # aimed at
@@ -209,6 +208,8 @@ class Pack:
         self.path = Path(path)
         try:
             meta = json.loads((self.path / "pack.json").read_text())
+            if sha256_file(self.path / "index.npz") != meta["index_sha256"]:
+                raise ValueError("index.npz is damaged")
             with np.load(self.path / "index.npz", allow_pickle=False) as index:
                 self.image_ids, self.files, self.shard, self.offset, self.length, self.crc32 = (
                     index[key] for key in ("image_ids", "files", "shard", "offset", "length", "crc32"))
@@ -265,7 +266,7 @@ def verify_pack(path) -> dict:
     """Compare every byte of a pack with its checksums; returns its `pack.json`. Raises `PackError` naming the damaged file."""
     opened = Pack(path)
     meta = json.loads((opened.path / "pack.json").read_text())
-    for name, expected in [("index.npz", meta["index_sha256"]), *((s["file"], s["sha256"]) for s in meta["shards"])]:
-        if sha256_file(opened.path / name) != expected:
-            raise PackError(f"{opened.path / name}: its bytes are not those that were written; delete the pack and make it again")
+    for shard in meta["shards"]:
+        if sha256_file(opened.path / shard["file"]) != shard["sha256"]:
+            raise PackError(f"{opened.path / shard['file']}: its bytes are not those that were written; delete the pack and make it again")
     return meta
