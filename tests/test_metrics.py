@@ -78,6 +78,25 @@ def test_ap_is_scikit_learns(ties, data):
             assert np.isnan(ap)
 
 
+@settings(max_examples=20, deadline=None)
+@given(evaluations(), st.sampled_from([0.25, 0.5]))
+def test_torchmetrics_where_definitions_coincide(data, threshold):
+    """All classes occur and every class is given and absent somewhere: then torchmetrics' macro means are ours."""
+    from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score, multilabel_precision, multilabel_recall
+
+    scores, targets = (np.repeat(x, 2, axis=1) for x in data)  # it wants two classes at least
+    c = scores.shape[1]
+    scores = np.concatenate([scores, np.full((2, c), 0.9, scores.dtype)]).astype(np.float64)
+    targets = np.concatenate([targets, np.ones((1, c), np.int8), np.zeros((1, c), np.int8)])
+    ours, more = multilabel_metrics(scores, targets, threshold), dict(num_labels=c, ignore_index=-1)
+    arrays = torch.from_numpy(scores), torch.from_numpy(targets).long()
+    theirs = {"mAP": multilabel_average_precision(*arrays, average="macro", **more)}
+    for name, function in (("P", multilabel_precision), ("R", multilabel_recall), ("F1", multilabel_f1_score)):
+        theirs["CF1_mean" if name == "F1" else f"C{name}"] = function(*arrays, threshold=threshold, average="macro", **more)
+        theirs[f"O{name}"] = function(*arrays, threshold=threshold, average="micro", **more)
+    assert all(abs(ours[name] - float(value)) < 1e-6 for name, value in theirs.items())  # torchmetrics divides in float32
+
+
 @CHECKED
 @given(evaluations(), st.integers(0, 2**32 - 1))
 def test_order_and_division_of_images_do_not_matter(data, seed):
