@@ -39,6 +39,9 @@ def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, 
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    for parameter, buffers in optimiser.state.items():
+        # a buffer must lie in memory as its parameter does: fused kernels walk through both as one flat array
+        buffers.update({name: torch.empty_like(parameter).copy_(value) for name, value in buffers.items() if isinstance(value, Tensor) and value.shape == parameter.shape})
 
 # %% ../nbs/05d_checkpoint.ipynb #8db97ac4
 SCHEMA = "cadm-checkpoint/1"

@@ -1,0 +1,216 @@
+"""Training from outside: kills, two processes, other machines' settings, what is refused. The scenes are small and made once."""
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cadm_paper import train as module
+from cadm_paper.checkpoint import CheckpointError, load_checkpoint
+from cadm_paper.config import ConfigError, TrainConfig
+from cadm_paper.data import build_scenes
+from cadm_paper.files import FolderLocked, folder_lock
+from cadm_paper.record import RunRecord
+from cadm_paper.train import NonFiniteLoss, Progress, checkpoint_file, train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    return build_scenes(tmp_path_factory.mktemp("data") / "scenes", train=96, test=48)
+
+
+@pytest.fixture
+def config(scenes, tmp_path):
+    """A run of a few seconds: two epochs of three steps, both losses."""
+    def make(out="run", **changes):
+        given = dict(data_dir=str(scenes), out_dir=str(tmp_path / out), weights="none", epochs=2, seed=3, threads=1, precision="fp32") | changes
+        return TrainConfig(**given)
+    return make
+
+
+def weights(folder):
+    return {p.name: p.read_bytes() for p in [Path(folder) / "checkpoint" / "model" / "model.safetensors"]}
+
+
+def same_run(a: RunRecord, b: RunRecord):
+    assert a.metrics == b.metrics and a.history == b.history and weights(a.folder) == weights(b.folder)
+    for name, values in a.scores().items():
+        assert np.array_equal(values, b.scores()[name]), name
+
+
+class StopAt(Progress):
+    """Raises in the middle of a run, as a kill would end it."""
+    def __init__(self, step): self.left = step
+
+    def step(self, loss):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+# ---- the same numbers again ------------------------------------------------------------------------------------------
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(config):
+    a = train(config("a"))
+    torch.manual_seed(99)                       # what a process did before does not matter
+    torch.set_num_threads(2)
+    same_run(a, train(config("b")))
+    assert train(config("c", seed=4)).metrics["mAP"] != a.metrics["mAP"]
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(ema_decay=0.9, accumulate=2, clip_grad=1.0, precision="bf16", crops="multiscale", flip=True)])
+def test_a_stopped_run_goes_on_to_the_bit(config, changes, monkeypatch):
+    """Stopped after every step in turn, with a checkpoint after each step: the same weights, scores and history as undisturbed."""
+    whole = train(config("whole", **changes))
+    interrupted = config("stopped", checkpoint_minutes=1e-9, **changes)
+    for _ in range(20):
+        try:
+            record = train(interrupted, resume=True, progress=StopAt(1))
+            break
+        except KeyboardInterrupt:
+            assert not (Path(interrupted.out_dir) / "run.json").exists()
+    same_run(whole, record)
+
+
+def test_a_finished_run_is_left_alone_by_resume(config):
+    train(config())
+    folder = Path(config().out_dir)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    train(config(), resume=True)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_resuming_with_a_changed_configuration_is_refused_with_the_difference(config):
+    with pytest.raises(KeyboardInterrupt):
+        train(config(checkpoint_minutes=1e-9), progress=StopAt(2))
+    with pytest.raises(CheckpointError, match=r"lr: 0\.01 -> 0\.5"):
+        train(config(lr=0.5), resume=True)
+    with pytest.raises(CheckpointError, match="unfinished run"):
+        train(config())
+    train(config(), resume=True)
+    with pytest.raises(CheckpointError, match=r"lr: 0\.01 -> 0\.5"):
+        train(config(lr=0.5))                   # another run's finished folder is not written over
+
+
+def test_a_second_process_cannot_write_the_folder(config):
+    with folder_lock(config().out_dir), pytest.raises(FolderLocked):
+        train(config())
+
+
+def test_a_dead_process_does_not_lock_the_folder(config, tmp_path):
+    code = f"import os; from cadm_paper.files import folder_lock\nwith folder_lock({config().out_dir!r}): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
+    train(config())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(config, monkeypatch):
+    writes = []
+    save = module.save_checkpoint
+
+    def full(path, tensors, state):
+        writes.append(path)
+        if len(writes) == 3:
+            raise OSError(28, "No space left on device")
+        save(path, tensors, state)
+    monkeypatch.setattr(module, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space"):
+        train(config(checkpoint_minutes=1e-9))
+    monkeypatch.undo()
+    assert load_checkpoint(checkpoint_file(config().out_dir))[1]["done"] == 2
+    same_run(train(config(), resume=True), train(config("whole")))
+
+
+def test_an_infinite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(config):
+    with pytest.raises(NonFiniteLoss, match=r"epoch \d, step \d of 3: the loss is"):
+        train(config(lr=1e30, checkpoint_minutes=1e-9))
+    folder = Path(config().out_dir)
+    assert not (folder / "run.json").exists()
+    tensors, state = load_checkpoint(checkpoint_file(folder)) if checkpoint_file(folder).is_file() else ({}, {})
+    assert all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
+
+
+# ---- parts and processes ---------------------------------------------------------------------------------------------
+
+def run_torchrun(config, n):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m", "cadm_paper.train", config.model_dump_json(exclude_none=True)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return RunRecord.load(config.out_dir)
+
+
+def test_two_processes_and_two_parts_agree(config):
+    """Two processes of B/2 against one that accumulates the same two micro-batches: scores to 1e-4, history to 1e-5."""
+    one = train(config("one", accumulate=2, batch_size=32))
+    two = run_torchrun(config("two", processes=2, batch_size=32), 2)
+    for name in ("scores", "scores_fcls", "scores_scls"):
+        np.testing.assert_allclose(one.scores()[name], two.scores()[name], atol=1e-4)
+    assert list(one.scores()["image_ids"]) == list(two.scores()["image_ids"])
+    for a, b in zip(one.history, two.history):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["mAP"] == pytest.approx(b["mAP"], abs=5e-3)
+
+
+def test_parts_differ_from_a_whole_batch_only_through_batch_norm(config, monkeypatch):
+    """With batch norm in evaluation mode a batch in parts is the same batch."""
+    eval_norms = lambda net: [m.eval() for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    step = module.Trainer.step
+
+    def without_statistics(self, batch, n):
+        eval_norms(self.model)
+        step(self, batch, n)
+    monkeypatch.setattr(module.Trainer, "step", without_statistics)
+    whole, parts = train(config("whole", lr=1e-3)), train(config("parts", accumulate=4, lr=1e-3))
+    np.testing.assert_allclose(whole.scores()["scores"], parts.scores()["scores"], atol=1e-5)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+def test_processes_by_parameter(config):
+    record = train(config(processes=2, epochs=1, batch_size=32))
+    assert record.environment["processes"] == 2 and len(record.scores()["scores"]) == 48
+
+
+def test_wrong_configurations_are_named_before_anything_is_computed(config):
+    with pytest.raises(ConfigError, match="known are"):
+        train(config(dataset="imagenet"))
+    with pytest.raises(ConfigError, match="float16"):
+        train(config(precision="fp16", device="cpu"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no CUDA device"):
+            train(config(device="cuda"))
+    assert not Path(config().out_dir, "run.json").exists()
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "baseline_gap", "baseline"])
+def test_every_row_leaves_a_record_of_the_same_form(config, method):
+    record = train(config(method=method, epochs=1))
+    assert set(module.COLUMNS) <= set(record.metrics) and (record.maps() is None) == (method == "linear_probe")
+    assert str(ROOT) not in (record.folder / "run.json").read_text() and str(record.folder) not in (record.folder / "run.json").read_text()
+
+
+# ---- kills -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_twenty_kills(config):
+    """SIGKILL at random fractions of the run's own duration; each time it goes on; equal weights and metrics at the end."""
+    whole = train(config("whole", epochs=6))
+    killed = config("killed", epochs=6, checkpoint_minutes=1e-3)
+    command = [sys.executable, "-m", "cadm_paper.train", killed.model_dump_json(exclude_none=True), "--resume"]
+    env, rng = {**os.environ, "OMP_NUM_THREADS": "1"}, np.random.default_rng(0)
+    started = time.monotonic()
+    subprocess.run([*command[:3], config("timed", epochs=6).model_dump_json(exclude_none=True)], check=True, cwd=ROOT, env=env, capture_output=True)
+    duration, kills = time.monotonic() - started, 0
+    for fraction in rng.uniform(0.3, 1.0, 20):
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(fraction * duration)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    subprocess.run(command, check=True, cwd=ROOT, env=env, capture_output=True)
+    assert kills >= 3
+    same_run(whole, RunRecord.load(killed.out_dir))
