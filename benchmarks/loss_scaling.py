@@ -14,16 +14,17 @@ import torch
 import torch.nn.functional as F
 
 from cadm_paper.loss import CADMLoss, classification_loss
-from measure import in_turn, peak_bytes, setting, spread, write
+from measure import in_turn, keep_freed_memory, peak_bytes, setting, spread, write
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--classes", type=int, nargs="+", default=[80, 1000, 10000])
     p.add_argument("--naive-up-to", type=int, default=1000, help="most classes that the pairwise form is run with")
-    p.add_argument("--batch", type=int, default=2, help="images")
+    p.add_argument("--batch", type=int, default=8, help="images, for the growth of ours")
+    p.add_argument("--naive-batch", type=int, default=2, help="images, for the comparison (all pairs of 1,000 classes: 1 GB an image)")
     p.add_argument("--dim", type=int, default=64, help="length of a label vector")
-    p.add_argument("--repeats", type=int, default=40, help="of ours")
+    p.add_argument("--repeats", type=int, default=30, help="of ours")
     p.add_argument("--naive-repeats", type=int, default=5, help="of both forms in turn")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -31,14 +32,14 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def make_batch(a: argparse.Namespace, classes: int) -> tuple[SimpleNamespace, torch.Tensor]:
+def make_batch(a: argparse.Namespace, classes: int, images: int) -> tuple[SimpleNamespace, torch.Tensor]:
     """A model's output with gradients wanted, and targets with three present labels an image."""
     g = torch.Generator().manual_seed(classes)
     draw = lambda *shape: torch.randn(*shape, generator=g).to(a.device).requires_grad_()
-    targets = torch.zeros(a.batch, classes, dtype=torch.int8)
+    targets = torch.zeros(images, classes, dtype=torch.int8)
     for image in targets:
         image[torch.randperm(classes, generator=g)[:3]] = 1
-    return SimpleNamespace(logits=draw(a.batch, classes), label_vectors=draw(a.batch, classes, a.dim)), targets.to(a.device)
+    return SimpleNamespace(logits=draw(images, classes), label_vectors=draw(images, classes, a.dim)), targets.to(a.device)
 
 
 def naive(output: SimpleNamespace, targets: torch.Tensor) -> torch.Tensor:
@@ -62,36 +63,38 @@ def make_step(form, output: SimpleNamespace, targets: torch.Tensor):
 def main() -> None:
     a = arguments()
     torch.set_num_threads(a.threads)
-    steps, peaks, vectors = {}, {}, {}
+    kept = keep_freed_memory()
+    ours, both, vectors = {}, {}, {}
     for C in a.classes:
-        output, targets = make_batch(a, C)
-        vectors[f"C={C}"] = output.label_vectors.numel() * output.label_vectors.element_size()
-        steps[f"ours C={C}"] = make_step(CADMLoss(lam=0.5), output, targets)
+        output, targets = make_batch(a, C, a.batch)
+        vectors[C] = output.label_vectors.numel() * output.label_vectors.element_size()
+        ours[C] = make_step(CADMLoss(lam=0.5), output, targets)
         if C <= a.naive_up_to:
+            output, targets = make_batch(a, C, a.naive_batch)
             torch.testing.assert_close(naive(output, targets), CADMLoss(lam=0.5)(output, targets), rtol=1e-4, atol=1e-4)
-            steps[f"naive C={C}"] = make_step(naive, output, targets)
-    for name, step in steps.items():
+            both[f"ours C={C}"], both[f"naive C={C}"] = (make_step(form, output, targets) for form in (CADMLoss(lam=0.5), naive))
+    for step in [*ours.values(), *both.values()]:
         step()  # warms up
-        peaks[name] = peak_bytes(step, a.device)
-    times = in_turn({name: step for name, step in steps.items() if name.startswith("ours")}, a.repeats, a.device)
-    median = {name: statistics.median(t) for name, t in times.items()}
-    both = [C for C in a.classes if f"naive C={C}" in steps]
-    against = in_turn({f"{form} C={C}": steps[f"{form} C={C}"] for C in both for form in ("ours", "naive")}, a.naive_repeats, a.device)
-    ratio = {C: spread([n / o for n, o in zip(against[f"naive C={C}"], against[f"ours C={C}"])]) for C in both}
+    peaks, both_peaks = ({name: peak_bytes(step, a.device) for name, step in steps.items()} for steps in (ours, both))
+    times, both_times = in_turn(ours, a.repeats, a.device), in_turn(both, a.naive_repeats, a.device)
+    median = {C: statistics.median(t) for C, t in times.items()}
     result = {
         "what": "forward and backward of Eq. 5 against the number of classes, and against all pairs of classes",
         "settings": {k: v for k, v in vars(a).items() if k != "out"},
-        "ours_per_class_relative_to_the_largest": {
-            f"C={C}": {"time": median[f"ours C={C}"] / C / (median[f"ours C={a.classes[-1]}"] / a.classes[-1]),
-                       "peak": peaks[f"ours C={C}"] / C / (peaks[f"ours C={a.classes[-1]}"] / a.classes[-1])} for C in a.classes},
-        "ours_peak_in_units_of_the_label_vectors": {f"C={C}": peaks[f"ours C={C}"] / vectors[f"C={C}"] for C in a.classes},
-        "naive_over_ours": {f"C={C}": {"time": ratio[C], "peak": peaks[f"naive C={C}"] / peaks[f"ours C={C}"]} for C in both},
+        "growth": {f"{C} -> {D} classes": {"classes": D / C, "time": median[D] / median[C], "peak": peaks[D] / peaks[C]}
+                   for C, D in zip(a.classes, a.classes[1:])},
+        "peak_in_units_of_the_label_vectors": {f"C={C}": peaks[C] / vectors[C] for C in a.classes},
+        "naive_over_ours": {f"C={C}": {"time": spread([n / o for n, o in zip(both_times[f"naive C={C}"], both_times[f"ours C={C}"])]),
+                                       "peak": both_peaks[f"naive C={C}"] / both_peaks[f"ours C={C}"]} for C in a.classes if C <= a.naive_up_to},
+        "freed_memory_kept": kept,
         "clock": "wall" if a.device.startswith("cuda") else "CPU time of the process",
-        "seconds": {name: spread(t) for name, t in {**against, **times}.items()},
-        "peak_bytes": peaks,
+        "seconds": {f"C={C}": spread(t) for C, t in times.items()},
+        "seconds_of_the_comparison": {name: spread(t) for name, t in both_times.items()},
+        "peak_bytes": {f"C={C}": peak for C, peak in peaks.items()},
+        "peak_bytes_of_the_comparison": both_peaks,
         "environment": setting(a.device, threads=a.threads),
     }
-    print(json.dumps({k: v for k, v in result.items() if k not in ("seconds", "environment")}, indent=1))
+    print(json.dumps({k: v for k, v in result.items() if not k.startswith("seconds")}, indent=1))
     write(result, a.out)
 
 

@@ -1,11 +1,21 @@
 """What the benchmarks of the model and the loss share: the time of one step, its peak memory, the spread over repetitions."""
-import os, statistics, time
+import ctypes, os, statistics, time
 from pathlib import Path
 
 import torch
 
 from cadm_paper.files import write_json
 from cadm_paper.record import environment
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed (where there is a glibc): else each tensor of some MB is fresh pages, which may cost more than filling it."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    no_mmap, no_trim = mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    return bool(no_mmap and no_trim)
 
 
 def seconds(step, device: str) -> float:
