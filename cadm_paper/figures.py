@@ -413,8 +413,8 @@ def by_row(runs: Sequence[RunRecord]) -> dict[tuple, list[RunRecord]]:
 
 # %% ../nbs/06_figures.ipynb #c6bf8131
 def series(runs: Sequence[RunRecord], value: str) -> tuple[np.ndarray, np.ndarray]:
-    "Epochs (from 1) and a history's value, one line for each run; epochs that some run lacks or did not evaluate are left out."
-    found = [{h["epoch"] + 1: h[value] for h in r.history if h.get(value) is not None} for r in runs]
+    "Epochs and a history's value, one line for each run; epochs that some run lacks or did not evaluate are left out."
+    found = [{h["epoch"]: h[value] for h in r.history if h.get(value) is not None} for r in runs]
     epochs = sorted(set.intersection(*map(set, found))) if found else []
     return np.array(epochs), np.array([[line[e] for e in epochs] for line in found], float).reshape(len(found), len(epochs))
 

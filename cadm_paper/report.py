@@ -5,6 +5,7 @@
 # %% ../nbs/07_report.ipynb #29afd25b
 from __future__ import annotations
 
+import base64
 import csv
 import functools
 import io
@@ -27,11 +28,14 @@ from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow
 from .record import RecordError, RunRecord, is_record, load_runs
 
 # %% auto #0
-__all__ = ['PLANS', 'ROWS', 'COMPARED', 'TEMPLATES', 'TABLE_CSS', 'TablePlan', 'Line', 'setup', 'block_key', 'differs', 'stale',
-           'measured_line', 'Unfinished', 'unfinished_runs', 'notebook_error', 'Block', 'block', 'absent_lines',
-           'block_warnings', 'ResultTable', 'table', 'environment_of_templates', 'template', 'table_markdown',
-           'table_data', 'table_csv', 'save_table', 'TableParameters', 'FigureParameters', 'read_parameters', 'NoRuns',
-           'find_runs', 'out_folder', 'pick', 'pair_of_runs']
+__all__ = ['PLANS', 'ROWS', 'COMPARED', 'TEMPLATES', 'TABLE_CSS', 'MAIN', 'PAGE_CSS', 'TablePlan', 'Line', 'setup', 'block_key',
+           'differs', 'measured_line', 'Unfinished', 'unfinished_runs', 'notebook_error', 'outdated', 'Standing',
+           'run_key', 'standing', 'Block', 'block', 'absent_lines', 'block_warnings', 'ResultTable', 'table',
+           'dataset_blocks', 'environment_of_templates', 'template', 'table_markdown', 'table_data', 'table_csv',
+           'save_table', 'TableParameters', 'FigureParameters', 'read_parameters', 'NoRuns', 'find_runs', 'out_folder',
+           'pick', 'pair_of_runs', 'choose_each', 'Gain', 'gain', 'gain_sentence', 'headline', 'Plate', 'plate',
+           'plates', 'by_setup', 'seconds_text', 'flat', 'run_entry', 'Report', 'all_tables', 'report_html', 'text_uri',
+           'build_report']
 
 # %% ../nbs/07_report.ipynb #b3a25495
 @dataclass(frozen=True)
@@ -86,18 +90,6 @@ def differs(one: tuple, usual: tuple) -> str:
     "What a setup has other than the usual one, in words."
     usual = dict(usual)
     return ", ".join(f"{k} {v}" for k, v in one if usual.get(k, ...) != v)
-
-# %% ../nbs/07_report.ipynb #af2c72dc
-def stale(record: RunRecord, expected: Iterable[str] = ()) -> str:
-    "Why a record no longer stands for its row, or an empty string; `expected`: digests that are asked for now."
-    try:
-        now = config_digest(TrainConfig(**record.config))
-    except ConfigError as error:
-        return f"its configuration is no longer understood ({error})"
-    if now != record.digest:
-        return "made when the configuration meant something else"
-    expected = set(expected)
-    return "made with another configuration than is asked for now" if expected and record.digest not in expected else ""
 
 # %% ../nbs/07_report.ipynb #2cadd203
 def measured_line(runs: Sequence[RunRecord], note: str = "") -> Line:
@@ -155,6 +147,47 @@ def notebook_error(path: Path) -> str:
         return ""
     return f"failed with {errors[0]}" if errors else ""
 
+# %% ../nbs/07_report.ipynb #1e14ac25
+def outdated(record: RunRecord) -> str:
+    "Why a record's configuration is no longer what it was, or an empty string."
+    asked = record.extra.get("requested", record.config)
+    try:
+        same = config_digest(TrainConfig(**asked)) == record.digest
+    except ConfigError as error:
+        return f"its configuration is no longer understood ({error})"
+    return "" if same else "made when the configuration meant something else"
+
+# %% ../nbs/07_report.ipynb #fd7d1791
+@dataclass(frozen=True)
+class Standing:
+    "What is known about runs beside their records: unfinished ones, and why a record is stale or was made elsewhere, by data set/name."
+    unfinished: tuple[Unfinished, ...] = ()
+    stale: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
+
+    def why_stale(self, record: RunRecord) -> str:
+        "Why a record no longer stands for its row, or an empty string."
+        return self.stale.get(run_key(record), "") or outdated(record)
+
+def run_key(record: RunRecord) -> str:
+    "Data set and folder, as the workflow names a run."
+    return f"{record.folder.parent.name}/{record.folder.name}"
+
+# %% ../nbs/07_report.ipynb #0433c9fc
+def standing(folder) -> Standing:
+    "What a folder of runs and its `status.json`, if the workflow left one, say beside the records."
+    try:
+        said = json.loads((Path(folder) / "status.json").read_text(encoding="utf-8"))["runs"]
+        said = {entry["run"]: (entry["state"], str(entry.get("reason") or "")) for entry in said}
+    except (OSError, ValueError, KeyError, TypeError):
+        said = {}
+    unfinished = {f"{u.dataset}/{u.name}": u for u in unfinished_runs(folder)}
+    for key, (state, reason) in said.items():
+        if state in ("failed", "interrupted") and "/" in key:
+            unfinished[key] = Unfinished(*key.split("/", 1), f"{state}: {reason}")
+    of = lambda wanted: {key: reason for key, (state, reason) in said.items() if state == wanted}
+    return Standing(tuple(unfinished.values()), of("stale"), of("submitted"))
+
 # %% ../nbs/07_report.ipynb #7a039207
 @dataclass
 class Block:
@@ -173,19 +206,20 @@ class Block:
         return f"{self.dataset}{size}{made_up}"
 
 # %% ../nbs/07_report.ipynb #beb1dd2b
-def block(runs: Sequence[RunRecord], expected: Iterable[str] = (), unfinished: Iterable[Unfinished] = ()) -> Block:
+def block(runs: Sequence[RunRecord], known: Standing = Standing()) -> Block:
     "The five rows for runs of one data set, size and backbone: measured, stale, failed or missing, and further rows after them."
     usual = Counter(setup(r) for r in runs).most_common(1)[0][0]
     groups: dict[tuple, list[RunRecord]] = {}
     for record in runs:
-        groups.setdefault((row_key(record), setup(record), stale(record, expected)), []).append(record)
+        groups.setdefault((row_key(record), setup(record), known.why_stale(record)), []).append(record)
     lines = []
     for (_, this, why), same in groups.items():
-        line = measured_line(same, differs(this, usual))
+        elsewhere = {known.elsewhere.get(run_key(r), "") for r in same}
+        line = measured_line(same, "; ".join(filter(None, [differs(this, usual), *sorted(elsewhere)])))
         if why:
             line.state, line.note = "stale", f"{line.note}; stale: {why}"
         lines.append(line)
-    lines += absent_lines({line.key for line in lines}, unfinished)
+    lines += absent_lines({line.key for line in lines}, [u for u in known.unfinished if u.dataset == block_key(runs[0])[0]])
     place = {key: n for n, key in enumerate(ROWS)}
     lines.sort(key=lambda line: (place.get(line.key, 99), line.key[1] or 0, line.state == "stale"))
     return Block(*block_key(runs[0]), lines, block_warnings(runs))
@@ -211,8 +245,8 @@ def block_warnings(runs: Sequence[RunRecord]) -> list[str]:
             warnings.append(f"rows differ in {what}: {'; '.join(f'{n} × {text}' for text, n in sorted(found.items()))}")
     if modified := [r.name for r in runs if r.environment.get("code", {}).get("modified")]:
         warnings.append(f"made with uncommitted changes to the code: {', '.join(modified)}")
-    if gone := sorted({len(r.dataset.get("missing") or ()) for r in runs} - {0}):
-        warnings.append(f"photographs that are listed but were not there: {', '.join(map(str, gone))}")
+    if gone := max(sum(len((r.dataset.get(split) or {}).get("missing_ids") or ()) for split in ("train", "test")) for r in runs):
+        warnings.append(f"{gone} photographs are listed but were not there")
     return warnings
 
 COMPARED = {
@@ -243,7 +277,8 @@ class ResultTable:
     def parts(self) -> list[tuple[str, str, list[Line]]]:
         "(kind, heading, lines) of each part of the table."
         measured = [("measured", f"Measured here: {b.title}", b.lines) for b in self.blocks]
-        return [("printed", f"As printed in the paper: {self.printed_title}", self.printed), *measured]
+        printed = [("printed", f"As printed in the paper: {self.printed_title}", self.printed)] if self.printed else []
+        return printed + measured
 
     def html(self) -> str:
         "The table as an HTML fragment."
@@ -272,22 +307,23 @@ class ResultTable:
         return self.markdown()
 
 # %% ../nbs/07_report.ipynb #091eebd3
-def table(name: str, runs: Sequence[RunRecord], datasets: Sequence[str] | None = None, expected: Iterable[TrainConfig] = (),
-          unfinished: Iterable[Unfinished] = ()) -> ResultTable:
+def table(name: str, runs: Sequence[RunRecord], datasets: Sequence[str] | None = None, known: Standing = Standing()) -> ResultTable:
     "Table 1 or 2 (`table1`, `table2`): printed rows and the measured rows of `datasets` (the table's own unless named); raises `ValueError` for another name."
     if name not in PLANS:
         raise ValueError(f"there is no {name!r}: one of {', '.join(PLANS)}")
-    plan, unfinished = PLANS[name], list(unfinished)
+    plan = PLANS[name]
     printed = [Line(row.label, dict(row.values), state="printed", key=(row.method, row.lam)) for row in plan.printed]
-    digests, blocks = [config_digest(c) for c in expected], []
-    for dataset in datasets or plan.datasets:
-        mine = [r for r in runs if r.dataset.get("name") == dataset]
-        begun = [u for u in unfinished if u.dataset == dataset]
-        for key in sorted({block_key(r) for r in mine}, key=str):
-            blocks.append(block([r for r in mine if block_key(r) == key], digests, begun))
-        if not mine and (dataset.startswith("scenes") or begun or datasets):
-            blocks.append(Block(dataset, None, None, absent_lines(set(), begun)))
+    blocks = [b for dataset in datasets or plan.datasets for b in dataset_blocks(dataset, runs, known, always=bool(datasets))]
     return ResultTable(name, plan.title, f"{plan.data}, 448 × 448 px, ResNet-101", printed, blocks)
+
+# %% ../nbs/07_report.ipynb #19c4d1a0
+def dataset_blocks(dataset: str, runs: Sequence[RunRecord], known: Standing, always: bool = False) -> list[Block]:
+    "One block for each image size and backbone; without any run, a block of absent rows for the embedded benchmark, or if asked for."
+    mine = [r for r in runs if r.dataset.get("name") == dataset]
+    begun = [u for u in known.unfinished if u.dataset == dataset]
+    if not mine and (always or begun or dataset.startswith("scenes")):
+        return [Block(dataset, None, None, absent_lines(set(), begun))]
+    return [block([r for r in mine if block_key(r) == key], known) for key in sorted({block_key(r) for r in mine}, key=str)]
 
 # %% ../nbs/07_report.ipynb #48f0db45
 TEMPLATES = {}
@@ -316,7 +352,7 @@ TABLE_CSS = """
 .cadm .note { display: block; font-size: .8em; opacity: .75; }
 .cadm .sd { display: block; font-size: .8em; opacity: .75; }
 .cadm .why { text-align: left; font-style: italic; }
-.cadm .stale td { text-decoration: line-through; opacity: .6; }
+.cadm .stale td { font-style: italic; opacity: .6; }
 """
 
 # %% ../nbs/07_report.ipynb #b0210002
@@ -402,7 +438,7 @@ class TableParameters(BaseModel):
 
 class FigureParameters(TableParameters):
     "Parameters of fig2.ipynb and fig4.ipynb."
-    dataset: str = Field("scenes-coco", description="data set whose runs are drawn")
+    dataset: str | None = Field(None, description="only this data set; none given: every one that has runs")
     images: int = Field(4, ge=1, description="how many of the drawn test images")
     seed: int | None = Field(None, ge=0, description="seed of the run; none given: the lowest there is")
     lam: float = Field(0.5, ge=0, description="lambda of the run with the embedding loss")
@@ -445,13 +481,13 @@ def out_folder(out_dir: str | None, kind: str) -> Path:
 
 # %% ../nbs/07_report.ipynb #12275858
 def pick(runs: Sequence[RunRecord], method: str, lam: float | None = None, dataset: str | None = None, seed: int | None = None) -> RunRecord:
-    "The run of a row with the lowest seed (or with `seed`) that is not stale. Raises `NoRuns` naming what to train."
+    "The run of a row with the lowest seed (or with `seed`), an outdated one last. Raises `NoRuns` naming what to train."
     key = (method, lam if method == "cadm" else None)
     found = [r for r in runs if row_key(r) == key and dataset in (None, r.dataset.get("name")) and seed in (None, r.config["seed"])]
     if not found:
         what = " ".join(filter(None, [f"--dataset {dataset}" if dataset else "", f"--method {method}", f"--lam {lam:g}" if method == "cadm" else "", f"--seed {seed or 0}"]))
         raise NoRuns(f"no finished run of {row_name(key)}{' on ' + dataset if dataset else ''}: `cadm train --preset mini {what}`, or `cadm reproduce`")
-    return min(found, key=lambda r: (bool(stale(r)), r.config["seed"], r.name))
+    return min(found, key=lambda r: (bool(outdated(r)), r.config["seed"], r.name))
 
 # %% ../nbs/07_report.ipynb #c69ba2c4
 def pair_of_runs(runs: Sequence[RunRecord], dataset: str, lam: float = 0.5, seed: int | None = None) -> tuple[RunRecord, RunRecord]:
@@ -459,3 +495,310 @@ def pair_of_runs(runs: Sequence[RunRecord], dataset: str, lam: float = 0.5, seed
     with_ = pick(runs, "cadm", lam, dataset, seed)
     same = [r for r in runs if setup(r) == setup(with_) and r.config["seed"] == with_.config["seed"]]
     return pick(same, "cadm", 0.0, dataset, with_.config["seed"]), with_
+
+# %% ../nbs/07_report.ipynb #8d209a71
+def choose_each(choose, datasets: Sequence[str]) -> list:
+    "`choose(dataset)` for each data set; one without the runs it takes is named in a printed line. Raises `NoRuns` if none has them."
+    found, lacking = [], []
+    for dataset in datasets:
+        try:
+            found.append(choose(dataset))
+        except NoRuns as error:
+            lacking.append(str(error))
+            print(f"not drawn: {error}")
+    if lacking and not found:
+        raise NoRuns("; ".join(lacking))
+    return found
+
+# %% ../nbs/07_report.ipynb #df79bff2
+MAIN = ("mAP", "CF1", "OF1")  # "relatively more important", Sec. 3.1
+
+@dataclass(frozen=True)
+class Gain:
+    "lambda = 0.5 minus lambda = 0 in points, on one data set: means over seeds, the seeds' own differences, and the printed ones."
+    dataset: str
+    seeds: tuple[int, ...]
+    points: dict[str, float]
+    each: dict[str, tuple[float, ...]]
+    printed: dict[str, float]
+    printed_on: str
+
+# %% ../nbs/07_report.ipynb #6e6e2c7c
+def gain(of: Block, plan: TablePlan) -> Gain | None:
+    "The block's gain over the seeds that both rows have under one setup; None where there is no such seed."
+    lines = {lam: [r for line in of.lines if line.key == ("cadm", lam) and line.state == "measured" for r in line.runs] for lam in (0.0, 0.5)}
+    pairs = sorted(((a.config["seed"], a, b) for a in lines[0.0] for b in lines[0.5] if a.config["seed"] == b.config["seed"] and setup(a) == setup(b)), key=lambda t: t[0])
+    if not pairs:
+        return None
+    each = {m: tuple(100 * (b.metrics[m] - a.metrics[m]) for _, a, b in pairs) for m in MAIN}
+    printed = {row.lam: row.values for row in plan.printed if row.method == "cadm"}
+    return Gain(of.dataset, tuple(seed for seed, _, _ in pairs), {m: float(np.mean(v)) for m, v in each.items()}, each,
+                {m: printed[0.5][m] - printed[0.0][m] for m in MAIN}, plan.data)
+
+# %% ../nbs/07_report.ipynb #0e4781b8
+def gain_sentence(of: Gain) -> str:
+    "The gain in words, with what one seed can and cannot say."
+    signed = lambda v: f"{v:+.1f}".replace("-", "−")
+    points = ", ".join(f"{m} {signed(of.points[m])}" for m in MAIN)
+    printed = ", ".join(f"{m} {signed(of.printed[m])}" for m in MAIN)
+    sure = ("One seed: a difference of this size can be chance." if len(of.seeds) == 1 else
+            f"Mean of {len(of.seeds)} seeds; by seed, mAP {', '.join(signed(v) for v in of.each['mAP'])}.")
+    return f"With the embedding loss (λ = 0.5) against without (λ = 0), measured on {of.dataset}: {points} points. {sure} The paper prints {printed} for {of.printed_on}."
+
+# %% ../nbs/07_report.ipynb #adc30e95
+def headline(tables: Sequence[ResultTable]) -> list[str]:
+    "The report in a few lines: mAP of every row of every block, and what the embedding loss changed."
+    lines = []
+    for shown in tables:
+        for part in shown.blocks:
+            cells = [f"{line.label} {line.cell('mAP') if line.values else '(' + line.note + ')'}{' (stale)' if line.state == 'stale' else ''}" for line in part.lines]
+            lines.append(f"{shown.title}, {part.title}: mAP " + " | ".join(cells))
+            if shown.name in PLANS and (change := gain(part, PLANS[shown.name])):
+                lines.append(gain_sentence(change))
+    return lines
+
+# %% ../nbs/07_report.ipynb #2f020860
+@dataclass
+class Plate:
+    "A picture of the page, or the reason why it is not there."
+    title: str
+    picture: Picture | None = None
+    problem: str = ""
+    form: str = "png"
+
+    @property
+    def uri(self) -> str: return data_uri(self.picture.data(self.form), self.form)
+    @property
+    def wide(self) -> bool: return self.picture.figure.get_figwidth() > 4
+
+# %% ../nbs/07_report.ipynb #3d92f6c7
+def plate(title: str, draw, form: str = "png") -> Plate:
+    "Draw, or keep the reason: a run that is missing or was changed takes its picture with it, not the page."
+    try:
+        return Plate(title, draw(), form=form)
+    except (RecordError, ValueError) as error:
+        return Plate(title, problem=str(error).replace(str(Path.cwd()), "."))
+
+# %% ../nbs/07_report.ipynb #e557f1a4
+def plates(dataset: str, runs: Sequence[RunRecord]) -> list[Plate]:
+    "All pictures of a data set's runs."
+    mine = [r for r in runs if r.dataset.get("name") == dataset]
+    chosen = lambda: pick(mine, "cadm", 0.5, dataset)
+    main = max(by_setup(mine), key=len)                        # curves of one setup, or they compare recipes
+    return [
+        plate("Figure 2: the maps of all classes, sorted by activation", lambda: figure2(chosen(), images=4)),
+        plate("Figure 4: maps without and with the embedding loss", lambda: figure4(*pair_of_runs(mine, dataset), images=4)),
+        plate("Maps over the picture", lambda: overlays(chosen(), 0)),
+        plate("Training curves", lambda: curves([r for r in main if r.history]), "svg"),
+        plate("Average precision by class", lambda: per_class(main), "svg"),
+        plate("Which labels occur together", lambda: cooccurrence(mine[0])),
+    ]
+
+def by_setup(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    "Runs grouped by setup, as they come."
+    groups: dict[tuple, list] = {}
+    for record in runs:
+        groups.setdefault(setup(record), []).append(record)
+    return list(groups.values())
+
+# %% ../nbs/07_report.ipynb #4243db84
+def seconds_text(seconds: float | None) -> str:
+    "A time a person reads."
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{seconds:.1f} s" if seconds < 60 else f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+# %% ../nbs/07_report.ipynb #456b58c6
+def flat(value, name: str = "") -> list[tuple[str, str]]:
+    "A nested dictionary as (dotted name, text) pairs; long lists are counted, not written out."
+    if isinstance(value, dict):
+        return [pair for k in value for pair in flat(value[k], f"{name}.{k}" if name else str(k))]
+    if isinstance(value, list) and (len(value) > 8 or any(isinstance(v, (dict, list)) for v in value)):
+        return [(name, f"{len(value)} entries")]
+    text = "none" if value is None else f"{value:.6g}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return [(name, text)]
+
+# %% ../nbs/07_report.ipynb #946d9f8d
+def run_entry(record: RunRecord, why: str = "") -> dict:
+    "What the page says of a run: name, row, times, and its configuration, data, environment and numbers as name-value pairs."
+    asked = record.extra.get("requested", {})
+    config = [(k, v, f"asked for: {asked[k]}" if k in asked and asked[k] != record.config[k] else "") for k, v in flat(record.config)]
+    others = {k: v for k, v in record.extra.items() if k not in ("requested", "per_class_ap")}
+    return {"name": source(record), "row": row_name(row_key(record)), "seed": record.config["seed"], "epochs": len(record.history) or "–",
+            "time": seconds_text(record.timing.get("wall_s")), "training": seconds_text(record.timing.get("training_s")), "stale": why,
+            "device": record.environment.get("device"), "config": config, "metrics": flat(record.metrics), "dataset": flat(record.dataset),
+            "environment": flat(record.environment), "others": flat(others), "digest": record.digest, "timing": flat(record.timing)}
+
+# %% ../nbs/07_report.ipynb #b5fada32
+PAGE_CSS = """
+:root { color-scheme: light dark; --bg: #fff; --fg: #1b1f24; --soft: #59636e; --line: #d8dee4; --card: #f6f8fa; --link: #0550ae; --warn: #fff5d6; --warnline: #bf8700; }
+@media (prefers-color-scheme: dark) { :root { --bg: #14181d; --fg: #e6e9ec; --soft: #9aa4af; --line: #353d46; --card: #1c2229; --link: #79b8ff; --warn: #2d2611; --warnline: #bb8b1d; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--fg); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 1.2rem 1rem 4rem; }
+a { color: var(--link); }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: .6rem 0 .3rem; }
+h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-top: .9rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
+p { max-width: 46rem; margin: .5rem 0; }
+nav a { margin-right: 1rem; white-space: nowrap; }
+code { font: .88em ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
+.soft { color: var(--soft); font-size: .9rem; }
+.warn { background: var(--warn); border-left: 4px solid var(--warnline); padding: .5rem .8rem; margin: .6rem 0; max-width: none; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; margin: 1rem 0; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; }
+.card h3 { margin: 0 0 .5rem; }
+.bar { display: grid; grid-template-columns: minmax(0, 12.5rem) 1fr 3.4rem; gap: .6rem; align-items: center; font-size: .86rem; margin: .28rem 0; }
+.bar i { display: block; height: .8rem; border-radius: .2rem; background: var(--fg); }
+.bar b { text-align: right; font-variant-numeric: tabular-nums; }
+.bar em { grid-column: 2 / 4; color: var(--soft); }
+"""
+
+# %% ../nbs/07_report.ipynb #0d8cb014
+PAGE_CSS += """
+.scroll { overflow-x: auto; margin: .8rem 0; }
+.cadm { font-size: .84rem; }
+.cadm thead th, .cadm .part th { border-color: var(--line); }
+.cadm .measured .part th { color: var(--link); }
+.cadm tbody tr:not(.part):hover { background: var(--card); }
+figure { margin: 1rem 0 2rem; }
+figure .scroll { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .6rem; margin: 0 0 .5rem; }
+figure img { display: block; height: auto; max-width: 100%; }
+figure.wide img { width: 100%; min-width: 42rem; }
+figcaption { font-size: .9rem; max-width: 52rem; }
+figcaption b { display: block; }
+details { border: 1px solid var(--line); border-radius: .5rem; margin: .5rem 0; background: var(--card); }
+summary { cursor: pointer; padding: .45rem .8rem; overflow-wrap: anywhere; }
+summary small { color: var(--soft); }
+details > div { padding: 0 .8rem .8rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: .1rem 1.4rem; margin: .3rem 0 .8rem; font-size: .82rem; }
+dl div { display: flex; justify-content: space-between; gap: .8rem; border-bottom: 1px dotted var(--line); }
+dt { color: var(--soft); } dd { margin: 0; text-align: right; overflow-wrap: anywhere; min-width: 0; }
+"""
+
+# %% ../nbs/07_report.ipynb #9146f258
+TEMPLATES["bars.html"] = """
+<div class="card"><h3>{{ block.title }}</h3>
+<p class="soft">mAP on the test split, percent</p>
+{% for line in block.lines %}
+<div class="bar{{ " stale" if line.state == "stale" }}"><span>{{ line.label }}{% if line.state == "stale" %} <small class="soft">(stale)</small>{% endif %}</span>
+{% if line.values %}
+<span><i style="width: {{ "%.1f"|format(line.values.mAP or 0) }}%{% if line.key[0] != "linear_probe" %}; background: {{ colour(line.key) }}{% endif %}"></i></span><b>{{ line.number("mAP") }}{% if line.sd %}<small class="soft"> {{ line.spread("mAP") }}</small>{% endif %}</b>
+{% else %}
+<em>{{ line.note }}</em>
+{% endif %}
+</div>
+{% endfor %}
+</div>
+"""
+
+# %% ../nbs/07_report.ipynb #1e12bd22
+TEMPLATES["figure.html"] = """
+{% if plate.picture %}
+<figure{% if plate.wide %} class="wide"{% endif %}><div class="scroll"><img src="{{ plate.uri }}" alt="{{ plate.title }}"></div>
+<figcaption><b>{{ plate.title }}</b> {{ plate.picture.caption }} <span class="soft">From {{ plate.picture.sources|join(", ") }}.</span></figcaption></figure>
+{% else %}
+<p class="warn"><b>{{ plate.title }}</b> is not drawn: {{ plate.problem }}</p>
+{% endif %}
+"""
+
+TEMPLATES["pairs.html"] = """
+<dl>{% for pair in pairs %}<div><dt>{{ pair[0] }}</dt><dd>{{ pair[1] }}{% if pair[2] is defined and pair[2] %} <span class="soft">({{ pair[2] }})</span>{% endif %}</dd></div>{% endfor %}</dl>
+"""
+
+# %% ../nbs/07_report.ipynb #1c056ff3
+TEMPLATES["run.html"] = """
+<details><summary><b>{{ run.row }}</b>, seed {{ run.seed }} <small>{{ run.name }} · {{ run.time }}{% if run.stale %} · stale: {{ run.stale }}{% endif %}</small></summary><div>
+<p class="soft">Digest <code>{{ run.digest }}</code></p>
+{% for title, pairs in [("Configuration", run.config), ("Numbers (fractions)", run.metrics), ("Data", run.dataset), ("Environment", run.environment), ("Time", run.timing), ("Else", run.others)] %}
+{% if pairs %}
+<h3>{{ title }}</h3>
+{% include "pairs.html" %}
+{% endif %}
+{% endfor %}
+</div></details>
+"""
+
+# %% ../nbs/07_report.ipynb #eb811928
+TEMPLATES["report.html"] = """
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>CADM, reproduced: report</title>
+<link rel="icon" href="data:,"><style>{{ css|safe }}</style></head><body><main>
+<h1>CADM, reproduced</h1>
+<p>What was measured here beside what is printed in <i>Multi-Label Image Recognition with Joint Class-Aware Map Disentangling and Label Correlation Embedding</i> (Chen, Wei, Jin, Guo; ICME 2019). Everything on this page is made from {{ runs|length }} run records, without training.</p>
+<nav><a href="#tables">Tables</a> <a href="#figures">Figures</a> <a href="#runs">Runs</a></nav>
+{% if synthetic %}<p class="warn"><b>Synthetic records.</b> The numbers and pictures on this page are made up for demonstration. They are not results.</p>{% endif %}
+{% for warning in warnings %}<p class="warn">{{ warning }}</p>{% endfor %}
+<div class="cards">{% for block in blocks %}{% include "bars.html" %}{% endfor %}</div>
+{% for sentence in gains %}<p>{{ sentence }}</p>{% endfor %}
+<h2 id="tables">Tables 1 and 2</h2>
+<p>Printed and measured rows answer the same question on different data: compare rows within a part, never across. All measured rows of a part share one recipe unless a row says otherwise.</p>
+{% for table in tables %}
+<div class="scroll">{% include "table.html" %}</div>
+<p class="soft">As data: {% for form, uri in downloads[table.name] %}<a download="{{ table.name }}.{{ form }}" href="{{ uri }}">{{ form }}</a> {% endfor %}</p>
+{% endfor %}
+<h2 id="figures">Figures</h2>
+{% for dataset, shown in figures %}
+<h3>{{ dataset }}</h3>
+{% for plate in shown %}{% include "figure.html" %}{% endfor %}
+{% endfor %}
+<h2 id="runs">Runs</h2>
+<p>Every run with its complete configuration, how long it took and what it ran on. Together {{ total }}.</p>
+{% for name, why in unfinished %}<p class="warn"><code>{{ name }}</code>: {{ why }}</p>{% endfor %}
+{% for run in runs %}{% include "run.html" %}{% endfor %}
+<p class="soft">Made by <code>cadm reproduce</code>. The same records give this page again, byte for byte.</p>
+</main></body></html>
+"""
+
+# %% ../nbs/07_report.ipynb #188b2ef2
+@dataclass(frozen=True)
+class Report:
+    "A written report: the page and what it says in a few lines."
+    path: Path
+    headline: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str: return "\n".join([*self.headline, *(f"Warning: {w}" for w in self.warnings), f"report: {self.path}"])
+
+# %% ../nbs/07_report.ipynb #17120e4e
+def all_tables(runs: Sequence[RunRecord], known: Standing = Standing()) -> list[ResultTable]:
+    "Tables 1 and 2 and, where there are runs on further data sets, one for those."
+    tables = [table(name, runs, known=known) for name in PLANS]
+    placed = {d for plan in PLANS.values() for d in plan.datasets}
+    others = sorted({str(r.dataset.get("name")) for r in runs} - placed)
+    if others:
+        tables.append(ResultTable("others", "Other data sets", "no such table", [], [b for d in others for b in dataset_blocks(d, runs, known)]))
+    return tables
+
+# %% ../nbs/07_report.ipynb #5b089f55
+def report_html(runs: Sequence[RunRecord], known: Standing = Standing()) -> str:
+    "The page as text."
+    tables = all_tables(runs, known)
+    blocks = [b for t in tables for b in t.blocks]
+    gains = [gain_sentence(g) for t in tables if t.name in PLANS for b in t.blocks if (g := gain(b, PLANS[t.name]))]
+    downloads = {t.name: [(form, text_uri(text, kind)) for form, text, kind in (("csv", t.csv(), "text/csv"), ("md", t.markdown(), "text/markdown"),
+                 ("json", json.dumps(t.data(), ensure_ascii=False, indent=1), "application/json"))] for t in tables}
+    figures = [(d, plates(d, runs)) for d in dict.fromkeys(b.dataset for b in blocks) if any(r.dataset.get("name") == d for r in runs)]
+    total = seconds_text(sum(r.timing.get("wall_s") or 0 for r in runs))
+    return template("report.html").render(
+        css=TABLE_CSS + PAGE_CSS, tables=tables, columns=COLUMNS, blocks=blocks, gains=gains, downloads=downloads, figures=figures, colour=row_colour,
+        warnings=[w for t in tables for w in t.warnings], synthetic=any(r.extra.get("synthetic") for r in runs), total=total,
+        unfinished=[(f"{u.dataset}/{u.name}", u.why) for u in known.unfinished], runs=[run_entry(r, known.why_stale(r)) for r in runs]).strip() + "\n"
+
+def text_uri(text: str, kind: str) -> str:
+    "Text as an address that needs no file."
+    return f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
+
+# %% ../nbs/07_report.ipynb #491f15e5
+def build_report(runs_dir=None, out=None) -> Report:
+    "Write out/index.html (outputs/report) from the records below `runs_dir` (outputs/runs), whole or not at all. Raises `NoRuns` without any."
+    folder = Path(runs_dir) if runs_dir else default_folder("outputs") / "runs"
+    path = (Path(out) if out else default_folder("outputs") / "report") / "index.html"
+    known, runs = standing(folder), load_runs(folder)
+    if not runs and not known.unfinished:
+        raise NoRuns(f"no run in {folder}. Make them with `cadm reproduce`, or name another folder")
+    with whole_file(path, "w") as file:
+        file.write(report_html(runs, known))
+    tables = all_tables(runs, known)
+    return Report(path, tuple(headline(tables)), tuple(w for t in tables for w in t.warnings))

@@ -72,7 +72,7 @@ def made_history(config: TrainConfig, final: float) -> list[dict]:
         left = 0.75 ** (epoch + 1)
         cls, lce = 2 + 4 * left, 3 * left
         last = epoch == config.epochs - 1
-        rows.append({"epoch": epoch, "lr": learning_rate(config, epoch), "loss": cls + lam * lce, "loss_cls": cls,
+        rows.append({"epoch": epoch + 1, "lr": learning_rate(config, epoch), "loss": cls + lam * lce, "loss_cls": cls,
                      "loss_lce": lce, "mAP": final if last else final * (1 - left)})
     return rows
 
@@ -96,10 +96,10 @@ def synthetic_run(folder, *, images: int = 200, classes: int = 20, drawn: int = 
                     maps=made_maps(boxes, drawn, classes, 10, rng), **{k: v[:drawn] for k, v in scores.items()}, **pictures)
         beside.append("maps.npz")
     metrics = multilabel_metrics(scores["scores"], targets)
-    data = {"images": images, "fingerprint": "made up"}
+    data = {"images": images, "classes": classes, "fingerprint": "made up", "missing_ids": []}
     return write_record(folder, run_name(config), config, beside, metrics=metrics, history=made_history(config, metrics["mAP"]),
-                        dataset={"name": config.dataset, "classes": list(names), "train": data, "test": data, "missing": []},
-                        environment=environment(), timing={"seconds": 0.0}, synthetic=True)
+                        dataset={"name": config.dataset, "classes": list(names), "train": data, "test": data},
+                        environment=environment(), timing={"wall_s": 0.0, "training_s": 0.0}, synthetic=True)
 
 # %% ../nbs/05f_synthetic.ipynb #f38204e6
 ROWS = (("linear_probe", None), ("baseline_gap", None), ("baseline", None), ("cadm", 0.0), ("cadm", 0.5))
