@@ -150,7 +150,10 @@ def compare_scores(scores: Any, against: Any, targets: Any, replicates: int = 10
 
 # %% ../nbs/03b_compare.ipynb #61dac347
 def class_table(scores: Any, targets: Any, classes: Sequence[str] | None = None, threshold: float = 0.5, k: int = 3) -> "pd.DataFrame":
-    """One row per class: labelled images, positives, AP and its VOC forms, and given, right, precision, recall, F1 for All and top-k; AP, recall and F1 are NaN without positives."""
+    """One row per class: labelled images, positives, AP and its VOC forms; predicted, correct, precision, recall, F1 for All and top-k.
+
+    AP, recall and F1 are NaN for a class without positives.
+    """
     import pandas as pd
 
     s, y = checked(scores, targets)
@@ -202,7 +205,8 @@ def plot_precision_recall(methods: Mapping[str, Any], targets: Any, classes: Seq
     show = [names[c] for c in sorted(frequent) if (y[:, c] == 1).any()] if show is None else list(show)
     if unknown := [name for name in show if name not in names]:
         raise ValueError(f"there is no class {unknown[0]!r}")
-    figure, axes = plt.subplots(-(-len(show) // columns), columns, figsize=(2 * columns, 2.1 * -(-len(show) // columns)), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    rows = -(-len(show) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.1 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained")
     for ax, name in zip(axes.flat, show):
         for method, (s, _) in arrays.items():
             curve = precision_recall(s[:, names.index(name)], y[:, names.index(name)])
@@ -318,7 +322,10 @@ def match(first: ScoreFile, second: ScoreFile) -> ScoreFile:
 # %% ../nbs/03b_compare.ipynb #83120571
 def evaluation(scores: str | Path, against: str | Path | None = None, *, threshold: float = 0.5, k: int = 3, array: str = "scores",
                unlabelled: Literal["keep", "drop"] = "keep", replicates: int = 1000, level: float = 0.95, seed: int = 0) -> dict:
-    """Evaluate a score file, and its difference to another: a dict fit for JSON with `metrics`, `intervals`, `difference`, `per_class`, and what they were made of."""
+    """Evaluate a score file and its difference to another: a dict fit for JSON with `metrics`, `intervals`, `per_class`, `against`, `difference`.
+
+    Raises ScoreFileError for files that cannot be read or do not belong together, ValueError for options without a meaning.
+    """
     checked_rule(threshold, k)
     if unlabelled not in ("keep", "drop") or replicates < 0:
         raise ValueError(f"unlabelled is keep or drop, not {unlabelled!r}; replicates is 0 (no intervals) or more, not {replicates}")
@@ -398,7 +405,9 @@ def evaluate_files(scores: Path, against: Path | None = None, *, json: Path | No
     counts = found["counts"]
     print(format_evaluation(found))
     print("{images:,} images ({unlabelled_images:,} without a label), {classes} classes ({classes_without_positive} without a positive), "
-          "{labels:,} labels, {ignored:,} ignored".format(**counts) + (f"; {level:.0%} intervals from {replicates:,} bootstrap replicates" if replicates else ""))
+          "{labels:,} labels, {ignored:,} ignored".format(**counts))
+    if replicates:
+        print(f"from, to: {100 * level:g} % intervals, {replicates:,} bootstrap replicates over images")
     if json is not None:
         write_json(json, found)
     for path, table in ((csv, metric_lines(found)), (per_class, pd.DataFrame(found["per_class"]))):

@@ -231,7 +231,7 @@ class MultiLabelMetrics:
 
     def reset(self) -> None:
         """Forget all images."""
-        self._batches: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+        self._batches: list[tuple[np.ndarray, np.ndarray]] = []
 
     def __len__(self) -> int:
         return sum(len(s) for s, _ in self._batches)
@@ -241,7 +241,7 @@ class MultiLabelMetrics:
         s, y = checked(scores, targets)
         if self._batches and self._batches[0][0].shape[1] != s.shape[1]:
             raise ValueError(f"this batch has {s.shape[1]} classes, those before had {self._batches[0][0].shape[1]}")
-        self._batches += ((s.copy(), y.copy()),)
+        self._batches.append((s.copy(), y.copy()))
 
     def merge(self, other: "MultiLabelMetrics") -> "MultiLabelMetrics":
         """Add another object's images to this one (the other is unchanged); ValueError if threshold, k or classes differ. Returns self."""
@@ -250,7 +250,7 @@ class MultiLabelMetrics:
         widths = {s.shape[1] for s, _ in self._batches + other._batches}
         if len(widths) > 1:
             raise ValueError(f"cannot merge objects with {' and '.join(map(str, sorted(widths)))} classes")
-        self._batches += other._batches
+        self._batches += list(other._batches)
         return self
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:

@@ -116,7 +116,8 @@ def test_evaluate_files_writes_what_it_returns(files, capsys):
     rows = capsys.readouterr().out.splitlines()
     assert rows[1].split() == "mAP CP CR CF1 OP OR OF1 | CP CR CF1 OP OR OF1".split()
     assert rows[2].replace("|", "").split() == ["a.npz"] + [f"{100 * v:.1f}" for v in list(found["metrics"].values())[:13]]
-    assert rows[-1].startswith("50 images (") and "4 classes (1 without a positive)" in rows[-1] and "1 ignored" in rows[-1]
+    assert rows[-2].startswith("50 images (") and "4 classes (1 without a positive)" in rows[-2] and "1 ignored" in rows[-2]
+    assert rows[-1] == "from, to: 95 % intervals, 30 bootstrap replicates over images"
 
 
 def test_swapped_files_give_the_opposite_difference(files):
