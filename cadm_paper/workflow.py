@@ -9,7 +9,9 @@ __all__ = ['SETTINGS', 'OURS', 'WorkflowError', 'Batch', 'nearest', 'expand', 'p
            'runtime_folder', 'thread_limits', 'environment_variables', 'reason_of', 'note_failure', 'install',
            'visible_gpus', 'gpu_lock_folder', 'try_gpus', 'lease_gpus', 'gpus_for', 'data_job', 'pretrain_job',
            'notebook_job', 'report_job', 'states_on_disk', 'write_status', 'reporting_digest', 'take_over', 'end_with',
-           'Session', 'open_session', 'tidy', 'job', 'likely_seconds', 'progress', 'duration', 'default_jobs',
+           'Session', 'open_session', 'tidy', 'job', 'likely_seconds', 'progress', 'duration', 'training_sources',
+           'said', 'runs_table', 'runs_list', 'find_run', 'run_differences', 'runs_diff', 'scores_problems',
+           'labels_fingerprint', 'config_problems', 'record_problems', 'record_file', 'runs_submit', 'default_jobs',
            'engine_command', 'engine', 'dry_run_text', 'headline', 'reproduce', 'conclude']
 
 # %% ../nbs/07b_workflow.ipynb #30896174
@@ -48,7 +50,7 @@ class Batch:
     given: tuple[dict, ...]                       # what each run's line says, defaults included
     title: str = ""
     keep: bool = False                            # finished runs are kept even when the code has changed since
-    notebooks: tuple[str, ...] = ("table1", "table2", "fig2", "fig4")
+    notebooks: dict = field(default_factory=lambda: {name: {} for name in ("table1", "table2", "fig2", "fig4")})   # and their parameters
     report: bool = True
     train_notebook: str = "nbs/experiments/train.ipynb"
     prepare_data: bool = True
@@ -87,7 +89,9 @@ def parse_batch(content: dict, name: str = "batch") -> Batch:
             seen[key] = number
             runs.append(config)
             given.append(values)
-    settings = {k: tuple(content[k]) if isinstance(content[k], list) else content[k] for k in SETTINGS if k in content}
+    settings = {k: content[k] for k in SETTINGS if k in content}
+    if isinstance(settings.get("notebooks"), list):
+        settings["notebooks"] = {n: p for item in settings["notebooks"] for n, p in (item if isinstance(item, dict) else {item: {}}).items()}
     return Batch(name, tuple(runs), tuple(given), **settings)
 
 def checked_run(values: dict, where: str) -> TrainConfig:
@@ -142,6 +146,8 @@ class Folders:
     def runs(self) -> Path: return self.outputs / "runs"
     @property
     def work(self) -> Path: return self.outputs / "work"
+    @property
+    def notebooks(self) -> Path: return self.outputs / "notebooks"
     @property
     def report(self) -> Path: return self.outputs / "report"
 
@@ -242,7 +248,8 @@ def state(run: Run) -> State:
 def plan(batch: Batch, folders: Folders | None = None) -> list[Run]:
     "The runs of a batch, placed and with what they depend on."
     folders = folders or Folders()
-    notebook = project_root() / batch.train_notebook
+    notebook = Path(batch.train_notebook)
+    notebook = notebook if notebook.is_absolute() else project_root() / notebook
     if not notebook.is_file():
         raise WorkflowError(f"{notebook}: the notebook that {batch.name} trains with is not there")
     sources = notebook_sources(notebook)
@@ -319,9 +326,14 @@ def reason_of(error: BaseException) -> str:
     return text.strip().splitlines()[0][:300]
 
 def note_failure(run: Run, error: BaseException) -> None:
-    "Leave beside the workshop why a run failed and where its executed notebook lies."
+    "Leave behind why a run failed, and its executed notebook: where the finished one would lie, unless an older record lies there."
     notebook = run.workshop.with_suffix(".ipynb")
-    write_json(run.failure, {"run": run.key, "config": portable(run.config), "digest": config_digest(run.config), "reason": reason_of(error), "notebook": str(notebook.relative_to(run.folders.outputs)) if notebook.is_file() else None})
+    if notebook.is_file() and not (run.folder / "run.json").exists():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        os.replace(notebook, run.record_notebook)
+        notebook = run.record_notebook
+    where = str(notebook.relative_to(run.folders.outputs)) if notebook.is_file() else None
+    write_json(run.failure, {"run": run.key, "config": portable(run.config), "digest": config_digest(run.config), "reason": reason_of(error), "notebook": where})
 
 # %% ../nbs/07b_workflow.ipynb #3a3211e5
 def install(run: Run, seconds: float) -> None:
@@ -395,13 +407,16 @@ def gpus_for(run: Run, share: int = 1):
 
 # %% ../nbs/07b_workflow.ipynb #4e1f035d
 def data_job(dataset: str, out: Path) -> None:
-    "Make the embedded benchmark, or see that a real data set is there and whole; leaves a summary."
-    root = default_folder("data") / dataset
+    "Make the embedded benchmark, or see that the official files of a data set are there and can be read; leaves a summary."
+    from cadm_paper.data import DATASETS, load_split
+
+    root = default_folder("data") / DATASETS[dataset].folder
     if dataset.startswith("scenes-"):
         from cadm_paper.data.scenes import ensure_scenes
 
         ensure_scenes(dataset, root)
-    write_json(out, {"dataset": dataset, "root": str(root)})
+    counts = {split: len(load_split(dataset, root, split, missing="drop")) for split in ("train", "test")}
+    write_json(out, {"dataset": dataset, "root": str(root), **counts})
 
 def pretrain_job(out: Path) -> None:
     "Train the benchmark's starting backbone on single digits, once."
@@ -410,14 +425,9 @@ def pretrain_job(out: Path) -> None:
     write_json(out, {"root": str(pretrained_digits())})
 
 # %% ../nbs/07b_workflow.ipynb #e188aac6
-def notebook_job(name: str, out: Path, folders: Folders) -> None:
+def notebook_job(name: str, out: Path, batch: Batch, folders: Folders) -> None:
     "Execute one of the notebooks that read records (a table, a figure) with papermill."
-    import papermill as pm
-
-    notebook = project_root() / "nbs" / "experiments" / f"{name}.ipynb"
-    told = {"runs_dir": str(folders.runs), "out_dir": str(folders.report)}
-    known = pm.inspect_notebook(str(notebook))
-    papermill(notebook, out, {k: v for k, v in told.items() if k in known})
+    papermill(project_root() / "nbs" / "experiments" / f"{name}.ipynb", out, {"runs_dir": str(folders.runs), **batch.notebooks[name]})
 
 def report_job(out: Path, folders: Folders) -> None:
     "Write the report from the records."
@@ -433,7 +443,8 @@ def states_on_disk(folders: Folders, sources: dict) -> list[dict]:
     found = {}
     for path in sorted((folders.work / "runs").glob("*/*/*.failed.json")):
         if (failed := read_json(path)) and stamp_name(failed.get("digest", ""), sources)[5:21] == path.name.split(".")[0]:
-            found[failed["run"]] = {"run": failed["run"], "state": "failed", **{k: failed.get(k) for k in ("reason", "notebook", "config")}}
+            seen = f"; executed notebook: {failed['notebook']}" if failed.get("notebook") else ""
+            found[failed["run"]] = {"run": failed["run"], "state": "failed", "reason": failed["reason"] + seen, "notebook": failed.get("notebook"), "config": failed.get("config")}
     for path in sorted(folders.runs.rglob("run.json")):
         if is_record(path):
             key, now = path.parent.relative_to(folders.runs).as_posix(), record_state(path.parent, sources)
@@ -449,14 +460,14 @@ def write_status(folders: Folders, sources: dict) -> dict:
     return status
 
 # %% ../nbs/07b_workflow.ipynb #b471eff6
-def reporting_digest(folders: Folders, sources: dict, notebooks: tuple[str, ...]) -> str:
+def reporting_digest(folders: Folders, sources: dict, notebooks: dict) -> str:
     "Digest of all that tables, figures and the report are made from."
     records = {p.relative_to(folders.runs).as_posix(): sha256_file(p) for p in sorted(folders.runs.rglob("run.json"))}
     books = [project_root() / "nbs" / "experiments" / f"{name}.ipynb" for name in notebooks]
     code = {f"{b.name}/{k}": v for b in books if b.is_file() for k, v in notebook_sources(b).items()}
     report = source_digests(["import cadm_paper.report"])
     states = {s["run"]: f"{s['state']} {s['reason']}" for s in states_on_disk(folders, sources)}
-    return joint_digest({**records, **code, **report, **{f"state of {k}": v for k, v in states.items()}})
+    return joint_digest({**records, **code, **report, "parameters": json.dumps(notebooks, sort_keys=True), **{f"state of {k}": v for k, v in states.items()}})
 
 # %% ../nbs/07b_workflow.ipynb #a03ff7f7
 def take_over(work: Path) -> contextlib.ExitStack:
@@ -506,7 +517,7 @@ class Session:
 
     def reports(self) -> list[str]:
         "What is made of the runs: executed notebooks, and the report."
-        books = [self.folders.report / "notebooks" / f"{name}.ipynb" for name in self.batch.notebooks]
+        books = [self.folders.notebooks / f"{name}.ipynb" for name in self.batch.notebooks]
         return [str(p) for p in [*books, *([self.folders.report / "index.html"] * self.batch.report)]]
 
     def needs(self, key: str) -> list[str]:
@@ -515,6 +526,11 @@ class Session:
         if run.stamp.exists() or not self.batch.prepare_data:
             return []
         return [self.prepared(f"data-{run.config.dataset}")] + [self.prepared("pretrained")] * (run.config.weights == "digits")
+
+    def gpus(self, key: str) -> int:
+        "How many GPUs a run asks a cluster for."
+        config = self.by_key[key].config
+        return config.processes if config.device == "cuda" or config.device == "auto" and visible_gpus() else 0
 
     def prepared(self, what: str) -> str:
         "File that says that data or the starting backbone are ready, by what they depend on."
@@ -566,10 +582,10 @@ def job(arguments: list[str] | None = None) -> None:
         elif what == "pretrain": pretrain_job(Path(rest[0]))
         else:
             write_status(session.folders, session.runs[0].sources)
-            if what == "notebook": notebook_job(rest[0], Path(rest[1]), session.folders)
+            if what == "notebook": notebook_job(rest[0], Path(rest[1]), session.batch, session.folders)
             else: report_job(Path(rest[0]), session.folders)
-    except WorkflowError as error:
-        sys.exit(str(error))
+    except (WorkflowError, ValueError) as error:
+        sys.exit(f"{what}: {error}" if what != "train" else str(error))
 
 # %% ../nbs/07b_workflow.ipynb #b1bffc2f
 def likely_seconds(run: Run, known: list[tuple[Run, float]]) -> float | None:
@@ -599,6 +615,168 @@ def duration(seconds: float) -> str:
     if minutes < 60 * 48: return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
+# %% ../nbs/07b_workflow.ipynb #4c7fcca8
+def training_sources() -> dict:
+    "What runs depend on now: digests of train.ipynb and of the modules that it imports."
+    return notebook_sources(project_root() / Batch.train_notebook)
+
+def said(config: dict) -> dict:
+    "What a record's configuration says beyond its preset."
+    try:
+        usual = portable(TrainConfig(preset=config.get("preset")))
+    except ConfigError:
+        usual = {}
+    return {k: v for k, v in config.items() if k not in (*OURS, "preset", "dataset", "method", "lam", "seed") and usual.get(k) != v}
+
+def runs_table(folders: Folders | None = None) -> list[dict]:
+    "Every run on disk, finished or not: state, reason, configuration that differs from its preset, metrics, seconds, device."
+    folders = folders or Folders()
+    rows = []
+    for found in states_on_disk(folders, training_sources()):
+        record = read_json(folders.runs / found["run"] / "run.json") or {}
+        config = record.get("config") or found.get("config") or {}
+        rows.append({**found, "config": config, "differs": said(record.get("requested") or config), "metrics": record.get("metrics", {}),
+                     "seconds": record.get("timing", {}).get("wall_s"), "device": record.get("environment", {}).get("device")})
+    return rows
+
+# %% ../nbs/07b_workflow.ipynb #b130220d
+def runs_list(as_json: bool = False, folders: Folders | None = None) -> int:
+    "Print the runs on disk. Exit code 0."
+    rows = runs_table(folders)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    for row in rows:
+        score = row["metrics"].get("mAP")
+        facts = [f"mAP {100 * score:.1f}" if score is not None else "", duration(row["seconds"]) if row["seconds"] else "", row["device"] or "",
+                 " ".join(f"{k}={v}" for k, v in row["differs"].items()), "" if row["state"] == "finished" else row["reason"]]
+        print(f"{row['state']:<10} {row['run']:<50} {'  '.join(filter(None, facts))}")
+    print(f"{len(rows)} runs in {(folders or Folders()).runs}")
+    return 0
+
+# %% ../nbs/07b_workflow.ipynb #5dede269
+def find_run(name: str, folders: Folders | None = None) -> RunRecord:
+    "A finished run by its folder or by a part of its name. Raises `WorkflowError` when none or several have it."
+    folders = folders or Folders()
+    if (Path(name) / "run.json").is_file():
+        return RunRecord.load(name)
+    known = {p.parent.relative_to(folders.runs).as_posix(): p.parent for p in sorted(folders.runs.rglob("run.json")) if is_record(p)}
+    found = [name] if name in known else [k for k in known if name in k]
+    if len(found) != 1:
+        raise WorkflowError(f"{name!r} is the name of {len(found)} runs" + (f": {', '.join(found)}" if found else nearest(name, known) if known else f"; there are none in {folders.runs}"))
+    return RunRecord.load(known[found[0]])
+
+def run_differences(a: RunRecord, b: RunRecord) -> dict[str, tuple]:
+    "What differs between two runs, by dotted name: configuration, data, environment and metrics."
+    flat = lambda r: {**{f"config.{k}": v for k, v in r.config.items()}, **{f"environment.{k}": v for k, v in r.environment.items()},
+                      **{f"dataset.{s}.fingerprint": r.dataset.get(s, {}).get("fingerprint") for s in ("train", "test")},
+                      **{f"metrics.{k}": v for k, v in r.metrics.items()}}
+    one, two = flat(a), flat(b)
+    return {k: (one.get(k), two.get(k)) for k in sorted(one.keys() | two.keys()) if one.get(k) != two.get(k)}
+
+def runs_diff(a: str, b: str, folders: Folders | None = None) -> int:
+    "Print what differs between two runs. Exit code: 0 equal, 1 different, 2 when a run is not found."
+    try:
+        differences = run_differences(find_run(a, folders), find_run(b, folders))
+    except (WorkflowError, RecordError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    for name, (one, two) in differences.items():
+        change = f"  ({100 * (two - one):+.2f} points)" if name.startswith("metrics.") and None not in (one, two) else ""
+        print(f"{name:<32} {one}  ->  {two}{change}")
+    return 1 if differences else 0
+
+# %% ../nbs/07b_workflow.ipynb #8596488a
+def scores_problems(record: RunRecord) -> list[str]:
+    "What is wrong with a record's scores: their form, counts, fingerprint, and the metrics that they give."
+    import numpy as np
+    from cadm_paper.metrics import multilabel_metrics
+
+    arrays = record.scores()
+    if arrays is None or not {"image_ids", "classes", "targets", "scores"} <= arrays.keys():
+        return ["scores.npz: image_ids, classes, targets and scores are expected"]
+    ids, classes, targets, scores = (arrays[k] for k in ("image_ids", "classes", "targets", "scores"))
+    if targets.shape != (len(ids), len(classes)) or scores.shape != targets.shape:
+        return [f"scores.npz: {len(ids)} images and {len(classes)} classes, but targets {targets.shape} and scores {scores.shape}"]
+    if not np.isfinite(scores).all() or scores.min() < 0 or scores.max() > 1:
+        return ["scores.npz: scores outside 0..1"]
+    problems, test = [], record.dataset.get("test", {})
+    if test.get("images") != len(ids) or list(classes) != list(record.dataset.get("classes", classes)):
+        problems.append(f"scores.npz: {len(ids)} images and {len(classes)} classes; run.json says {test.get('images')} and {len(record.dataset.get('classes', []))}")
+    if test.get("fingerprint") != labels_fingerprint(record.config["dataset"], classes, ids, targets):
+        problems.append("scores.npz: images or labels are not those of the fingerprint in run.json")
+    again = multilabel_metrics(scores, targets)
+    wrong = [k for k in again if abs(again[k] - record.metrics.get(k, -1)) > 1e-6]
+    return problems + ([f"metrics: the scores give other values of {', '.join(wrong[:5])}"] if wrong else [])
+
+def labels_fingerprint(dataset: str, classes, ids, targets) -> str:
+    "Fingerprint of the split that these ids and labels are (see `Split.fingerprint`)."
+    from cadm_paper.data import Split
+
+    return Split(dataset, "test", Path("."), tuple(map(str, classes)), tuple(map(str, ids)), [Path(str(i)) for i in ids], targets).fingerprint
+
+# %% ../nbs/07b_workflow.ipynb #393f7ad7
+def config_problems(record: RunRecord, others: list[RunRecord]) -> list[str]:
+    "What is wrong with a record's configuration and with its data, compared with records of the same data set."
+    asked = record.extra.get("requested") or record.config
+    try:
+        config = TrainConfig(**asked)
+    except ConfigError as error:
+        return [f"config: {error}"]
+    problems = []
+    if config_digest(config) != record.digest and not str(asked.get("weights", "")).endswith((".pth", ".pt", ".safetensors")):
+        problems.append("config: its digest is not the one in run.json")
+    like = lambda r: (r.dataset.get("name"), *(r.config.get(k) for k in ("unlabelled_test", "missing", "limit_test", "difficult", "crowd", "holdout")))
+    prints = {r.dataset["test"].get("fingerprint") for r in others if like(r) == like(record)}
+    if prints and record.dataset.get("test", {}).get("fingerprint") not in prints:
+        problems.append(f"dataset: not the test images and labels of the other runs on {record.config['dataset']}")
+    return problems
+
+def record_problems(folder, folders: Folders | None = None) -> list[str]:
+    "Everything wrong with a record that can be found without training; an empty list if nothing is."
+    from cadm_paper.record import load_runs
+
+    try:
+        record = RunRecord.load(folder)
+        for name in record.files: record_file(record, name)
+        return config_problems(record, load_runs((folders or Folders()).runs)) + scores_problems(record)
+    except (RecordError, KeyError, TypeError, AttributeError, ValueError) as error:
+        return [f"{type(error).__name__}: {error}" if not isinstance(error, RecordError) else str(error)]
+
+def record_file(record: RunRecord, name: str) -> Path:
+    "A file beside the record, its checksum verified. Raises `RecordError`, also for a name that leads out of the folder."
+    path = record.folder / name
+    if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
+        raise RecordError(f"{path}: named by run.json but not there")
+    if sha256_file(path) != record.files[name]:
+        raise RecordError(f"{path}: differs from the checksum in run.json")
+    return path
+
+# %% ../nbs/07b_workflow.ipynb #ad2358f9
+def runs_submit(record: str, by: str = "", folders: Folders | None = None) -> int:
+    "Check a record made elsewhere and put it among the runs. Exit code: 0, or 2 with what is wrong with it."
+    folders, source = folders or Folders(), Path(record)
+    if problems := record_problems(source, folders):
+        print(f"{record}: not taken\n  " + "\n  ".join(problems), file=sys.stderr)
+        return 2
+    found = RunRecord.load(source)
+    target = folders.runs / found.config["dataset"] / run_name(TrainConfig(**(found.extra.get("requested") or found.config)))
+    if (target / "run.json").exists():
+        print(f"{target}: there is a record of this configuration already; `cadm runs diff` compares them", file=sys.stderr)
+        return 2
+    part = folders.work / "submitted" / target.name
+    shutil.rmtree(part, ignore_errors=True)
+    for name in [*found.files, "run.json", *(p.name for p in source.glob("made-*.json"))]:
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, part / name)
+    code = found.environment.get("code", {})
+    write_json(part / "submitted.json", {"by": by, "folder": source.resolve().name, "code": code, "checked": ["schema", "checksums", "configuration", "counts", "fingerprint", "metrics"]})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists(): shutil.rmtree(target)
+    os.replace(part, target)
+    print(f"taken: {target.relative_to(folders.outputs)}, mAP {100 * found.metrics['mAP']:.1f}; `cadm reproduce` puts it into the tables")
+    return 0
+
 # %% ../nbs/07b_workflow.ipynb #64862f10
 def default_jobs(batch: Batch) -> int:
     "How many runs at the same time: one per place on a GPU, or as many as the cores have room for."
@@ -607,18 +785,21 @@ def default_jobs(batch: Batch) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // max((c.threads or cores for c in batch.runs), default=cores), 1)
 
-def engine_command(path: Path, jobs: int, target: str, force: bool = False, report_only: bool = False, profile: str | None = None) -> list[str]:
-    "The snakemake line for one target."
+def engine_command(path: Path, jobs: int | None, target: str, force: bool = False, report_only: bool = False, profile: str | None = None) -> list[str]:
+    "The snakemake line for one target; `profile`: a folder in workflow/profiles/, or any."
     root = project_root()
-    line = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "workflow" / "Snakefile"), "--configfile", str(path), "--cores", str(jobs)]
+    line = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "workflow" / "Snakefile"), "--configfile", str(path)]
     line += ["--config", f"force={force}", f"report_only={report_only}"]
-    if profile: line += ["--profile", profile, "--jobs", str(jobs)]
+    if profile:
+        ours = root / "workflow" / "profiles" / profile
+        line += ["--workflow-profile", str(ours if ours.is_dir() else Path(profile).resolve())]
+    if jobs: line += ["--jobs" if profile else "--cores", str(jobs)]
     return [*line, "--quiet", "all", "--", target]
 
 # %% ../nbs/07b_workflow.ipynb #28cd8eb4
-def engine(line: list[str], jobs: int) -> int:
+def engine(line: list[str], jobs: int | None = None) -> int:
     "Run snakemake to its end: its exit code. Ctrl-C reaches all of its jobs; if this process dies, so do they."
-    environ = {**os.environ, "CADM_PARENT": str(os.getpid()), "CADM_JOBS": str(jobs)}
+    environ = {**os.environ, "CADM_PARENT": str(os.getpid()), "CADM_JOBS": str(jobs or 1)}
     process = subprocess.Popen(line, env=environ, cwd=project_root(), start_new_session=True)
     try:
         return process.wait()
@@ -651,7 +832,7 @@ def headline(runs: list[Run]) -> str:
 # %% ../nbs/07b_workflow.ipynb #bec55b93
 def reproduce(config: str = "mini", jobs: int | None = None, dry_run: bool = False, as_json: bool = False, force: bool = False, profile: str | None = None) -> int:
     "Bring the runs of a config up to date, then tables, figures and report. Exit code: 0, 1 when something failed, 2 for a bad config, 130 when stopped."
-    again = shlex.join(["cadm", "reproduce", *(["--config", config] if config != "mini" else []), *(["--jobs", str(jobs)] if jobs else [])])
+    again = shlex.join(["cadm", "reproduce", *(["--config", config] if config != "mini" else []), *(["--jobs", str(jobs)] if jobs else []), *(["--profile", profile] if profile else [])])
     try:
         path, batch = config_path(config), load_batch(config)
         runs = plan(batch)
@@ -662,7 +843,7 @@ def reproduce(config: str = "mini", jobs: int | None = None, dry_run: bool = Fal
         found = [describe(r, state(r), batch.keep, force) for r in runs]
         print(json.dumps(found, indent=1) if as_json else dry_run_text(batch, runs, force))
         return 0
-    jobs = jobs or default_jobs(batch)
+    jobs = jobs or (None if profile else default_jobs(batch))
     try:
         trained = engine(engine_command(path, jobs, "runs", force, profile=profile), jobs)
         reported = engine(engine_command(path, jobs, "reports", force, report_only=True), jobs)
