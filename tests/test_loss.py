@@ -1,5 +1,6 @@
 """What the notebook 02_loss cannot show in a cell: invariances over many inputs, gradients, number formats, memory, compilers."""
-import subprocess, sys
+import json, subprocess, sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from cadm_paper.loss import (LOSS_SWITCHES, CADMLoss, asymmetric_loss, center_attraction, classification_loss, effective_lambda,
                              label_correlation_loss, pairwise_attraction)
 
+ROOT = Path(__file__).resolve().parents[1]
 LCE_SWITCHES = ("reduction_classes", "hinge", "distance", "detach_center", "pair_weight", "no_positive", "one_positive")
 switches = st.fixed_dictionaries({name: st.sampled_from(LOSS_SWITCHES[name]) for name in LCE_SWITCHES})
 kinds = st.sampled_from(LOSS_SWITCHES["classification"])
@@ -288,3 +290,25 @@ def test_light_to_import():
     """The loss for its own sake: neither torchvision nor anything of Jupyter."""
     code = "import sys, cadm_paper.loss; print([m for m in ('torchvision', 'IPython', 'nbdev', 'fastcore', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# ---- the benchmarks run ----------------------------------------------------------------------------------------------------
+
+def benchmark(name, folder, *arguments):
+    """Run a benchmark small; returns the JSON that it wrote."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--device", "cpu", "--repeats", "2", "--out", "new/result.json", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((folder / "new" / "result.json").read_text())
+
+
+def test_peak_memory_is_linear_in_classes(tmp_path):
+    found = benchmark("loss_scaling", tmp_path, "--classes", "60", "600", "--naive-up-to", "60", "--naive-repeats", "2", "--batch", "2")
+    assert found["growth"]["60 -> 600 classes"]["peak"] == pytest.approx(10, rel=0.02)
+    assert found["naive_over_ours"]["C=60"]["peak"] > 20
+
+
+def test_peak_memory_of_the_head(tmp_path):
+    """At 96 pixels and with a small backbone the head weighs more than in the paper's setting; it must be counted and stay small."""
+    found = benchmark("head_overhead", tmp_path, "--backbone", "resnet18", "--size", "96", "--head-repeats", "2")
+    assert 1 < found["peak_memory_ratio"] < 1.02
