@@ -6,7 +6,8 @@
 __all__ = ['PRESENT', 'ABSENT', 'DIFFICULT', 'CROWD', 'PLAIN_BOX', 'CROWD_BOX', 'DIFFICULT_BOX', 'RECENT', 'INDEX_FORMAT',
            'ARRAYS', 'DataError', 'MissingPhotographs', 'Paths', 'Boxes', 'Split', 'split_problem', 'first_twice',
            'summarise', 'read_text', 'read_lines', 'safe_name', 'folder_names', 'present', 'Index', 'file_stamp',
-           'source_record', 'unchanged', 'write_index', 'read_index', 'cached_index', 'fresh_index']
+           'source_record', 'unchanged', 'write_index', 'read_index', 'may_write', 'index_folder', 'cached_index',
+           'fresh_index']
 
 # %% ../../nbs/04_data.ipynb #9cacc414
 import hashlib, json, os, re, time
@@ -83,9 +84,10 @@ class Split:
     labels: np.ndarray              # N x C int8: 1 present, 0 absent, -1 ignored
     missing: tuple[str, ...] = ()   # photographs that are listed but not there (only with missing="drop")
     boxes: Mapping[str, list] | None = None   # image id -> list of (class index, x, y, w, h), pixels
+    placeholders: tuple[str, ...] = ()        # those of `missing` for which a placeholder lies there, left by a dead link
 
     def __post_init__(self):
-        for name in ("classes", "image_ids", "missing"):
+        for name in ("classes", "image_ids", "missing", "placeholders"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "labels", np.ascontiguousarray(self.labels, dtype=np.int8))
         problem = split_problem(self)
@@ -150,7 +152,7 @@ def summarise(split: Split) -> dict:
         labelled=labelled, unlabelled=len(split) - labelled, labels=int(per_image.sum()),
         labels_per_image=per_image.sum() / max(len(split), 1), labels_per_labelled_image=per_image.sum() / max(labelled, 1),
         most_labels=int(per_image.max(initial=0)), positives=dict(zip(split.classes, positive.sum(0).tolist())),
-        ignored=int((split.labels == -1).sum()), missing=len(split.missing), fingerprint=split.fingerprint)
+        ignored=int((split.labels == -1).sum()), missing=len(split.missing), placeholders=len(split.placeholders), fingerprint=split.fingerprint)
 
 # %% ../../nbs/04_data.ipynb #81ce17a8
 def read_text(path) -> str:
@@ -183,22 +185,22 @@ def safe_name(name: str, where: str) -> str:
 
 # %% ../../nbs/04_data.ipynb #e1910798
 def folder_names(folder) -> set[str]:
-    """Names of the files in a folder (not below it); empty if there is no such folder."""
+    """Names of what lies in a folder (not below it); empty if there is no such folder."""
     try:
-        with os.scandir(folder) as entries:
-            return {e.name for e in entries if not e.is_dir()}
+        return set(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return set()
 
 def present(root, names: Sequence[str]) -> np.ndarray:
     """N truth values: is there a file of this name below `root`? Each folder is listed once."""
     listings: dict[str, set] = {}
-    def known(name):
+    there = np.zeros(len(names), bool)
+    for i, name in enumerate(names):
         folder, _, base = name.rpartition("/")
         if folder not in listings:
             listings[folder] = folder_names(os.path.join(root, folder))
-        return base in listings[folder]
-    return np.fromiter(map(known, names), bool, len(names))
+        there[i] = base in listings[folder]
+    return there
 
 # %% ../../nbs/04_data.ipynb #66973bdc
 PRESENT, ABSENT, DIFFICULT, CROWD = 1, 0, -1, 2
@@ -257,20 +259,27 @@ def read_index(path) -> tuple[Index, dict]:
     return Index(meta["classes"], **strings, **{n: arrays[n] for n in ARRAYS if n in arrays}), meta
 
 # %% ../../nbs/04_data.ipynb #22389015
+def may_write(root, cache: bool | str | Path = True) -> bool:
+    """May anything be kept below the root? A folder marked as read-only is left alone, also by an administrator."""
+    return cache is not False and (cache is not True or bool(os.stat(root).st_mode & 0o222))
+
+def index_folder(root, cache: bool | str | Path = True) -> Path:
+    """Where indexes are kept: `.cadm-index/` below the root, or the folder `cache`."""
+    return Path(root) / ".cadm-index" if cache is True else Path(cache)
+
 def cached_index(root, key: dict, sources: Sequence[Path], read: Callable[[], Index], cache: bool | str | Path = True) -> Index:
     """The index of one split: from `.cadm-index/` below the root (or in the folder `cache`) if its sources are unchanged, else read and kept."""
     if cache is False:
         return read()
     name = f"{key['dataset']}-{key['split']}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]}.npz"
-    path = (Path(root) / ".cadm-index" if cache is True else Path(cache)) / re.sub(r"[^\w.-]", "_", name)
+    path = index_folder(root, cache) / re.sub(r"[^\w.-]", "_", name)
     found = fresh_index(path, root, key, sources)
     if found is not None:
         return found
     before = [source_record(source, root, time.time_ns()) for source in sources]
     index = read()
     try:
-        may_write = cache is not True or os.stat(root).st_mode & 0o222   # marked read-only: left alone, also by root
-        if may_write and all(file_stamp(s) == r["stamp"] for s, r in zip(sources, before)):   # not changed while we read
+        if may_write(root, cache) and all(file_stamp(s) == r["stamp"] for s, r in zip(sources, before)):   # not changed while we read
             write_index(path, index, before, key)
     except OSError:
         pass   # read-only or full: read again next time
