@@ -1,5 +1,5 @@
 """Training from outside: kills, two processes, other machines' settings, what is refused. The scenes are small and made once."""
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +189,37 @@ def test_every_row_leaves_a_record_of_the_same_form(config, method):
     record = train(config(method=method, epochs=1))
     assert set(module.COLUMNS) <= set(record.metrics) and (record.maps() is None) == (method == "linear_probe")
     assert str(ROOT) not in (record.folder / "run.json").read_text() and str(record.folder) not in (record.folder / "run.json").read_text()
+
+
+# ---- the papermill notebook ------------------------------------------------------------------------------------------
+
+def test_the_notebook_has_a_parameter_for_every_field_typed_and_commented():
+    cells = json.loads((ROOT / "nbs" / "experiments" / "train.ipynb").read_text())["cells"]
+    (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    found = re.findall(r"^(\w+): (\w+) = None\s+# \S", "".join(cell["source"]), re.M)
+    types = {name: "str" if getattr(field.annotation, "__name__", "") not in ("int", "float", "bool") else field.annotation.__name__
+             for name, field in TrainConfig.model_fields.items()}
+    assert dict(found) == {**types, "resume": "bool"}
+
+
+@pytest.mark.parametrize("wrong", [["-p", "sede", "3"], ["-p", "epochs", "three"], ["-p", "resume", "perhaps"]])
+def test_the_notebook_refuses_wrong_parameters_before_anything_is_computed(wrong, tmp_path):
+    import papermill
+    name, value = wrong[1:]
+    with pytest.raises(papermill.PapermillExecutionError, match=name):
+        papermill.execute_notebook(ROOT / "nbs" / "experiments" / "train.ipynb", tmp_path / "out.ipynb", {name: value, "out_dir": str(tmp_path / "run")},
+                                   cwd=tmp_path, progress_bar=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_notebook_trains_from_another_folder(tmp_path, scenes):
+    """The papermill command from outside, casting the words that papermill hands over."""
+    done = subprocess.run([str(Path(sys.executable).with_name("papermill")), str(ROOT / "nbs" / "experiments" / "train.ipynb"), "out.ipynb", "-p", "dataset", "scenes-coco",
+                           "-p", "method", "cadm", "-p", "lam", "0.5", "-p", "seed", "3", "-p", "epochs", "1", "-p", "weights", "none", "-p", "flip", "true", "-p", "lr", "1e-3",
+                           "-p", "data_dir", str(scenes), "-p", "out_dir", "here"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = RunRecord.load(tmp_path / "here")
+    assert (record.config["lam"], record.config["seed"], record.config["flip"], record.config["lr"]) == (0.5, 3, True, 1e-3)
 
 
 # ---- kills -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""README.md from nbs/index.ipynb, through nbconvert: `python tools/readme.py [--check]`.
+
+Pictures of the notebook go to assets/readme/; links between notebooks are made relative to the root. With --check nothing is
+written, and the exit code says whether README.md and its pictures are what the notebook gives."""
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTE = "<!-- Written from nbs/index.ipynb by `make sync`; edit that. -->\n\n"
+
+
+def readable(notebook):
+    """The notebook without cells that readers need not see, and without nbdev's directives."""
+    cells = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and re.search(r"^#\|\s*(hide|default_exp)\b", cell.source, re.M):
+            continue
+        if cell.cell_type == "code" and re.search(r"^#\|\s*echo:\s*false", cell.source, re.M):
+            cell.source = ""
+        cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+        cells.append(cell)
+    notebook.cells = cells
+    notebook.metadata["language_info"] = {"name": "python"}
+    return notebook
+
+
+def build() -> dict[str, bytes]:
+    """Path below the root -> content."""
+    notebook = readable(nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4))
+    text, resources = MarkdownExporter().from_notebook_node(notebook, {"output_files_dir": "assets/readme", "unique_key": "index"})
+    text = re.sub(r"```python\n\s*```\n", "", text)                      # cells whose code is hidden
+    text = re.sub(r"\]\((?!https?:|#|assets/)([\w./-]+\.ipynb)", r"](nbs/\1", text)  # links between notebooks
+    text = text.replace("](../", "](")
+    text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return {"README.md": (NOTE + text).encode(), **{str(name): content for name, content in resources["outputs"].items()}}
+
+
+def main() -> int:
+    files = build()
+    stale = [name for name, content in files.items() if not (ROOT / name).is_file() or (ROOT / name).read_bytes() != content]
+    extra = [p for p in (ROOT / "assets" / "readme").glob("*") if str(p.relative_to(ROOT)) not in files]
+    if "--check" in sys.argv:
+        print("\n".join(f"not in step with nbs/index.ipynb: {name}" for name in [*stale, *map(str, extra)]) or "README.md is in step")
+        return 1 if stale or extra else 0
+    for path in extra:
+        path.unlink()
+    for name in stale:
+        (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / name).write_bytes(files[name])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
