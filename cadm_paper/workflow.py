@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'OURS', 'WorkflowError', 'Batch', 'nearest', 'expand', 'parse_batch', 'checked_run', 'load_batch',
-           'config_path', 'project_root', 'Folders', 'Run', 'parameters', 'command', 'read_json', 'made_by', 'State',
-           'record_state', 'stamp_name', 'state', 'plan', 'wanted', 'describe', 'train_job', 'papermill',
+           'config_path', 'project_root', 'Folders', 'stamp_name', 'Run', 'parameters', 'command', 'read_json',
+           'made_by', 'State', 'record_state', 'state', 'plan', 'wanted', 'describe', 'train_job', 'papermill',
            'runtime_folder', 'thread_limits', 'environment_variables', 'reason_of', 'note_failure', 'install',
            'visible_gpus', 'gpu_lock_folder', 'try_gpus', 'lease_gpus', 'gpus_for', 'data_job', 'pretrain_job',
            'notebook_job', 'report_job', 'states_on_disk', 'write_status', 'reporting_digest', 'take_over', 'end_with',
@@ -151,6 +151,10 @@ class Folders:
     @property
     def report(self) -> Path: return self.outputs / "report"
 
+def stamp_name(config: str, sources: dict) -> str:
+    "Name of the file beside a record that says what made it: a digest over configuration and code."
+    return f"made-{joint_digest({'config': config, **sources})[:16]}.json"
+
 @dataclass(frozen=True)
 class Run:
     "One run of a batch: its configuration, its place, what made it and its state."
@@ -226,10 +230,6 @@ def record_state(folder: Path, sources: dict) -> State | None:
         return State("finished", "up to date")
     return State("stale", "changed since: " + ", ".join(changed_parts(made.get("sources", {}), sources)))
 
-def stamp_name(config: str, sources: dict) -> str:
-    "Name of the file beside a record that says what made it: a digest over configuration and code."
-    return f"made-{joint_digest({'config': config, **sources})[:16]}.json"
-
 # %% ../nbs/07b_workflow.ipynb #05155ddd
 def state(run: Run) -> State:
     "How things stand with a run, by content alone."
@@ -277,7 +277,7 @@ def train_job(run: Run, share: int = 1) -> None:
             if devices is None: environ.pop("CUDA_VISIBLE_DEVICES")
             try:
                 with environment_variables(environ): papermill(run.notebook, run.workshop.with_suffix(".ipynb"), parameters(run))
-                RunRecord.load(run.workshop)
+                if not (run.workshop / "run.json").is_file(): raise WorkflowError("the notebook ran through without leaving a record")
             except Exception as error:
                 note_failure(run, error)
                 raise WorkflowError(f"{run.key} failed: {reason_of(error)}") from None
@@ -322,7 +322,7 @@ def environment_variables(values: dict):
 def reason_of(error: BaseException) -> str:
     "One line: what went wrong in the notebook, or in executing it."
     what = getattr(error, "ename", None)
-    text = f"{what}: {error.evalue}" if what else f"{type(error).__name__}: {error}"
+    text = f"{what}: {error.evalue}" if what else str(error) if isinstance(error, WorkflowError) else f"{type(error).__name__}: {error}"
     return text.strip().splitlines()[0][:300]
 
 def note_failure(run: Run, error: BaseException) -> None:
@@ -333,7 +333,8 @@ def note_failure(run: Run, error: BaseException) -> None:
         os.replace(notebook, run.record_notebook)
         notebook = run.record_notebook
     where = str(notebook.relative_to(run.folders.outputs)) if notebook.is_file() else None
-    write_json(run.failure, {"run": run.key, "config": portable(run.config), "digest": config_digest(run.config), "reason": reason_of(error), "notebook": where})
+    write_json(run.failure, {"run": run.key, "config": portable(run.config), "digest": config_digest(run.config), "notebook": where,
+                             "reason": reason_of(error).replace(f"{run.folders.outputs}{os.sep}", "")})
 
 # %% ../nbs/07b_workflow.ipynb #3a3211e5
 def install(run: Run, seconds: float) -> None:
@@ -628,11 +629,11 @@ def said(config: dict) -> dict:
         usual = {}
     return {k: v for k, v in config.items() if k not in (*OURS, "preset", "dataset", "method", "lam", "seed") and usual.get(k) != v}
 
-def runs_table(folders: Folders | None = None) -> list[dict]:
+def runs_table(folders: Folders | None = None, sources: dict | None = None) -> list[dict]:
     "Every run on disk, finished or not: state, reason, configuration that differs from its preset, metrics, seconds, device."
     folders = folders or Folders()
     rows = []
-    for found in states_on_disk(folders, training_sources()):
+    for found in states_on_disk(folders, training_sources() if sources is None else sources):
         record = read_json(folders.runs / found["run"] / "run.json") or {}
         config = record.get("config") or found.get("config") or {}
         rows.append({**found, "config": config, "differs": said(record.get("requested") or config), "metrics": record.get("metrics", {}),
