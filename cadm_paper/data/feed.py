@@ -9,6 +9,7 @@ __all__ = ['ORDER', 'FLIP', 'IN_MEMORY_BYTES', 'PIXELS', 'PREPARED', 'CROP', 'SC
 
 # %% ../../nbs/04e_feed.ipynb #391042ed
 import collections
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,18 +68,22 @@ class Recycled:
 
     def __init__(self, keep: int):
         self.free = collections.deque(maxlen=keep)  # of byte arrays; beyond `keep` the oldest goes back to the system
+        self.taking = threading.Lock()
 
     def take(self, shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
         "A tensor of this shape, on a used piece of memory if there is one that is large enough."
         needed = int(np.prod(shape)) * dtype.itemsize
         if not needed:
             return torch.empty(*shape, dtype=dtype)
-        with self.taking:
-            block = next((b for b in list(self.free) if b.nbytes >= needed), None)
-            if block is None:
-                block = np.empty(needed, dtype=np.uint8)
-            else:
-                self.free = collections.deque((b for b in self.free if b is not block), self.free.maxlen)
+        block = None
+        with self.taking:  # one taker at a time; others may give back meanwhile
+            for _ in range(len(self.free)):
+                block = self.free.popleft()
+                if block.nbytes >= needed:
+                    break
+                self.free.append(block)
+                block = None
+        block = np.empty(needed, dtype=np.uint8) if block is None else block
         part = block[:needed]  # torch holds on to this view, and only to it
         weakref.finalize(part, self.free.append, block).atexit = False
         return torch.from_numpy(part).view(dtype).view(*shape)
