@@ -1,0 +1,207 @@
+"""The training step at the paper's setting (ResNet-101, 448 px) against plainer and older ways of taking it, in one process, as ratios.
+
+(a) plain:  the backbone with global average pooling and one linear layer, compiled, bfloat16, channels last, fused SGD: no head of ours;
+(b) ours:   `Trainer.step` of `cadm_paper.train` with both losses and the same settings;
+(c) usual:  the loop of the field's published code: float32, NCHW, eager, foreach SGD, with TF32 convolutions on and off.
+
+Beside them: the share of the roofline that (b) reaches, reckoned from this device's own measured matrix rate and bandwidth; an
+epoch of made photographs from a pack with the loader in the loop, as a share of the step's own rate; peak memory per batch size.
+
+    python benchmarks/train_step.py --out benchmarks/results/train_step-gpu.json             # a GPU
+    python benchmarks/train_step.py --small                                                  # a CPU: that it works, not how fast
+"""
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cadm_paper.config import TrainConfig
+from cadm_paper.data.feed import Batch, Feeder
+from cadm_paper.data.pack import pack
+from cadm_paper.machine import Team, machine_settings, resolve_machine
+from cadm_paper.model import CADM
+from cadm_paper.train import Trainer, build_model
+from measure import in_turn, peak_bytes, seconds, setting, spread, write
+
+CLASSES = 80
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--small", action="store_true", help="resnet18, 64 px, batch 4: to see that it works")
+    p.add_argument("--batch", type=int, default=64)
+    p.add_argument("--rounds", type=int, default=10)
+    p.add_argument("--memory", type=int, nargs="*", default=[16, 32, 64, 128], help="batch sizes whose peak memory is measured")
+    p.add_argument("--loader-images", type=int, default=2048, help="made photographs for the epoch with the loader; 0: skip")
+    p.add_argument("--no-compile", action="store_true")
+    p.add_argument("--out", type=Path)
+    return p.parse_args()
+
+
+def made_batch(config: TrainConfig, device) -> Batch:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (config.batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=g)
+    targets = (torch.rand(config.batch_size, CLASSES, generator=g) < 2.9 / CLASSES).to(torch.int8)       # COCO's labels an image
+    return Batch(images.contiguous(memory_format=torch.channels_last).to(device), targets.to(device), torch.arange(config.batch_size))
+
+
+def plain_step(config: TrainConfig, batch: Batch, device, compiled: bool, usual: bool = False):
+    """(a), or (c) with `usual`: backbone, average pooling, linear layer, cross-entropy, SGD."""
+    layout = torch.contiguous_format if usual else torch.channels_last
+    backbone = CADM(CLASSES, config.backbone, None, quiet=True).backbone.to(device, memory_format=layout)
+    x = (batch.images.float() / 255).contiguous(memory_format=layout)
+    head = torch.nn.Linear(backbone(x[:1]).shape[1], CLASSES).to(device)
+    run = lambda x: head(backbone(x).mean((2, 3)))
+    run = torch.compile(run) if compiled and not usual else run
+    sgd = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=1e-6, momentum=0.9, weight_decay=1e-4, **({"foreach": True} if usual else {"fused": True}))
+    y = batch.targets.float()
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=not usual and config.precision == "bf16"):
+            logits = run(x)
+        (F.binary_cross_entropy_with_logits(logits.float(), y, reduction="sum") / len(x)).backward()
+        sgd.step(); sgd.zero_grad(set_to_none=True)
+    return step
+
+
+def our_step(config: TrainConfig, batch: Batch, device):
+    """(b)"""
+    trainer = Trainer(config, build_model(config, range(CLASSES)), Team(device=device), 10**6)
+    trainer.network.train()
+
+    def step():
+        trainer.step(batch, config.batch_size)
+        trainer.recent.clear()
+    return step
+
+
+def tf32(on: bool):
+    def switch(step):
+        def run():
+            before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = on
+            step()
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        return run
+    return switch
+
+
+def device_limits(device, small: bool) -> dict:
+    """This device's own rates: bfloat16 matrix products (FLOP/s) and copying (bytes/s read and written)."""
+    n = 512 if small else 8192
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    x = torch.empty((2**22 if small else 2**28), device=device, dtype=torch.uint8)
+    kind = device.type
+    for f in (lambda: a @ a, lambda: x.clone()):
+        seconds(f, kind)
+    return {"matmul_flops": 2 * n**3 / min(seconds(lambda: a @ a, kind) for _ in range(10)),
+            "copy_bytes_per_s": 2 * x.numel() / min(seconds(lambda: x.clone(), kind) for _ in range(10))}
+
+
+def roofline(config: TrainConfig, device, limits: dict) -> dict:
+    """Least time of one step: for every convolution, forward and both gradients, the larger of its arithmetic and of reading and writing
+    its operands once; for every batch norm and ReLU, the traffic of reading and writing its map twice (forward, backward)."""
+    model, time_, flops = CADM(CLASSES, config.backbone, None, quiet=True).backbone.to(device), 0.0, 0.0
+    half, b = 2, config.batch_size
+
+    def count(module, inputs, output):
+        nonlocal time_, flops
+        moved = half * b * (inputs[0][0].numel() + output[0].numel())
+        if isinstance(module, torch.nn.Conv2d):
+            work = 2 * b * output[0].numel() * module.weight[0].numel()
+            flops += 3 * work
+            time_ += 3 * max(work / limits["matmul_flops"], (moved + half * module.weight.numel()) / limits["copy_bytes_per_s"])
+        else:
+            time_ += 2 * moved / limits["copy_bytes_per_s"]
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.ReLU))]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, config.image_size, config.image_size, device=device))
+    for hook in hooks:
+        hook.remove()
+    return {"least_seconds": time_, "flops": flops}
+
+
+class MadePhotographs:
+    """Enough of a split for the feeder: noise of photograph-like smoothness, written as JPEGs."""
+    def __init__(self, folder: Path, count: int, size: int):
+        from PIL import Image
+        rng = np.random.default_rng(0)
+        self.image_ids = [f"{i:06}" for i in range(count)]
+        self.paths = [folder / f"{i}.jpg" for i in self.image_ids]
+        self.labels, self.classes = (rng.random((count, CLASSES)) < 2.9 / CLASSES).astype(np.int8), [str(c) for c in range(CLASSES)]
+        self.dataset, self.split, self.fingerprint = "made", "train", "made"
+        for path in self.paths:
+            Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), dtype=np.uint8)).resize((size, size), Image.Resampling.BICUBIC).save(path, quality=90)
+
+    def __len__(self): return len(self.paths)
+
+
+def loader_share(config: TrainConfig, device, step_seconds: float, count: int, workers: int) -> dict:
+    """Images a second of an epoch from a pack with the loader in the loop, over the step's own rate."""
+    with tempfile.TemporaryDirectory() as tmp:
+        photographs = MadePhotographs(Path(tmp), count, config.image_size)
+        packed = pack(photographs, Path(tmp) / "pack", config.image_size, workers=workers)
+        feeder = Feeder(photographs, config.image_size, pack=packed, workers=workers, in_memory=False)
+        trainer = Trainer(config, build_model(config, range(CLASSES)), Team(device=device), 10**6)
+        trainer.network.train()
+        batches = feeder.epoch(config.batch_size, seed=0, shuffle=True)
+        trainer.step(next(batches), config.batch_size)                   # warm
+        done = 0
+
+        def rest():
+            nonlocal done
+            for batch in batches:
+                if len(batch.indices) == config.batch_size:
+                    trainer.step(batch, config.batch_size)
+                    done += 1
+        taken = seconds(rest, device.type)
+    return {"share_of_step_rate": done * step_seconds / taken, "images_per_second": done * config.batch_size / taken, "workers": workers}
+
+
+def main() -> None:
+    a = arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compiled = not a.no_compile and device.type == "cuda"
+    size = dict(backbone="resnet18", image_size=64, batch_size=4) if a.small else dict(batch_size=a.batch)
+    config = resolve_machine(TrainConfig(preset="paper", weights="none", lr=1e-6, lam=0.5, compile=compiled, device=device.type, threads=0, **size))
+    result = {"what": "training step at the paper's setting, ratios of images per second", "small": a.small, "compiled": compiled,
+              "setting": setting(str(device), config.precision, config.threads), "batch_size": config.batch_size, "image_size": config.image_size, "backbone": config.backbone}
+    import warnings
+    warnings.filterwarnings("ignore", message=".*random weights")        # speed does not care
+    with machine_settings(config):
+        batch = made_batch(config, device)
+        usual = plain_step(config, batch, device, False, usual=True)
+        steps = {"plain": plain_step(config, batch, device, compiled), "ours": our_step(config, batch, device), "usual_tf32": tf32(True)(usual), "usual_float32": tf32(False)(usual)}
+        in_turn(steps, 1 if a.small else 3, device.type)
+        times = in_turn(steps, 3 if a.small else a.rounds, device.type)
+        mid = {name: spread(t)["median"] for name, t in times.items()}
+        for other in ("plain", "usual_tf32", "usual_float32"):
+            result[f"ours_over_{other}"] = spread([o / u for o, u in zip(times[other], times["ours"])])
+        result["images_per_second"] = {name: config.batch_size / t for name, t in mid.items()}
+        limits = device_limits(device, a.small)
+        least = roofline(config, device, limits)
+        result["roofline"] = limits | least | {"share": least["least_seconds"] / mid["ours"]}
+        del steps, usual
+        if a.loader_images and not (a.small and a.loader_images > 64):
+            result["loader"] = loader_share(config, device, mid["ours"], a.loader_images, config.threads)
+        elif a.small:
+            result["loader"] = loader_share(config, device, mid["ours"], 24, config.threads)
+        for b in [config.batch_size] if a.small else a.memory:
+            one = config.model_copy(update=dict(batch_size=b))
+            try:
+                step = our_step(one, made_batch(one, device), device)
+                step()
+                result.setdefault("peak_bytes", {})[b] = peak_bytes(step, device.type)
+            except torch.cuda.OutOfMemoryError:
+                result.setdefault("peak_bytes", {})[b] = None
+    for name in ("ours_over_plain", "ours_over_usual_tf32", "ours_over_usual_float32"):
+        print(f"{name}: {result[name]['median']:.3f} (quartiles {result[name]['quartiles'][0]:.3f} to {result[name]['quartiles'][1]:.3f})")
+    print(f"share of the roofline: {result['roofline']['share']:.3f}; images/s: " + ", ".join(f"{k} {v:.1f}" for k, v in result["images_per_second"].items()))
+    write(result, a.out)
+
+
+if __name__ == "__main__":
+    main()
