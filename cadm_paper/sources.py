@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'plain_tree', 'without_docstring', 'is_label', 'code_digest', 'code_cells', 'cell_trees', 'notebook_digest',
-           'imported', 'package_of', 'module_file', 'package_root', 'closure', 'source_digests', 'notebook_sources',
-           'is_python', 'joint_digest', 'changed_parts']
+           'imported', 'package_of', 'module_file', 'module_facts', 'text_facts', 'package_root', 'closure',
+           'source_digests', 'notebook_sources', 'is_python', 'joint_digest', 'changed_parts']
 
 # %% ../nbs/00c_sources.ipynb #ee041dbf
 import ast
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = "cadm_paper"
@@ -90,6 +91,16 @@ def module_file(name: str, root: Path) -> Path | None:
     return next((p for p in (path / "__init__.py", path.with_suffix(".py")) if p.is_file()), None)
 
 # %% ../nbs/00c_sources.ipynb #8c9d0522
+def module_facts(path: Path, inside: str) -> tuple[str, frozenset[str]]:
+    "Digest of a module's code and the names that it imports."
+    return text_facts(path.read_text(encoding="utf-8"), inside)
+
+@lru_cache(maxsize=1024)
+def text_facts(text: str, inside: str) -> tuple[str, frozenset[str]]:
+    "The same of a module's text; remembered, since many things depend on the same modules."
+    return code_digest(text), frozenset(imported(text, inside))
+
+# %% ../nbs/00c_sources.ipynb #a53a36be
 def package_root() -> Path:
     "The folder that this package lies in."
     return Path(__file__).resolve().parents[1]
@@ -104,14 +115,15 @@ def closure(sources: list[str], root: Path | None = None) -> dict[str, Path]:
         if path is None or name in found:
             continue
         found[name] = path
-        waiting |= imported(path.read_text(encoding="utf-8"), package_of(name, root)) - found.keys()
+        waiting |= module_facts(path, package_of(name, root))[1] - found.keys()
         waiting |= {name.rpartition(".")[0]} - found.keys()          # importing a.b runs a's __init__ first
     return dict(sorted(found.items()))
 
 # %% ../nbs/00c_sources.ipynb #317bfe6f
 def source_digests(sources: list[str], root: Path | None = None) -> dict[str, str]:
     "Digest of every module of this package that code imports, by dotted name."
-    return {name: code_digest(path.read_text(encoding="utf-8")) for name, path in closure(sources, root).items()}
+    root = root or package_root()
+    return {name: module_facts(path, package_of(name, root))[0] for name, path in closure(sources, root).items()}
 
 def notebook_sources(notebook, root: Path | None = None) -> dict[str, str]:
     "Everything that a notebook's results depend on in this package: digests of its modules, and of its code cells under its file name."

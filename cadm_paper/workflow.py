@@ -9,15 +9,15 @@ __all__ = ['SETTINGS', 'OURS', 'WorkflowError', 'Batch', 'nearest', 'expand', 'p
            'runtime_folder', 'thread_limits', 'environment_variables', 'reason_of', 'note_failure', 'install',
            'visible_gpus', 'gpu_lock_folder', 'try_gpus', 'lease_gpus', 'gpus_for', 'data_job', 'pretrain_job',
            'notebook_job', 'report_job', 'states_on_disk', 'write_status', 'reporting_digest', 'take_over', 'end_with',
-           'Session', 'open_session', 'tidy', 'job', 'likely_seconds', 'progress', 'duration', 'training_sources',
-           'said', 'runs_table', 'runs_list', 'find_run', 'run_differences', 'runs_diff', 'scores_problems',
-           'labels_fingerprint', 'config_problems', 'record_problems', 'record_file', 'runs_submit', 'default_jobs',
-           'engine_command', 'engine', 'dry_run_text', 'headline', 'reproduce', 'conclude']
+           'Session', 'open_session', 'tidy', 'job', 'likely_seconds', 'epochs_done', 'progress', 'result_line', 'tell',
+           'duration', 'training_sources', 'said', 'runs_table', 'runs_list', 'find_run', 'run_differences',
+           'runs_diff', 'scores_problems', 'labels_fingerprint', 'config_problems', 'record_problems', 'record_file',
+           'runs_submit', 'default_jobs', 'engine_command', 'engine', 'dry_run_text', 'headline', 'reproduce',
+           'conclude']
 
 # %% ../nbs/07b_workflow.ipynb #30896174
 import contextlib
 import difflib
-import fcntl
 import itertools
 import json
 import os
@@ -107,8 +107,10 @@ def checked_run(values: dict, where: str) -> TrainConfig:
 # %% ../nbs/07b_workflow.ipynb #a3b5b787
 def load_batch(config: str = "mini") -> Batch:
     "A batch by the name of a file in `workflow/config/`, or by a path. Raises `WorkflowError` when there is none or it is not YAML."
-    import yaml
-
+    try:
+        import yaml
+    except ImportError:
+        raise WorkflowError("the workflow needs snakemake and papermill: pip install 'cadm-paper[repro]'") from None
     path = config_path(config)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -341,14 +343,14 @@ def install(run: Run, seconds: float) -> None:
     "Note what made the record, then put the finished folder and its notebook where they belong."
     made = {"run": run.key, "record": sha256_file(run.workshop / "run.json"), "sources": run.sources, "seconds": round(seconds, 1)}
     write_json(run.workshop / run.stamp.name, made)
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(run.workshop.with_suffix(".ipynb"), run.record_notebook)
     old = run.workshop.with_suffix(".replaced")
     shutil.rmtree(old, ignore_errors=True)
     if run.folder.exists():
         os.replace(run.folder, old)
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
     os.replace(run.workshop, run.folder)
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(run.workshop.with_suffix(".ipynb"), run.record_notebook)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/07b_workflow.ipynb #e8c2cefe
@@ -428,7 +430,12 @@ def pretrain_job(out: Path) -> None:
 # %% ../nbs/07b_workflow.ipynb #e188aac6
 def notebook_job(name: str, out: Path, batch: Batch, folders: Folders) -> None:
     "Execute one of the notebooks that read records (a table, a figure) with papermill."
-    papermill(project_root() / "nbs" / "experiments" / f"{name}.ipynb", out, {"runs_dir": str(folders.runs), **batch.notebooks[name]})
+    part = out.with_name(f"{name}.failed.ipynb")             # an interrupted notebook can look like a finished one
+    try:
+        papermill(project_root() / "nbs" / "experiments" / f"{name}.ipynb", part, {"runs_dir": str(folders.runs), **batch.notebooks[name]})
+    except Exception as error:
+        raise WorkflowError(f"{name}: {reason_of(error)}; see {part}") from None
+    os.replace(part, out)
 
 def report_job(out: Path, folders: Folders) -> None:
     "Write the report from the records."
@@ -478,8 +485,10 @@ def take_over(work: Path) -> contextlib.ExitStack:
         held.enter_context(folder_lock(work, name=".workflow.lock"))
     except FolderLocked:
         raise WorkflowError(f"{work.parent}: another workflow is at work here; wait for it, or stop it") from None
-    for lock in (work / ".snakemake" / "locks").glob("*.lock"):
-        lock.unlink(missing_ok=True)
+    # every output of ours takes its name when it is whole: one that is there is not incomplete, whatever a dead process noted
+    for kind in ("locks", "incomplete"):
+        for left in (work / ".snakemake" / kind).glob("*"):
+            if left.is_file(): left.unlink(missing_ok=True)
     return held
 
 def end_with(pid: int, every_s: float = 0.5) -> threading.Thread:
@@ -577,8 +586,10 @@ def job(arguments: list[str] | None = None) -> None:
             run = session.by_key[rest[0]]
             if run.digest != rest[1]:
                 raise WorkflowError(f"{run.key}: the code was changed while the batch was running; call it again")
+            ended = tell(session, run)
             train_job(run, session.batch.runs_per_gpu)
-            print(progress(session, run), flush=True)
+            ended.set()
+            print(f"{progress(session)} {result_line(run)}", flush=True)
         elif what == "data": data_job(rest[0], Path(rest[1]))
         elif what == "pretrain": pretrain_job(Path(rest[0]))
         else:
@@ -586,7 +597,7 @@ def job(arguments: list[str] | None = None) -> None:
             if what == "notebook": notebook_job(rest[0], Path(rest[1]), session.batch, session.folders)
             else: report_job(Path(rest[0]), session.folders)
     except (WorkflowError, ValueError) as error:
-        sys.exit(f"{what}: {error}" if what != "train" else str(error))
+        sys.exit(str(error))
 
 # %% ../nbs/07b_workflow.ipynb #b1bffc2f
 def likely_seconds(run: Run, known: list[tuple[Run, float]]) -> float | None:
@@ -596,17 +607,43 @@ def likely_seconds(run: Run, known: list[tuple[Run, float]]) -> float | None:
             return statistics.median(times)
     return None
 
-def progress(session: Session, last: Run) -> str:
-    "A line that says what was finished, how many runs are done and about how long the others will take."
+def epochs_done(run: Run) -> int:
+    "Epochs in a run's last checkpoint; 0 without one."
+    import safetensors
+
+    try:
+        with safetensors.safe_open(run.workshop / "checkpoint" / "last.safetensors", framework="numpy") as file:
+            return int(json.loads(file.metadata()["state"])["epoch"])
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return 0
+
+# %% ../nbs/07b_workflow.ipynb #a3fea0fe
+def progress(session: Session) -> str:
+    "How many runs of a batch are done, and about how long the others will take."
     made = {r.key: read_json(r.stamp) for r in session.runs}
     known = [(r, made[r.key]["seconds"]) for r in session.runs if made[r.key]]
     waiting = [r for r in session.runs if not made[r.key] and wanted(r, state(r), session.batch.keep, session.force)]
-    left = sum(likely_seconds(r, known) or 0 for r in waiting) / max(int(os.environ.get("CADM_JOBS", "1")), 1)
-    record = read_json(last.folder / "run.json") or {}
-    score = record.get("metrics", {}).get("mAP")
-    told = f", mAP {100 * score:.1f}" if score is not None else ""
-    after = f"; about {duration(left)} left" if waiting else ""
-    return f"[{len(known)}/{len(session.runs)}] {last.key}: {duration(made[last.key]['seconds'])}{told}{after}"
+    each = [(likely_seconds(r, known), 1 - epochs_done(r) / r.config.epochs) for r in waiting]
+    left = sum(s * share for s, share in each if s) / max(int(os.environ.get("CADM_JOBS", "1")), 1)
+    about = f", about {duration(left)} left" if left else ""
+    return f"[{len(known)}/{len(session.runs)}{about}]"
+
+def result_line(run: Run) -> str:
+    "What a finished run took and came to."
+    score = (read_json(run.folder / "run.json") or {}).get("metrics", {}).get("mAP")
+    return f"{run.key}: {duration(read_json(run.stamp)['seconds'])}" + (f", mAP {100 * score:.1f}" if score is not None else "")
+
+def tell(session: Session, run: Run, every_s: float = 300) -> threading.Event:
+    "Say that a run begins and, now and then, which epoch it is in, until the event is set."
+    ended = threading.Event()
+    print(f"{progress(session)} {run.key}: begins" + (f" after epoch {n} of {run.config.epochs}" if (n := epochs_done(run)) else ""), flush=True)
+
+    def talk():
+        while not ended.wait(every_s):
+            print(f"{progress(session)} {run.key}: epoch {epochs_done(run)} of {run.config.epochs} done", flush=True)
+
+    threading.Thread(target=talk, daemon=True).start()
+    return ended
 
 def duration(seconds: float) -> str:
     "12 s, 3 min, 2 h 05 min, 3 d 4 h."
@@ -845,6 +882,7 @@ def reproduce(config: str = "mini", jobs: int | None = None, dry_run: bool = Fal
         print(json.dumps(found, indent=1) if as_json else dry_run_text(batch, runs, force))
         return 0
     jobs = jobs or (None if profile else default_jobs(batch))
+    print(f"{batch.title or batch.name}: {len(runs)} runs, {sum(wanted(r, state(r), batch.keep, force) for r in runs)} to do" + (f", {jobs} at a time" if jobs else ""), flush=True)
     try:
         trained = engine(engine_command(path, jobs, "runs", force, profile=profile), jobs)
         reported = engine(engine_command(path, jobs, "reports", force, report_only=True), jobs)
