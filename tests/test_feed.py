@@ -364,6 +364,25 @@ def test_cut_boxes_follow_a_ramp(seed, size):
         assert (got - want).abs().max() <= 0.51
 
 
+def test_decoding_on_a_device_gives_the_same_up_to_rounding(split, tmp_path):
+    """With the CPU as device; the GPU's decoder is another one (benchmarks/loading.py compares it where there is a GPU)."""
+    split.paths[3].write_bytes(ODD["grey"][0])
+    split.paths[6].write_bytes(ODD["alpha"][0])
+    made = pack(split, tmp_path / "p", 24)
+    for how in [dict(), dict(resize="crop"), dict(exif=True), dict(pack=made)]:
+        for workers in (0, 2):
+            ours, theirs = feed.DeviceFeeder(split, 24, "cpu", workers=workers, **how), Feeder(split, 24, **how)
+            for a, b in zip(ours.epoch(4, seed=1, shuffle=True), theirs.epoch(4, seed=1, shuffle=True), strict=True):
+                assert (a.images.int() - b.images.int()).abs().max() <= 1 and (a.targets == b.targets).all() and (a.indices == b.indices).all()
+    split.paths[5].write_bytes(split.paths[5].read_bytes()[:-30])
+    batches = feed.DeviceFeeder(split, 24, "cpu", workers=2).epoch(4)
+    next(batches)
+    with pytest.raises(ImageError, match="5.jpg: cannot be decoded"):
+        next(batches)
+    with pytest.raises(ValueError, match="nothing to decode"):
+        feed.DeviceFeeder(split.take([0]), 24, "cpu", pack=pack(split.take([0]), tmp_path / "raw", 24, encoding="raw"))
+
+
 # Packs
 
 def test_a_pack_feeds_what_files_feed_up_to_its_stated_loss(split, tmp_path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDER', 'FLIP', 'IN_MEMORY_BYTES', 'PIXELS', 'PREPARED', 'CROP', 'SCALES', 'scramble', 'random_words', 'epoch_order',
            'flip_mask', 'batch_plan', 'Recycled', 'Batch', 'PhotographFiles', 'PackedFiles', 'KeptInMemory', 'Feeder',
-           'pixel_rows', 'normalised', 'prepare', 'canvas_size', 'crop_boxes', 'cut_boxes']
+           'DeviceFeeder', 'pixel_rows', 'normalised', 'prepare', 'canvas_size', 'crop_boxes', 'cut_boxes']
 
 # %% ../../nbs/04e_feed.ipynb #391042ed
 import collections
@@ -13,13 +13,14 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .images import load_image
+from .images import decode_on, load_image, read_photograph
 from .pack import Pack, packed_rows
 
 # %% ../../nbs/04e_feed.ipynb #2735eefd
@@ -106,6 +107,9 @@ class PhotographFiles:
     def __call__(self, row: int) -> np.ndarray:
         return load_image(self.paths[row], self.size, **self.how).permute(1, 2, 0).numpy()
 
+    def encoded(self, row: int) -> tuple[bytes, Path]:
+        return read_photograph(self.paths[row]), self.paths[row]
+
 class PackedFiles:
     "Reads single images of a split from a pack, which must have been made with this geometry (`PackError`)."
     def __init__(self, split, size: int, pack, resize: str, exif: bool):
@@ -114,6 +118,9 @@ class PackedFiles:
 
     def __call__(self, row: int) -> np.ndarray:
         return self.pack.image(self.rows[row])
+
+    def encoded(self, row: int) -> tuple[bytes, str]:
+        return self.pack.read(self.rows[row]), f"{self.pack.path}: image {self.pack.image_ids[self.rows[row]]}"
 
 class KeptInMemory:
     "Asks another source once for each image and keeps the answer."
@@ -179,13 +186,35 @@ class Feeder:
     def _finish(self, indices: np.ndarray, images: Tensor, work: list) -> Batch:
         for future in work:
             future.result()
+        return self._batch(indices, images.permute(0, 3, 1, 2))
+
+    def _batch(self, indices: np.ndarray, images: Tensor) -> Batch:
         targets = np.ascontiguousarray(np.asarray(self.split.labels)[indices], dtype=np.int8)
-        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(targets), torch.from_numpy(np.array(indices, dtype=np.int64)))
+        return Batch(images, torch.from_numpy(targets), torch.from_numpy(np.array(indices, dtype=np.int64)))
 
     def close(self) -> None:
         "End the threads; those of a feeder that nobody refers to any more end by themselves."
         if self._threads:
             self._threads.shutdown(cancel_futures=True)
+
+# %% ../../nbs/04e_feed.ipynb #0305a703
+class DeviceFeeder(Feeder):
+    """A `Feeder` that decodes and resizes on `device`, where its images lie; files or a JPEG pack. Not bit for bit what `Feeder` gives."""
+
+    def __init__(self, split, image_size: int, device, *, resize: str = "squash", workers: int = 0, pack=None, prefetch: int = 2, exif: bool = False):
+        super().__init__(split, image_size, resize=resize, workers=workers, pack=pack, in_memory=False, prefetch=prefetch, exif=exif, pin_memory=False)
+        if isinstance(self.source, PackedFiles) and self.source.pack.plan["encoding"] != "jpeg":
+            raise ValueError(f"{self.source.pack.path}: a raw pack has nothing to decode on a device; use Feeder")
+        self.device, self._how = device, dict(resize=resize, exif=exif)
+
+    def _begin(self, indices: np.ndarray):
+        if self._threads:
+            return indices, None, [self._threads.submit(self.source.encoded, index) for index in indices]
+        return indices, [self.source.encoded(index) for index in indices], []
+
+    def _finish(self, indices: np.ndarray, read: list | None, work: list) -> Batch:
+        encoded = read if read is not None else [future.result() for future in work]
+        return self._batch(indices, decode_on(self.device, [d for d, _ in encoded], [n for _, n in encoded], self.image_size, **self._how))
 
 # %% ../../nbs/04e_feed.ipynb #5ba1696f
 PIXELS = {  # mean and standard deviation of red, green, blue in 0..1
