@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import textwrap
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -20,12 +21,12 @@ from .record import RecordError, RunRecord
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'GREY', 'MAP_COLOURS', 'STYLE', 'ROW_NAMES', 'ROW_COLOURS', 'PITCH', 'house_style', 'row_key',
-           'row_name', 'row_colour', 'source', 'Picture', 'picture_bytes', 'small_png', 'data_uri', 'new_figure',
-           'read_maps', 'activation', 'map_ranks', 'map_limit', 'enlarge', 'overlay', 'short', 'draw_image', 'draw_map',
-           'block_size', 'sorted_maps', 'choose_images', 'figure2', 'colour_bar', 'figure2_caption', 'choose_labels',
-           'same_draw', 'draw_boxes', 'rank_panel', 'figure4', 'figure4_line', 'figure4_numbers', 'figure4_caption',
-           'overlays', 'by_row', 'series', 'draw_curve', 'curves', 'class_precision', 'per_class', 'conditional',
-           'cooccurrence']
+           'row_name', 'row_colour', 'source', 'Picture', 'picture_bytes', 'number_ids', 'small_png', 'data_uri',
+           'new_figure', 'read_maps', 'activation', 'map_ranks', 'map_limit', 'enlarge', 'overlay', 'short',
+           'draw_image', 'draw_map', 'block_size', 'sorted_maps', 'choose_images', 'figure2', 'colour_bar',
+           'figure2_caption', 'choose_labels', 'same_draw', 'draw_boxes', 'rank_panel', 'figure4', 'figure4_line',
+           'figure4_numbers', 'figure4_caption', 'overlays', 'by_row', 'series', 'draw_curve', 'curves',
+           'class_precision', 'per_class', 'conditional', 'cooccurrence']
 
 # %% ../nbs/06_figures.ipynb #7b7fde33
 COLUMN, PAGE = 3.35, 7.0  # inches: one column, the page
@@ -90,8 +91,7 @@ class Picture:
             foot = textwrap.fill("from " + ", ".join(shown), int(29 * self.figure.get_figwidth()))
             self.figure.supxlabel(foot, x=0.995, ha="right", fontsize=4.5, color=GREY)
         with house_style():                  # lay it out once: a second layout would differ in the last digits
-            for _ in range(2):                   # (tick labels find their size in the first pass)
-                self.figure.draw_without_rendering()
+            self.figure.draw_without_rendering()
             self.figure.set_layout_engine("none")
 
     def __repr__(self) -> str:
@@ -122,7 +122,15 @@ def picture_bytes(picture: Picture, form: str, dpi: int) -> bytes:
     buffer = io.BytesIO()
     with house_style():
         picture.figure.savefig(buffer, format=form, dpi=dpi, metadata=about[form])
+    if form == "svg":
+        return number_ids(buffer.getvalue().decode()).encode()
     return small_png(buffer, repr(picture)) if form == "png" else buffer.getvalue()
+
+def number_ids(svg: str) -> str:
+    "The same SVG with its made names (some come from memory addresses) numbered in order of appearance."
+    made = dict.fromkeys(re.findall(r'id="([a-z]+[0-9a-f]{10})"', svg))
+    names = {name: f"{name.rstrip('0123456789abcdef') or 'c'}{n}" for n, name in enumerate(made)}
+    return re.sub(r"\b[a-z]+[0-9a-f]{10}\b", lambda m: names.get(m[0], m[0]), svg)
 
 def small_png(buffer: io.BytesIO, description: str) -> bytes:
     "The same picture with a palette of 256 colours, and a description in it."

@@ -33,9 +33,9 @@ __all__ = ['PLANS', 'ROWS', 'COMPARED', 'TEMPLATES', 'TABLE_CSS', 'MAIN', 'PAGE_
            'run_key', 'standing', 'Block', 'block', 'absent_lines', 'block_warnings', 'ResultTable', 'table',
            'dataset_blocks', 'environment_of_templates', 'template', 'table_markdown', 'table_data', 'table_csv',
            'save_table', 'TableParameters', 'FigureParameters', 'read_parameters', 'NoRuns', 'find_runs', 'out_folder',
-           'pick', 'pair_of_runs', 'choose_each', 'Gain', 'gain', 'gain_sentence', 'headline', 'Plate', 'plate',
-           'plates', 'by_setup', 'seconds_text', 'flat', 'run_entry', 'Report', 'all_tables', 'report_html', 'text_uri',
-           'build_report']
+           'pick', 'pair_of_runs', 'choose_each', 'Gain', 'gain', 'gain_interval', 'gain_sentence', 'headline', 'Plate',
+           'plate', 'plates', 'by_setup', 'seconds_text', 'flat', 'run_entry', 'Report', 'all_tables', 'report_html',
+           'text_uri', 'build_report']
 
 # %% ../nbs/07_report.ipynb #b3a25495
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def block_warnings(runs: Sequence[RunRecord]) -> list[str]:
         if len(found) > 1:
             warnings.append(f"rows differ in {what}: {'; '.join(f'{n} × {text}' for text, n in sorted(found.items()))}")
     if modified := [r.name for r in runs if r.environment.get("code", {}).get("modified")]:
-        warnings.append(f"made with uncommitted changes to the code: {', '.join(modified)}")
+        warnings.append(f"made with uncommitted changes to the code: {'all rows' if len(modified) == len(runs) else ', '.join(modified)}")
     if gone := max(sum(len((r.dataset.get(split) or {}).get("missing_ids") or ()) for split in ("train", "test")) for r in runs):
         warnings.append(f"{gone} photographs are listed but were not there")
     return warnings
@@ -273,6 +273,12 @@ class ResultTable:
     def warnings(self) -> list[str]:
         "All that makes rows hard to compare."
         return [f"{b.dataset}: {w}" for b in self.blocks for w in b.warnings]
+
+    @functools.cached_property
+    def gains(self) -> list[Gain]:
+        "What the embedding loss changed, for each block that has both rows."
+        found = [gain(b, PLANS[self.name]) for b in self.blocks] if self.name in PLANS else []
+        return [g for g in found if g]
 
     def parts(self) -> list[tuple[str, str, list[Line]]]:
         "(kind, heading, lines) of each part of the table."
@@ -522,6 +528,7 @@ class Gain:
     each: dict[str, tuple[float, ...]]
     printed: dict[str, float]
     printed_on: str
+    interval: tuple[float, float] | None = None   # of the mAP difference of a single seed, over test images
 
 # %% ../nbs/07_report.ipynb #6e6e2c7c
 def gain(of: Block, plan: TablePlan) -> Gain | None:
@@ -533,28 +540,44 @@ def gain(of: Block, plan: TablePlan) -> Gain | None:
     each = {m: tuple(100 * (b.metrics[m] - a.metrics[m]) for _, a, b in pairs) for m in MAIN}
     printed = {row.lam: row.values for row in plan.printed if row.method == "cadm"}
     return Gain(of.dataset, tuple(seed for seed, _, _ in pairs), {m: float(np.mean(v)) for m, v in each.items()}, each,
-                {m: printed[0.5][m] - printed[0.0][m] for m in MAIN}, plan.data)
+                {m: printed[0.5][m] - printed[0.0][m] for m in MAIN}, plan.data, gain_interval(*pairs[0][1:]) if len(pairs) == 1 else None)
 
 # %% ../nbs/07_report.ipynb #0e4781b8
+def gain_interval(without: RunRecord, with_: RunRecord) -> tuple[float, float] | None:
+    "95 % interval over test images of the mAP difference in points (paired bootstrap); None without scores of the same images, or for very many of them."
+    from cadm_paper.compare import compare_scores
+
+    try:
+        a, b = without.scores(), with_.scores()
+    except RecordError:
+        return None
+    if a is None or b is None or not np.array_equal(a["image_ids"], b["image_ids"]) or a["scores"].size > 1_000_000:
+        return None
+    found = compare_scores(b["scores"], a["scores"], a["targets"]).loc["mAP"]
+    return 100 * float(found["difference_low"]), 100 * float(found["difference_high"])
+
+# %% ../nbs/07_report.ipynb #f2c827c8
 def gain_sentence(of: Gain) -> str:
     "The gain in words, with what one seed can and cannot say."
     signed = lambda v: f"{v:+.1f}".replace("-", "−")
     points = ", ".join(f"{m} {signed(of.points[m])}" for m in MAIN)
     printed = ", ".join(f"{m} {signed(of.printed[m])}" for m in MAIN)
-    sure = ("One seed: a difference of this size can be chance." if len(of.seeds) == 1 else
-            f"Mean of {len(of.seeds)} seeds; by seed, mAP {', '.join(signed(v) for v in of.each['mAP'])}.")
+    if len(of.seeds) > 1:
+        sure = f"Mean of {len(of.seeds)} seeds; by seed, mAP {', '.join(signed(v) for v in of.each['mAP'])}."
+    else:
+        over = f" 95 % interval of mAP over the test images: {signed(of.interval[0])} to {signed(of.interval[1])}, which leaves out how much trainings differ." if of.interval else ""
+        sure = f"One seed: another may turn it round.{over}"
     return f"With the embedding loss (λ = 0.5) against without (λ = 0), measured on {of.dataset}: {points} points. {sure} The paper prints {printed} for {of.printed_on}."
 
-# %% ../nbs/07_report.ipynb #adc30e95
+# %% ../nbs/07_report.ipynb #dd2d25e8
 def headline(tables: Sequence[ResultTable]) -> list[str]:
     "The report in a few lines: mAP of every row of every block, and what the embedding loss changed."
     lines = []
     for shown in tables:
         for part in shown.blocks:
-            cells = [f"{line.label} {line.cell('mAP') if line.values else '(' + line.note + ')'}{' (stale)' if line.state == 'stale' else ''}" for line in part.lines]
-            lines.append(f"{shown.title}, {part.title}: mAP " + " | ".join(cells))
-            if shown.name in PLANS and (change := gain(part, PLANS[shown.name])):
-                lines.append(gain_sentence(change))
+            cells = [f"{line.label}: {line.cell('mAP') if line.values else line.note}{' (stale)' if line.state == 'stale' else ''}" for line in part.lines]
+            lines.append(f"{shown.title}, {part.title}, mAP: " + " | ".join(cells))
+        lines += map(gain_sentence, shown.gains)
     return lines
 
 # %% ../nbs/07_report.ipynb #2f020860
@@ -572,12 +595,12 @@ class Plate:
     def wide(self) -> bool: return self.picture.figure.get_figwidth() > 4
 
 # %% ../nbs/07_report.ipynb #3d92f6c7
-def plate(title: str, draw, form: str = "png") -> Plate:
-    "Draw, or keep the reason: a run that is missing or was changed takes its picture with it, not the page."
+def plate(title: str, draw, runs: Sequence[RunRecord], form: str = "png") -> Plate:
+    "Draw, or keep the reason (without the machine's folders): a run that is missing or was changed takes its picture with it, not the page."
     try:
         return Plate(title, draw(), form=form)
     except (RecordError, ValueError) as error:
-        return Plate(title, problem=str(error).replace(str(Path.cwd()), "."))
+        return Plate(title, problem=functools.reduce(lambda text, r: text.replace(str(r.folder), run_key(r)), runs, str(error)))
 
 # %% ../nbs/07_report.ipynb #e557f1a4
 def plates(dataset: str, runs: Sequence[RunRecord]) -> list[Plate]:
@@ -586,12 +609,12 @@ def plates(dataset: str, runs: Sequence[RunRecord]) -> list[Plate]:
     chosen = lambda: pick(mine, "cadm", 0.5, dataset)
     main = max(by_setup(mine), key=len)                        # curves of one setup, or they compare recipes
     return [
-        plate("Figure 2: the maps of all classes, sorted by activation", lambda: figure2(chosen(), images=4)),
-        plate("Figure 4: maps without and with the embedding loss", lambda: figure4(*pair_of_runs(mine, dataset), images=4)),
-        plate("Maps over the picture", lambda: overlays(chosen(), 0)),
-        plate("Training curves", lambda: curves([r for r in main if r.history]), "svg"),
-        plate("Average precision by class", lambda: per_class(main), "svg"),
-        plate("Which labels occur together", lambda: cooccurrence(mine[0])),
+        plate("Figure 2: the maps of all classes, sorted by activation", lambda: figure2(chosen(), images=4), mine),
+        plate("Figure 4: maps without and with the embedding loss", lambda: figure4(*pair_of_runs(mine, dataset), images=4), mine),
+        plate("Maps over the picture", lambda: overlays(chosen(), 0), mine),
+        plate("Training curves", lambda: curves([r for r in main if r.history]), mine, "svg"),
+        plate("Average precision by class", lambda: per_class(main), mine, "svg"),
+        plate("Which labels occur together", lambda: cooccurrence(mine[0]), mine),
     ]
 
 def by_setup(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
@@ -649,16 +672,20 @@ code { font: .88em ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", mono
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; margin: 1rem 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; }
 .card h3 { margin: 0 0 .5rem; }
-.bar { display: grid; grid-template-columns: minmax(0, 12.5rem) 1fr 3.4rem; gap: .6rem; align-items: center; font-size: .86rem; margin: .28rem 0; }
+.bar { display: grid; grid-template-columns: 11.5rem 1fr auto; gap: 0 .6rem; align-items: center; font-size: .84rem; margin: .3rem 0; }
+.bar > span:nth-child(2) { background: var(--line); border-radius: .2rem; }
 .bar i { display: block; height: .8rem; border-radius: .2rem; background: var(--fg); }
-.bar b { text-align: right; font-variant-numeric: tabular-nums; }
+.bar b { text-align: right; white-space: nowrap; min-width: 2.4rem; font-variant-numeric: tabular-nums; }
 .bar em { grid-column: 2 / 4; color: var(--soft); }
+@media (max-width: 34rem) { .bar { grid-template-columns: 1fr auto; } .bar > span:first-child { grid-column: 1 / 3; } .bar em { grid-column: 1 / 3; } }
 """
 
 # %% ../nbs/07_report.ipynb #0d8cb014
 PAGE_CSS += """
 .scroll { overflow-x: auto; margin: .8rem 0; }
 .cadm { font-size: .84rem; }
+.cadm th[scope=row] { position: sticky; left: 0; background: var(--bg); }
+@media (max-width: 34rem) { .cadm th[scope=row] { white-space: normal; min-width: 8.5rem; box-shadow: 1px 0 0 var(--line); } }
 .cadm thead th, .cadm .part th { border-color: var(--line); }
 .cadm .measured .part th { color: var(--link); }
 .cadm tbody tr:not(.part):hover { background: var(--card); }
@@ -679,8 +706,8 @@ dt { color: var(--soft); } dd { margin: 0; text-align: right; overflow-wrap: any
 
 # %% ../nbs/07_report.ipynb #9146f258
 TEMPLATES["bars.html"] = """
-<div class="card"><h3>{{ block.title }}</h3>
-<p class="soft">mAP on the test split, percent</p>
+<div class="card"><h3>{{ block.dataset }}</h3>
+<p class="soft">mAP on the test split, percent{% if block.image_size %}; {{ block.image_size }} × {{ block.image_size }} px, {{ block.backbone }}{% endif %}</p>
 {% for line in block.lines %}
 <div class="bar{{ " stale" if line.state == "stale" }}"><span>{{ line.label }}{% if line.state == "stale" %} <small class="soft">(stale)</small>{% endif %}</span>
 {% if line.values %}
@@ -697,7 +724,7 @@ TEMPLATES["bars.html"] = """
 TEMPLATES["figure.html"] = """
 {% if plate.picture %}
 <figure{% if plate.wide %} class="wide"{% endif %}><div class="scroll"><img src="{{ plate.uri }}" alt="{{ plate.title }}"></div>
-<figcaption><b>{{ plate.title }}</b> {{ plate.picture.caption }} <span class="soft">From {{ plate.picture.sources|join(", ") }}.</span></figcaption></figure>
+<figcaption><b>{{ plate.title }}</b> {{ plate.picture.caption }} <span class="soft">From {% if plate.picture.sources|length > 2 %}{{ plate.picture.sources|length }} records, named under Runs{% else %}{{ plate.picture.sources|join(", ") }}{% endif %}.</span></figcaption></figure>
 {% else %}
 <p class="warn"><b>{{ plate.title }}</b> is not drawn: {{ plate.problem }}</p>
 {% endif %}
@@ -772,17 +799,15 @@ def all_tables(runs: Sequence[RunRecord], known: Standing = Standing()) -> list[
     return tables
 
 # %% ../nbs/07_report.ipynb #5b089f55
-def report_html(runs: Sequence[RunRecord], known: Standing = Standing()) -> str:
+def report_html(runs: Sequence[RunRecord], tables: Sequence[ResultTable], known: Standing = Standing()) -> str:
     "The page as text."
-    tables = all_tables(runs, known)
     blocks = [b for t in tables for b in t.blocks]
-    gains = [gain_sentence(g) for t in tables if t.name in PLANS for b in t.blocks if (g := gain(b, PLANS[t.name]))]
     downloads = {t.name: [(form, text_uri(text, kind)) for form, text, kind in (("csv", t.csv(), "text/csv"), ("md", t.markdown(), "text/markdown"),
                  ("json", json.dumps(t.data(), ensure_ascii=False, indent=1), "application/json"))] for t in tables}
     figures = [(d, plates(d, runs)) for d in dict.fromkeys(b.dataset for b in blocks) if any(r.dataset.get("name") == d for r in runs)]
     total = seconds_text(sum(r.timing.get("wall_s") or 0 for r in runs))
     return template("report.html").render(
-        css=TABLE_CSS + PAGE_CSS, tables=tables, columns=COLUMNS, blocks=blocks, gains=gains, downloads=downloads, figures=figures, colour=row_colour,
+        css=TABLE_CSS + PAGE_CSS, tables=tables, columns=COLUMNS, blocks=blocks, gains=[gain_sentence(g) for t in tables for g in t.gains], downloads=downloads, figures=figures, colour=row_colour,
         warnings=[w for t in tables for w in t.warnings], synthetic=any(r.extra.get("synthetic") for r in runs), total=total,
         unfinished=[(f"{u.dataset}/{u.name}", u.why) for u in known.unfinished], runs=[run_entry(r, known.why_stale(r)) for r in runs]).strip() + "\n"
 
@@ -798,7 +823,8 @@ def build_report(runs_dir=None, out=None) -> Report:
     known, runs = standing(folder), load_runs(folder)
     if not runs and not known.unfinished:
         raise NoRuns(f"no run in {folder}. Make them with `cadm reproduce`, or name another folder")
-    with whole_file(path, "w") as file:
-        file.write(report_html(runs, known))
     tables = all_tables(runs, known)
+    page = report_html(runs, tables, known)
+    with whole_file(path, "w") as file:
+        file.write(page)
     return Report(path, tuple(headline(tables)), tuple(w for t in tables for w in t.warnings))
