@@ -46,6 +46,7 @@ def check_counts(data: Dataset, split: str, index: Index, report: CheckReport) -
     else:
         report.found.append(counted + (", as published" if split in data.counts else ""))
 
+# %% ../../nbs/04a7_check.ipynb #0f091ec0
 def check_photographs(data: Dataset, split: str, root: Path, index: Index, report: CheckReport) -> Sequence[str]:
     """Is every listed photograph there, and a photograph? Returns the names of those that are."""
     photos = find_photographs(data, split, root, index)
@@ -80,6 +81,7 @@ def splits_of(data: Dataset, root) -> list[str]:
     """The splits that a check looks at: the official ones, or the tables of one's own data."""
     return list(own_tables(root)) if data.name == "own" else list(data.counts) or [data.train_split, data.test_split]
 
+# %% ../../nbs/04a7_check.ipynb #1a943562
 def data_check(name: str, root=None, *, deep: bool = False) -> CheckReport:
     """Read all of a data set anew and say what is wrong or missing; `deep` decodes every photograph, too."""
     data = dataset(name)
@@ -111,7 +113,7 @@ def check_together(read: dict[str, Index], report: CheckReport) -> None:
         for b in splits[i + 1:]:
             if list(read[a].classes) != list(read[b].classes):
                 report.problems.append(f"{a} and {b} have different classes, or in another order")
-            if both := sorted(set(read[a].names) & set(read[b].names) | set(read[a].image_ids) & set(read[b].image_ids)):
+            if both := sorted(set(read[a].image_ids) & set(read[b].image_ids)) or sorted(set(read[a].names) & set(read[b].names)):
                 report.problems.append(f"{len(both):,} images are both in {a} and in {b}: {', '.join(both[:5])}{' ...' if len(both) > 5 else ''}")
 
 # %% ../../nbs/04a7_check.ipynb #62a872d0

@@ -29,6 +29,7 @@ def coco_split(root, split: str, year: str = "") -> str:
     known = f"there are {', '.join(there)}" if there else "no annotations/instances_<split>.json is there"
     raise DataError(f"{folder}: no annotations for the split {split!r}; {known}")
 
+# %% ../../nbs/04a1_coco.ipynb #c5a871d4
 def coco_annotations(root, split: str) -> Path:
     """The JSON file of a split."""
     return Path(root) / "annotations" / f"instances_{split}.json"

@@ -20,7 +20,7 @@ from ..config import default_folder
 from .coco import coco_annotations, coco_split, read_coco
 from .nuswide import known_placeholders, nus_concepts_file, nus_locate, nus_plan, read_nus
 from .own import own_locate, own_sources, own_table, read_own
-from .split import (ABSENT, CROWD, CROWD_BOX, DIFFICULT, DIFFICULT_BOX, PRESENT, Boxes, DataError, Index,
+from .split import (ABSENT, CROWD, CROWD_BOX, DIFFICULT, DIFFICULT_BOX, PLAIN_BOX, PRESENT, Boxes, DataError, Index,
                                    MissingPhotographs, Paths, Split, cached_index, index_folder, may_write, present)
 from ..files import whole_file
 from .voc import read_voc, voc_lists, voc_sources
@@ -34,10 +34,12 @@ class Reader(NamedTuple):
     locate: Callable[[Path, str, Sequence[str]], tuple[Sequence[str], np.ndarray]]   # names as they lie below the root; is each there?
     dead_links: bool = False                       # may placeholder pictures lie in place of photographs?
 
+# %% ../../nbs/04a5_datasets.ipynb #060471cc
 def as_listed(root, split, names):
     """Photographs lie where the label files say."""
     return names, present(root, names)
 
+# %% ../../nbs/04a5_datasets.ipynb #e8a057cb
 def coco_locate(root, split, names):
     """Photographs lie in <split>/, or in images/<split>/."""
     there = present(root, names)
@@ -45,11 +47,12 @@ def coco_locate(root, split, names):
         return as_listed(root, split, [f"images/{n}" for n in names])
     return names, there
 
-# %% ../../nbs/04a5_datasets.ipynb #060471cc
+# %% ../../nbs/04a5_datasets.ipynb #749e5811
 def coco_reader(year: str) -> Reader:
     """COCO's form, with the year that "train", "val" and "test" mean where there are several."""
     return Reader(lambda root, split: coco_split(root, split, year), lambda root, split: [coco_annotations(root, split)], read_coco, coco_locate)
 
+# %% ../../nbs/04a5_datasets.ipynb #2fa13bee
 def voc_reader(year: str) -> Reader:
     """VOC's form of one year; a split has no second name."""
     return Reader(lambda root, split: split, partial(voc_sources, year=year), partial(read_voc, year=year), as_listed)
@@ -85,6 +88,7 @@ DATASETS: dict[str, Dataset] = {d.name: d for d in (
     Dataset("own", "photographs of your own", "own", OWN_READER, "train", "test", {}, "put train.csv and test.csv there"),
 )}
 
+# %% ../../nbs/04a5_datasets.ipynb #5f604017
 def dataset(name: str) -> Dataset:
     """The data set of this name. Raises `DataError` naming those there are."""
     if name not in DATASETS:
@@ -99,6 +103,7 @@ def codes_to_labels(codes: np.ndarray, difficult: str = "ignore", crowd: bool = 
     labels[codes == DIFFICULT] = {"ignore": -1, "present": 1, "absent": 0}[difficult]
     return labels
 
+# %% ../../nbs/04a5_datasets.ipynb #3ea99caf
 def index_boxes(index: Index, difficult: str = "ignore", crowd: bool = True) -> Boxes | None:
     """Boxes under the same switches: those of crowds count with `crowd`, those of difficult objects only where these are present."""
     if index.box_rows is None:
@@ -131,12 +136,14 @@ def write_missing(path, rows: Sequence[tuple[str, str, str]]) -> None:
     with whole_file(path, "w") as file:
         csv.writer(file, lineterminator="\n").writerows([("image_id", "file", "why"), *rows])
 
+# %% ../../nbs/04a5_datasets.ipynb #7e2f0b92
 class Photographs(NamedTuple):
     """Where the photographs of an index lie, which are there and no placeholders, and SHA-256 of the placeholders by row."""
     names: Sequence[str]
     there: np.ndarray
     dead: dict[int, str]
 
+# %% ../../nbs/04a5_datasets.ipynb #1e7cb2ba
 def find_photographs(data: Dataset, split: str, root: Path, index: Index, cache: bool | str | Path = True) -> Photographs:
     """Look for the photographs of an index; those that are not there are listed in a file in the index's folder."""
     names, there = data.reader.locate(root, split, index.names)
@@ -167,6 +174,7 @@ def opened(name: str, root, split: str, cache: bool | str | Path = True) -> tupl
     split = data.reader.official(root, split)
     return data, root, split, cached_index(root, dict(dataset=name, split=split), data.reader.sources(root, split), lambda: data.reader.read(root, split), cache)
 
+# %% ../../nbs/04a5_datasets.ipynb #be7b3fa8
 def load_split(name: str, root=None, split: str = "train", *, missing: Literal["error", "drop"] = "error", unlabelled: Literal["keep", "drop"] = "keep",
                difficult: Literal["ignore", "present", "absent"] = "ignore", crowd: bool = True, cache: bool | str | Path = True) -> Split:
     """A split of a data set by name (`DATASETS`), read from the official files below `root` (none given: data/<folder>).

@@ -32,6 +32,7 @@ def nus_concepts_file(root) -> Path:
         raise DataError(f"{folder}: {', '.join(p.name for p in lists)}: keep the one list that the labels belong to")
     raise DataError(f"{folder}: no Concepts81.txt here; unpack the publishers' ConceptsList archive into {root}")
 
+# %% ../../nbs/04a2_nuswide.ipynb #4c9850fa
 def nus_concepts(root) -> list[str]:
     """Names of the concepts, in the order of the list."""
     path = nus_concepts_file(root)
@@ -79,6 +80,7 @@ class NusPlan(NamedTuple):
     @property
     def files(self) -> list[Path]: return [f for listed, labels in self.parts for f in (listed, *labels)] + [self.wanted] * (self.wanted is not None)
 
+# %% ../../nbs/04a2_nuswide.ipynb #8a1936a0
 def nus_label_files(root, kind: str) -> list[Path] | None:
     """Label files of "Train", "Test" or "" (all), in order of concept; None where there are none. Raises `DataError` where some are lacking or too many."""
     folder, ending = ("AllLabels", "") if not kind else ("TrainTestLabels", f"_{kind}")
@@ -93,7 +95,7 @@ def nus_label_files(root, kind: str) -> list[Path] | None:
         raise DataError(f"{folder}: {', '.join(extra)} belong to no concept of {nus_concepts_file(root)}")
     return [folder / n for n in names]
 
-# %% ../../nbs/04a2_nuswide.ipynb #13e1418d
+# %% ../../nbs/04a2_nuswide.ipynb #5af428ac
 def nus_list(root, kind: str) -> Path:
     """The image list of "Train", "Test" or "" (all). Raises `DataError` that says what to do where a mirror lacks it."""
     path = Path(root) / "ImageList" / (f"{kind}Imagelist.txt" if kind else "Imagelist.txt")
@@ -102,6 +104,7 @@ def nus_list(root, kind: str) -> Path:
                         "leave it out. Get ImageList from the publishers of NUS-WIDE and unpack it here")
     return path
 
+# %% ../../nbs/04a2_nuswide.ipynb #4aca9461
 def nus_plan(root, split: str) -> NusPlan:
     """Which files a split is read from: its own label files if there are any, else its rows of all labels. Raises `DataError`."""
     whole = nus_label_files(root, "")
@@ -119,6 +122,7 @@ def nus_plan(root, split: str) -> NusPlan:
         raise DataError(f"{Path(root) / 'Groundtruth'}: no labels for the split {split!r}, neither TrainTestLabels/Labels_<concept>_{kind or 'Train'}.txt nor AllLabels/Labels_<concept>.txt")
     return NusPlan(halves, wanted)
 
+# %% ../../nbs/04a2_nuswide.ipynb #111d4b9b
 def nus_own_list(root, split: str) -> Path:
     """A list that the user brought: ImageList/<split>.txt. Raises `DataError` that names the splits there are."""
     for path in (Path(root) / "ImageList" / f"{split}.txt", Path(root) / "ImageList" / f"{split}Imagelist.txt"):
@@ -141,6 +145,7 @@ def read_nus(root, split: str) -> Index:
     names = [names[i] for i in rows]
     return Index(nus_concepts(root), names, names, np.ascontiguousarray(codes[rows] if plan.wanted else codes))
 
+# %% ../../nbs/04a2_nuswide.ipynb #ae9c64f0
 def nus_rows(wanted: Path, names: Sequence[str]) -> list[int]:
     """Rows of the images that a list wants, by name or by name without folder. Raises `DataError` naming line and image."""
     by_name = {name: i for i, name in enumerate(names)}
@@ -180,11 +185,13 @@ def in_groups(keys: Sequence, at_least: int) -> np.ndarray:
     counts = Counter(keys)
     return np.array([counts[k] >= at_least for k in keys], bool)
 
+# %% ../../nbs/04a2_nuswide.ipynb #e160d00e
 def head(path, size: int = 4096) -> bytes:
     """The first bytes of a file, as a digest."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read(size)).digest()
 
+# %% ../../nbs/04a2_nuswide.ipynb #ccb14662
 def placeholders(root, names: Sequence[str]) -> dict[str, str]:
     """Name -> SHA-256 of the files that are empty, or the same as `REPEATED` - 1 others or more."""
     sizes = [os.stat(os.path.join(root, n)).st_size for n in names]
@@ -200,6 +207,7 @@ def folder_times(root, names: Sequence[str]) -> list:
     """Folders of the files, with the time of their last change."""
     return [[f, os.stat(os.path.join(root, f)).st_mtime_ns] for f in sorted({n.rpartition("/")[0] for n in names})]
 
+# %% ../../nbs/04a2_nuswide.ipynb #bf7b12a8
 def known_placeholders(root, names: Sequence[str], kept) -> dict[str, str]:
     """`placeholders`, from the file `kept` where that is still true, else searched and kept there (None: not kept)."""
     times = [folder_times(root, names), hashlib.sha256("\0".join(names).encode()).hexdigest()]

@@ -29,6 +29,7 @@ def own_tables(root) -> dict[str, Path]:
         found[split] = path
     return found
 
+# %% ../../nbs/04a4_own.ipynb #0a4c3e48
 def own_table(root, split: str) -> Path:
     """The table of a split. Raises `DataError` that says what to put where."""
     tables = own_tables(root)
@@ -45,10 +46,12 @@ class OwnRow(NamedTuple):
     ignored: Sequence[str]
     id: str
 
+# %% ../../nbs/04a4_own.ipynb #6320486f
 def words(cell: str) -> list[str]:
     """Names in one cell of a CSV file, separated by semicolons."""
     return [w.strip() for w in cell.split(";") if w.strip()]
 
+# %% ../../nbs/04a4_own.ipynb #af682ab2
 def csv_rows(path) -> tuple[list[OwnRow], list[str]]:
     """Rows of a CSV file in either form, and the classes its columns name. Raises `DataError` naming file, line and column."""
     reader = csv.DictReader(io.StringIO(read_text(path)), restkey="", strict=True)
@@ -77,7 +80,7 @@ def wide_cells(cells: dict, classes: Sequence[str], where: str) -> tuple[list[st
             raise DataError(f"{where}, column {c}: {cells[c]!r} is not 1, 0 or -1")
     return [c for c in classes if cells[c].strip() == "1"], [c for c in classes if cells[c].strip() == "-1"]
 
-# %% ../../nbs/04a4_own.ipynb #ce543a21
+# %% ../../nbs/04a4_own.ipynb #a40cfbc2
 def jsonl_rows(path) -> tuple[list[OwnRow], list[str]]:
     """Rows of a file of JSON lines. Raises `DataError` naming file, line and key."""
     rows = []
@@ -98,6 +101,7 @@ def jsonl_rows(path) -> tuple[list[OwnRow], list[str]]:
         rows.append(OwnRow(where, entry["path"], entry["labels"], entry.get("ignored", []), str(entry.get("id", ""))))
     return rows, []
 
+# %% ../../nbs/04a4_own.ipynb #53eda5e0
 def own_rows(path) -> tuple[list[OwnRow], list[str]]:
     """Rows of a table of either kind."""
     return (jsonl_rows if Path(path).suffix == ".jsonl" else csv_rows)(path)
@@ -114,11 +118,13 @@ def own_classes(root) -> list[str]:
     tables = [own_rows(p) for p in own_tables(root).values()]
     return sorted({c for rows, classes in tables for c in (*classes, *(l for r in rows for l in (*r.labels, *r.ignored)))})
 
+# %% ../../nbs/04a4_own.ipynb #2568d51a
 def own_sources(root, split: str) -> list[Path]:
     """Every file that the index of a split depends on: the tables, all of them where they decide about the classes."""
     table, path = own_table(root, split), Path(root) / "classes.txt"
     return [table, path] if path.is_file() else [table, *(p for p in own_tables(root).values() if p != table)]
 
+# %% ../../nbs/04a4_own.ipynb #0ac90f87
 def read_own(root, split: str) -> Index:
     """The index of a split of the user's own. Raises `DataError` for unknown labels, contradictions and photographs listed twice."""
     classes = own_classes(root)

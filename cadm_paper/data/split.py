@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESENT', 'ABSENT', 'DIFFICULT', 'CROWD', 'PLAIN_BOX', 'CROWD_BOX', 'DIFFICULT_BOX', 'RECENT', 'INDEX_FORMAT',
            'ARRAYS', 'DataError', 'MissingPhotographs', 'Paths', 'Boxes', 'Split', 'split_problem', 'first_twice',
-           'summarise', 'read_text', 'read_lines', 'safe_name', 'folder_names', 'present', 'Index', 'file_stamp',
-           'source_record', 'unchanged', 'write_index', 'read_index', 'may_write', 'index_folder', 'cached_index',
-           'fresh_index']
+           'label_fingerprint', 'take_images', 'summarise', 'read_text', 'read_lines', 'safe_name', 'folder_names',
+           'present', 'Index', 'file_stamp', 'source_record', 'unchanged', 'write_index', 'read_index', 'may_write',
+           'index_folder', 'cached_index', 'fresh_index']
 
 # %% ../../nbs/04_data.ipynb #9cacc414
 import hashlib, json, os, re, time
@@ -24,6 +24,7 @@ from ..files import sha256_file, whole_file
 class DataError(ValueError):
     """Data that cannot be used as it is: the message names the file, the line or field, and what to do."""
 
+# %% ../../nbs/04_data.ipynb #7a339789
 class MissingPhotographs(DataError):
     """Photographs that are listed but not there; `.missing` names all of them."""
     missing: tuple[str, ...] = ()
@@ -104,17 +105,11 @@ class Split:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over data set, classes, image ids and labels: the same everywhere, whatever the folders are called."""
-        digest = hashlib.sha256(json.dumps([self.dataset, self.classes], ensure_ascii=False).encode())
-        digest.update("\0".join(["", *self.image_ids, ""]).encode())
-        digest.update(self.labels.tobytes())
-        return digest.hexdigest()
+        return label_fingerprint(self)
 
     def take(self, indices) -> "Split":
         """The split of some images only: indices in the order wanted, a slice, or N truth values."""
-        rows = np.arange(len(self))[indices if isinstance(indices, slice) else np.asarray(indices)]
-        paths = Paths(self.paths.root, [self.paths.names[i] for i in rows]) if isinstance(self.paths, Paths) else [self.paths[i] for i in rows]
-        boxes = self.boxes.take(rows) if isinstance(self.boxes, Boxes) else self.boxes
-        return replace(self, image_ids=tuple(self.image_ids[i] for i in rows), paths=paths, labels=self.labels[rows], boxes=boxes)
+        return take_images(self, indices)
 
     def summary(self) -> dict:
         """Counts that go into run records; see `summarise`."""
@@ -136,10 +131,27 @@ def split_problem(split: Split) -> str | None:
     if n and (split.labels.min() < -1 or split.labels.max() > 1):
         return "labels are 1 (present), 0 (absent) or -1 (ignored), and nothing else"
 
+# %% ../../nbs/04_data.ipynb #9e20be68
 def first_twice(values: Iterable):
     """The first value that came before, or None."""
     seen = set()
     return next((v for v in values if v in seen or seen.add(v)), None)
+
+# %% ../../nbs/04_data.ipynb #cd7a335b
+def label_fingerprint(split: Split) -> str:
+    """SHA-256 over data set, classes, image ids and labels of a split."""
+    digest = hashlib.sha256(json.dumps([split.dataset, split.classes], ensure_ascii=False).encode())
+    digest.update("\0".join(["", *split.image_ids, ""]).encode())
+    digest.update(split.labels.tobytes())
+    return digest.hexdigest()
+
+# %% ../../nbs/04_data.ipynb #ff52e77f
+def take_images(split: Split, indices) -> Split:
+    """Some images of a split: indices in the order wanted, a slice, or N truth values."""
+    rows = np.arange(len(split))[indices if isinstance(indices, slice) else np.asarray(indices)]
+    paths = Paths(split.paths.root, [split.paths.names[i] for i in rows]) if isinstance(split.paths, Paths) else [split.paths[i] for i in rows]
+    boxes = split.boxes.take(rows) if isinstance(split.boxes, Boxes) else split.boxes
+    return replace(split, image_ids=tuple(split.image_ids[i] for i in rows), paths=paths, labels=split.labels[rows], boxes=boxes)
 
 # %% ../../nbs/04_data.ipynb #760906fe
 def summarise(split: Split) -> dict:
@@ -170,6 +182,7 @@ def read_text(path) -> str:
         raise DataError(f"{path}, line {line}: not UTF-8; save the file in UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
+# %% ../../nbs/04_data.ipynb #31d5bb57
 def read_lines(path) -> list[str]:
     """The lines of a text file without their ends; empty lines at the end of the file do not count."""
     return read_text(path).rstrip("\n \t").split("\n") if Path(path).exists() else [read_text(path)]
@@ -191,6 +204,7 @@ def folder_names(folder) -> set[str]:
     except (FileNotFoundError, NotADirectoryError):
         return set()
 
+# %% ../../nbs/04_data.ipynb #abe7b16a
 def present(root, names: Sequence[str]) -> np.ndarray:
     """N truth values: is there a file of this name below `root`? Each folder is listed once."""
     listings: dict[str, set] = {}
@@ -225,11 +239,13 @@ def file_stamp(path) -> list[int]:
     s = os.stat(path)
     return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
 
+# %% ../../nbs/04_data.ipynb #f03d6742
 def source_record(path, root, now: int) -> dict:
     """What an index remembers of a file: its name below the root, stamp and SHA-256, and when these were taken."""
     stamp = file_stamp(path)   # before the content: a change in between shows as another stamp
     return dict(file=os.path.relpath(path, root), stamp=stamp, taken=now, sha256=sha256_file(path))
 
+# %% ../../nbs/04_data.ipynb #964ee86d
 def unchanged(record: dict, path) -> bool:
     """Is the file what it was? Stamp first, content where the stamp differs or is too young to be trusted."""
     stamp = file_stamp(path)
@@ -249,6 +265,7 @@ def write_index(path, index: Index, sources: list[dict], key: dict) -> None:
     with whole_file(path) as file:
         np.savez(file, **packed, **{n: a for n in ARRAYS if (a := getattr(index, n)) is not None})
 
+# %% ../../nbs/04_data.ipynb #0337b813
 def read_index(path) -> tuple[Index, dict]:
     """The index and what it was made from. Raises whatever a file that is not one provokes."""
     with np.load(path, allow_pickle=False) as z:
@@ -263,10 +280,12 @@ def may_write(root, cache: bool | str | Path = True) -> bool:
     """May anything be kept below the root? A folder marked as read-only is left alone, also by an administrator."""
     return cache is not False and (cache is not True or bool(os.stat(root).st_mode & 0o222))
 
+# %% ../../nbs/04_data.ipynb #09cccf6e
 def index_folder(root, cache: bool | str | Path = True) -> Path:
     """Where indexes are kept: `.cadm-index/` below the root, or the folder `cache`."""
     return Path(root) / ".cadm-index" if cache is True else Path(cache)
 
+# %% ../../nbs/04_data.ipynb #09c058ca
 def cached_index(root, key: dict, sources: Sequence[Path], read: Callable[[], Index], cache: bool | str | Path = True) -> Index:
     """The index of one split: from `.cadm-index/` below the root (or in the folder `cache`) if its sources are unchanged, else read and kept."""
     if cache is False:

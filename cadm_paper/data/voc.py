@@ -28,6 +28,7 @@ def voc_home(root, year: str = "2007") -> Path:
             return home
     raise DataError(f"{root}: no VOC{year}/ImageSets/Main here; the root is the folder that holds VOC{year}/")
 
+# %% ../../nbs/04a3_voc.ipynb #d5140475
 def voc_lists(root, split: str, year: str = "2007") -> list[Path]:
     """The 20 label files of a split, in order of class. Raises `DataError` naming the ones that are not there."""
     main = voc_home(root, year) / "ImageSets" / "Main"
@@ -40,6 +41,7 @@ def voc_lists(root, split: str, year: str = "2007") -> list[Path]:
         raise DataError(f"{main}: {', '.join(lacking)} not there; get the archive of this split again")
     return files
 
+# %% ../../nbs/04a3_voc.ipynb #f4e27d22
 def voc_sources(root, split: str, year: str = "2007") -> list[Path]:
     """Every file that the index of a split depends on: the label files and, where they are, the annotations."""
     lists = voc_lists(root, split, year)
@@ -95,6 +97,7 @@ def read_voc(root, split: str, year: str = "2007") -> Index:
     names = [("" if below == "." else f"{below}/") + f"JPEGImages/{i}.jpg" for i in ids]
     return Index(list(VOC_CLASSES), ids, names, np.array(columns, np.int8).T.copy(), *voc_box_arrays(home / "Annotations", ids))
 
+# %% ../../nbs/04a3_voc.ipynb #dc6eb625
 def voc_box_arrays(folder, ids):
     """Counts, rows and kinds of all boxes, or nothing where there is no folder of annotations."""
     if not Path(folder).is_dir():
