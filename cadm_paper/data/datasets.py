@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUS_READER', 'OWN_READER', 'GET', 'DATASETS', 'NAMED', 'CHOICES', 'Reader', 'as_listed', 'coco_locate', 'coco_reader',
            'voc_reader', 'Dataset', 'dataset', 'codes_to_labels', 'index_boxes', 'missing_error', 'write_missing',
-           'Photographs', 'find_photographs', 'opened', 'load_split']
+           'keep_missing', 'Photographs', 'find_photographs', 'opened', 'load_split']
 
 # %% ../../nbs/04a5_datasets.ipynb #21131505
 from collections.abc import Callable, Sequence
@@ -136,6 +136,14 @@ def write_missing(path, rows: Sequence[tuple[str, str, str]]) -> None:
     with whole_file(path, "w") as file:
         csv.writer(file, lineterminator="\n").writerows([("image_id", "file", "why"), *rows])
 
+# %% ../../nbs/04a5_datasets.ipynb #7a30b6cf
+def keep_missing(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
+    """Write the list of what is missing, or remove an old one when nothing is; where nothing can be written, nothing happens."""
+    try:
+        write_missing(path, rows) if rows else path.unlink(missing_ok=True)
+    except OSError:
+        pass   # read-only or full: the error and the split name them, too
+
 # %% ../../nbs/04a5_datasets.ipynb #7e2f0b92
 class Photographs(NamedTuple):
     """Where the photographs of an index lie, which are there and no placeholders, and SHA-256 of the placeholders by row."""
@@ -154,12 +162,9 @@ def find_photographs(data: Dataset, split: str, root: Path, index: Index, cache:
         dead = {row[n]: sha256 for n, sha256 in found.items()}
         there = there.copy()
         there[list(dead)] = False
-    if folder and not there.all():
+    if folder:
         rows = [(index.image_ids[i], names[i], f"placeholder {dead[i]}" if i in dead else "absent") for i in np.flatnonzero(~there).tolist()]
-        try:
-            write_missing(folder / f"{data.name}-{split.replace('/', '_')}-missing.csv", rows)
-        except OSError:
-            pass   # read-only or full: the error and the split name them, too
+        keep_missing(folder / f"{data.name}-{split.replace('/', '_')}-missing.csv", rows)
     return Photographs(names, there, dead)
 
 # %% ../../nbs/04a5_datasets.ipynb #bba5d4eb
