@@ -8,7 +8,7 @@ is less where others use the machine or the disk is slow; `process` is everythin
 
 As yardsticks in the same run: pycocotools on the same JSON file, and NumPy's `loadtxt` on all label files of NUS-WIDE.
 
-    python benchmarks/index.py --out benchmarks/results/index.json        # about two minutes, 1 GB of temporary disk
+    python benchmarks/index.py --out benchmarks/results/index.json        # minutes, 2 GB of temporary disk
 """
 import argparse, json, os, platform, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -30,9 +30,9 @@ print(json.dumps(dict(load=time.perf_counter() - start, cpu=time.process_time() 
 READ = """
 import json, sys, time
 from cadm_paper.data.nuswide import read_nus
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 read_nus(*sys.argv[1:])
-print(json.dumps(dict(load=time.perf_counter() - start)))
+print(json.dumps(dict(load=time.perf_counter() - start, cpu=time.process_time() - cpu)))
 """
 
 
@@ -120,18 +120,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         path = make_coco(Path(tmp) / "coco")
         result["coco2014"] = measure("coco2014", path.parents[1], ["train2014"], a.repeats)
-        plain = new_process("import json, sys, time; from pycocotools.coco import COCO; t = time.perf_counter(); COCO(sys.argv[1]); print(json.dumps(dict(load=time.perf_counter() - t)))", path)
+        plain = new_process("import json, sys, time; from pycocotools.coco import COCO; t, c = time.perf_counter(), time.process_time(); COCO(sys.argv[1]); print(json.dumps(dict(load=time.perf_counter() - t, cpu=time.process_time() - c)))", path)
         train = result["coco2014"]["train2014"]
-        result["coco2014"].update(json_bytes=path.stat().st_size, pycocotools_load_s=plain["load"], first_over_pycocotools=train["first_load_s"] / plain["load"],
-                                  pycocotools_over_cached=plain["load"] / train["cached_load_s"])
+        result["coco2014"].update(json_bytes=path.stat().st_size, pycocotools_load_s=plain["load"], pycocotools_cpu_s=plain["cpu"],
+                                  first_over_pycocotools_cpu=train["first_cpu_s"] / plain["cpu"], pycocotools_over_cached_cpu=plain["cpu"] / train["cached_cpu_s"])
     with tempfile.TemporaryDirectory() as tmp:
         root = Path(tmp) / "nuswide"
         make_nus(root)
         result["nuswide"] = measure("nuswide", root, ["train", "test"], a.repeats)
-        plain = new_process("import glob, json, sys, time, numpy; t = time.perf_counter(); [numpy.loadtxt(f, dtype=numpy.int8) for f in glob.glob(sys.argv[1])]; print(json.dumps(dict(load=time.perf_counter() - t)))",
+        plain = new_process("import glob, json, sys, time, numpy; t, c = time.perf_counter(), time.process_time(); [numpy.loadtxt(f, dtype=numpy.int8) for f in glob.glob(sys.argv[1])]; print(json.dumps(dict(load=time.perf_counter() - t, cpu=time.process_time() - c)))",
                             root / "Groundtruth" / "TrainTestLabels" / "*.txt")
-        whole = sum(result["nuswide"][s]["first_load_s"] for s in ("train", "test"))
-        result["nuswide"].update(both_splits_first_load_s=whole, labels_read_s=sum(new_process(READ, root, s)["load"] for s in ("train", "test")), loadtxt_s=plain["load"])
+        both = [new_process(READ, root, split) for split in ("train", "test")]
+        result["nuswide"].update({f"both_splits_first_{k}_s": sum(result["nuswide"][s][f"first_{k}_s"] for s in ("train", "test")) for k in ("load", "cpu")})
+        result["nuswide"].update({f"label_files_{k}_s": sum(r[k] for r in both) for k in ("load", "cpu")})
+        result["nuswide"].update(loadtxt_load_s=plain["load"], loadtxt_cpu_s=plain["cpu"])
+        result["load_average"] = os.getloadavg()[2]
     text = json.dumps(result, indent=1)
     print(text)
     if a.out:
