@@ -312,13 +312,13 @@ def same_draw(without: RunRecord, with_: RunRecord) -> tuple[dict, dict]:
     return a, b
 
 # %% ../nbs/06_figures.ipynb #9961e77d
-def draw_boxes(ax, maps: dict, row: int, c: int, width: float, height: float) -> None:
+def draw_boxes(ax, maps: dict, row: int, c: int, width: float, height: float, colour: str = "black") -> None:
     "Outlines of a class's objects, where the record has boxes."
     from matplotlib.patches import Rectangle
 
     for r, k, x, y, w, h in maps.get("boxes", ()):
         if (int(r), int(k)) == (row, c):
-            ax.add_patch(Rectangle((x * width - 0.5, y * height - 0.5), w * width, h * height, fill=False, lw=0.8, ls=(0, (2, 1.5)), ec="black"))
+            ax.add_patch(Rectangle((x * width - 0.5, y * height - 0.5), w * width, h * height, fill=False, lw=0.8, ls=(0, (2, 1.5)), ec=colour))
 
 # %% ../nbs/06_figures.ipynb #4595cb77
 def rank_panel(ax, names: list[str], before: Sequence[int], after: Sequence[int], classes: int) -> None:
@@ -396,7 +396,8 @@ def overlays(record: RunRecord, image: int = 0, labels: Sequence[int] | None = N
     maps = read_maps(record)
     (row,) = choose_images(maps, [image])
     labels = list(labels) if labels is not None else [int(c) for c in np.flatnonzero(maps["targets"][row] == 1)]
-    limit = map_limit(maps["maps"][row, labels])
+    shown = maps["maps"][row, labels]
+    limit = map_limit(np.maximum(shown, 0) if "thumbnails" in maps else shown)
     with house_style():
         fig = new_figure(min(PAGE, 1.25 * (len(labels) + 1)), 1.6)
         axes = fig.subplots(1, len(labels) + 1, squeeze=False)[0]
@@ -404,7 +405,7 @@ def overlays(record: RunRecord, image: int = 0, labels: Sequence[int] | None = N
         for ax, c in zip(axes[1:], labels):
             if "thumbnails" in maps:
                 ax.imshow(overlay(maps["thumbnails"][row], maps["maps"][row, c], limit), interpolation="nearest")
-                draw_boxes(ax, maps, row, c, *maps["thumbnails"].shape[2:0:-1])
+                draw_boxes(ax, maps, row, c, *maps["thumbnails"].shape[2:0:-1], colour="white")
             else:
                 draw_map(ax, maps["maps"][row, c], limit)
             ax.set_title(f"{short(str(maps['classes'][c]), 16)}\n{maps['scores'][row, c]:.2f}", fontsize=6)
@@ -503,7 +504,7 @@ def cooccurrence(record: RunRecord) -> Picture:
     table, names = conditional(found["targets"]), [short(str(c), 14) for c in found["classes"]]
     np.fill_diagonal(table, np.nan)                            # always 1, and would set the scale
     with house_style():
-        fig = new_figure(COLUMN, COLUMN)
+        fig = new_figure(COLUMN, 0.92 * COLUMN)
         ax = fig.subplots()
         sns.heatmap(table, ax=ax, cmap="viridis", square=True, xticklabels=names, yticklabels=names, vmin=0, cbar_kws={"shrink": 0.7, "label": "P(column | row)"})
         ax.tick_params(labelsize=4 if len(names) > 40 else 5, length=0)

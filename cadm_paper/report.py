@@ -592,7 +592,7 @@ class Plate:
     @property
     def uri(self) -> str: return data_uri(self.picture.data(self.form), self.form)
     @property
-    def wide(self) -> bool: return self.picture.figure.get_figwidth() > 4
+    def inches(self) -> float: return self.picture.figure.get_figwidth()
 
 # %% ../nbs/07_report.ipynb #3d92f6c7
 def plate(title: str, draw, runs: Sequence[RunRecord], form: str = "png") -> Plate:
@@ -639,7 +639,7 @@ def flat(value, name: str = "") -> list[tuple[str, str]]:
         return [pair for k in value for pair in flat(value[k], f"{name}.{k}" if name else str(k))]
     if isinstance(value, list) and (len(value) > 8 or any(isinstance(v, (dict, list)) for v in value)):
         return [(name, f"{len(value)} entries")]
-    text = "none" if value is None else f"{value:.6g}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = "none" if value is None or value == [] or value == "" else f"{value:.6g}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return [(name, text)]
 
 # %% ../nbs/07_report.ipynb #946d9f8d
@@ -692,7 +692,7 @@ PAGE_CSS += """
 figure { margin: 1rem 0 2rem; }
 figure .scroll { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .6rem; margin: 0 0 .5rem; }
 figure img { display: block; height: auto; max-width: 100%; }
-figure.wide img { width: 100%; min-width: 42rem; }
+figure.wide img { min-width: 42rem; }
 figcaption { font-size: .9rem; max-width: 52rem; }
 figcaption b { display: block; }
 details { border: 1px solid var(--line); border-radius: .5rem; margin: .5rem 0; background: var(--card); }
@@ -723,7 +723,7 @@ TEMPLATES["bars.html"] = """
 # %% ../nbs/07_report.ipynb #1e12bd22
 TEMPLATES["figure.html"] = """
 {% if plate.picture %}
-<figure{% if plate.wide %} class="wide"{% endif %}><div class="scroll"><img src="{{ plate.uri }}" alt="{{ plate.title }}"></div>
+<figure{% if plate.inches > 6 %} class="wide"{% endif %}><div class="scroll"><img src="{{ plate.uri }}" alt="{{ plate.title }}" style="width: {{ "%.1f"|format(9.2 * plate.inches) }}rem"></div>
 <figcaption><b>{{ plate.title }}</b> {{ plate.picture.caption }} <span class="soft">From {% if plate.picture.sources|length > 2 %}{{ plate.picture.sources|length }} records, named under Runs{% else %}{{ plate.picture.sources|join(", ") }}{% endif %}.</span></figcaption></figure>
 {% else %}
 <p class="warn"><b>{{ plate.title }}</b> is not drawn: {{ plate.problem }}</p>
