@@ -1,17 +1,18 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer and git:
 #   make reproduce    the embedded benchmark: trains, then writes Tables 1-2, Figures 2 and 4 and the report
 #   make test         the test suite
+#   make docs         the documentation site, in site/
 # Each makes its own virtual environment (.venv) when there is none. PYTHON=... chooses the interpreter.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: reproduce test test-slow sync notebooks clean
+.PHONY: reproduce test test-slow docs sync notebooks clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '2,4p' Makefile | sed 's/^# *//'
+	@sed -n '2,5p' Makefile | sed 's/^# *//'
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +28,13 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python tools/docs.py
+
+$(VENV)/.installed-docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[repro,dev,docs]'
+	touch $@
 
 # notebooks -> cadm_paper/ and README.md
 sync: $(STAMP)

@@ -1,0 +1,221 @@
+"""The documentation site from the notebooks as they are committed: `python tools/docs.py [--out site] [--runs DIR]`.
+
+Nothing is executed and nothing fetched. The sources go to _proc/ (notebooks without hidden cells and directives, one API page
+for each module, the landing page with what the committed run records measured), then Sphinx builds them with the settings in docs/.
+nbdev's own `proc_nbs` is not used: it leaves out every exported cell, and here the code is what the reader came for."""
+import argparse
+import ast
+import functools
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jinja2
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from readme import readable  # noqa: E402
+
+PAGES = ("CONTRIBUTING.md", "DEPENDENCIES.md", "CHANGELOG.md")
+
+
+@functools.cache
+def notebooks() -> list[Path]:
+    """All notebooks, in the order of the house."""
+    return sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(ROOT).parts))
+
+
+def module_of(path: Path) -> str | None:
+    """The module that a notebook writes."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    found = re.search(r"^#\|\s*default_exp\s+(\S+)", source, re.M)
+    return found and "cadm_paper." + found[1].removesuffix(".__init__")
+
+
+def rooted(text: str, depth: int) -> str:
+    """Links to files that are no page of the site lead to their page, or lose their link; pages of the root stay links."""
+    def link(found):
+        label, target = found[1], found[2]
+        name = target.removeprefix("../" * depth)
+        module = re.fullmatch(r"cadm_paper/([\w/]+)\.py", name)
+        if module:
+            return f"[{label}]({'../' * depth}api/{'cadm_paper.' + module[1].replace('/', '.')}.rst)"
+        if re.match(r"https?:|#", target) or name.partition("#")[0].endswith(".ipynb") or name in PAGES:
+            return found[0]
+        return f"`{name}`" if label == target else label
+    return re.sub(r"(?<!!)\[([^\]\n]*)\]\(([^)\s]+)\)", link, text)
+
+
+def only_imports(source: str) -> bool:
+    """Whether a cell does nothing but import: it is folded away."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return False
+    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+
+
+def page(path: Path) -> nbformat.NotebookNode:
+    """A notebook as its page: no hidden cells, no directives, the API named under the title."""
+    notebook = readable(nbformat.read(path, as_version=4))
+    notebook.metadata.pop("widgets", None)
+    depth, module = len(path.relative_to(ROOT).parts) - 1, module_of(path)
+    cells = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and not cell.source.strip():
+            if not cell.outputs:
+                continue
+            cell.metadata.tags = [*cell.metadata.get("tags", []), "remove-input"]
+        if cell.cell_type == "code" and only_imports(cell.source):
+            cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
+        if cell.cell_type == "markdown":
+            cell.source = rooted(cell.source, depth)
+        cells.append(cell)
+    if module and cells and cells[0].cell_type == "markdown":
+        note = f"Exports `{module}`: [API]({'../' * depth}api/{module}.rst)."
+        lines = cells[0].source.split("\n")
+        after = max([i for i, line in enumerate(lines[:6]) if line.startswith("> ")] or [0])
+        cells[0].source = "\n".join([*lines[:after + 1], "", note, *lines[after + 1:]])
+    notebook.cells = cells
+    return notebook
+
+
+def api_page(module: str, notebook: Path) -> str:
+    """One module: its purpose, its notebook, every public name."""
+    title, where = f"``{module}``", notebook.relative_to(ROOT).with_suffix("").as_posix()
+    return "\n".join([title, "=" * len(title), "", f"Written in the notebook :doc:`/{where}`, where each name is shown and checked.", "", f".. automodule:: {module}", ""])
+
+
+def api_index(modules: dict[str, Path]) -> str:
+    """All modules in the order of the notebooks, with what each is for."""
+    rows = []
+    for module, notebook in modules.items():
+        about = (importlib.import_module(module).__doc__ or "").strip().split("\n")[0]
+        about = re.sub(r"`([^`]+)`", r"``\1``", about)
+        rows += [f"   * - :doc:`{module}`", f"     - {about}"]
+    return "\n".join(["API", "===", "", "Every public function and class, module by module; shapes are part of the signatures, as jaxtyping writes them. One alphabetical list: :ref:`genindex`.", "",
+                      ".. list-table::", "   :widths: 30 70", "", *rows, "", ".. toctree::", "   :hidden:", "", *(f"   {module}" for module in modules), ""])
+
+
+def measured(runs) -> dict | None:
+    """mAP by row from run records, for the landing page; None without records."""
+    from cadm_paper.figures import row_name
+    from cadm_paper.report import ROWS, gain_sentence, table
+
+    if not runs:
+        return None
+    tables = [table("table1", runs, datasets=["scenes-coco"]), table("table2", runs, datasets=["scenes-nus"])]
+    heads = [b.dataset for t in tables for b in t.blocks]
+    cell = lambda b, key: next((line.cell("mAP") for line in b.lines if line.key == key and line.values and line.state == "measured"), "not run")
+    rows = [(row_name(key), [cell(b, key) for t in tables for b in t.blocks]) for key in ROWS]
+    return {"heads": heads, "rows": rows, "gains": [gain_sentence(g) for t in tables for g in t.gains]}
+
+
+def claims() -> list[tuple[str, list[float]]]:
+    """The paper's mAP of baseline, lambda 0 and lambda 0.5, as printed."""
+    from cadm_paper.paper import TABLE1, TABLE2
+
+    mine = lambda rows: [row.values["mAP"] for row in rows if row.method in ("baseline", "baseline_gap", "cadm")]
+    return [("MS-COCO (Table 1)", mine(TABLE1)), ("NUS-WIDE (Table 2)", mine(TABLE2))]
+
+
+def sources(runs, has_explorer: bool) -> dict[str, str]:
+    """Everything that Sphinx reads: name -> text."""
+    files: dict[str, str] = {}
+    modules = {module: path for path in notebooks() if (module := module_of(path))}
+    for path in notebooks():
+        files[path.relative_to(ROOT).as_posix()] = nbformat.writes(page(path))
+    files |= {f"api/{module}.rst": api_page(module, notebook) for module, notebook in modules.items()}
+    files["api/index.rst"] = api_index(modules)
+    for name in PAGES:
+        if (ROOT / name).is_file():
+            files[name] = rooted((ROOT / name).read_text(encoding="utf-8"), 0)
+    files["paper-to-here.md"] = (ROOT / "docs" / "paper-to-here.md").read_text(encoding="utf-8")
+    pages = [p.relative_to(ROOT).with_suffix("").as_posix() for p in notebooks()]
+    tutorials = [p for p in pages if p.startswith("nbs/tutorials/")]
+    landing = jinja2.Template((ROOT / "docs" / "index.md.j2").read_text(encoding="utf-8"), trim_blocks=False)
+    files["index.md"] = landing.render(
+        claims=claims(), measured=measured(runs), explorer=has_explorer, tutorials=tutorials, changelog=(ROOT / "CHANGELOG.md").is_file(),
+        experiments=[p for p in pages if p.startswith("nbs/experiments/")],
+        modules=[p for p in pages if p.count("/") == 1 and p != "nbs/index"])
+    if tutorials:
+        files["tutorials.md"] = tutorials_page(tutorials)
+    return files
+
+
+def write_sources(folder: Path, files: dict[str, str]) -> None:
+    """Write what changed and delete what went, so that Sphinx reads again only what it must."""
+    for path in [p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in files]:
+        path.unlink()
+    for name, text in files.items():
+        path = folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+
+def tutorials_page(tutorials: list[str]) -> str:
+    """The tutorials with what each comes to, from their first cells."""
+    lines = ["# Tutorials", "", "Each is a notebook that the test suite runs.", ""]
+    for name in tutorials:
+        first = nbformat.read(ROOT / f"{name}.ipynb", as_version=4).cells[0].source.split("\n")
+        title = next(line[2:] for line in first if line.startswith("# "))
+        about = next((line[2:] for line in first if line.startswith("> ")), "")
+        lines.append(f"- [{title}]({name}.ipynb): {about}")
+    return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", *tutorials, "```", ""])
+
+
+def records(folder: Path | None) -> list:
+    """Committed records, or the ones of `folder`."""
+    from cadm_paper.record import load_runs
+
+    place = folder or ROOT / "outputs" / "reference" / "mini"
+    return load_runs(place) if place.is_dir() else []
+
+
+def add_pages(site: Path, runs, folder: Path | None) -> None:
+    """Report and explorer beside the site's own pages."""
+    if runs:
+        from cadm_paper.report import build_report
+        build_report(folder or ROOT / "outputs" / "reference" / "mini", site / "report")
+
+
+MATHJAX = ("tex-chtml.js", "input", "tex", "tex.js", "extensions", "output", "chtml", "fonts", "woff-v2")
+
+
+def superfluous(folder: str, names: list[str]) -> list[str]:
+    """What the site does without: MathJax's other builds, Sphinx's bookkeeping."""
+    if "mathjax" in Path(folder).parts:
+        return [name for name in names if name not in MATHJAX and not name.endswith(".woff") and "extensions" not in Path(folder).parts]
+    return [name for name in names if name in (".buildinfo", "objects.inv.bak", "jupyter_execute")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Build the documentation site.")
+    parser.add_argument("--out", type=Path, default=ROOT / "site")
+    parser.add_argument("--runs", type=Path, help="folder of run records to show instead of the committed ones")
+    parser.add_argument("--work", type=Path, default=ROOT / "_proc", help="folder for what lies between")
+    given = parser.parse_args()
+    runs = records(given.runs)
+    write_sources(given.work / "source", sources(runs, False))
+    built = subprocess.run([sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", str(given.work / "doctrees"),
+                            str(given.work / "source"), str(given.work / "html")])
+    if built.returncode:
+        return built.returncode
+    shutil.rmtree(given.out, ignore_errors=True)
+    shutil.copytree(given.work / "html", given.out, ignore=superfluous)
+    add_pages(given.out, runs, given.runs)
+    (given.out / ".nojekyll").touch()
+    print(f"site: {given.out}/index.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
