@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config import default_folder
-from .datasets import DATASETS, dataset, load_split
-from .split import ABSENT, DIFFICULT, DataError, cached_index, safe_name
-from ..files import FolderLocked, folder_lock, sha256_file, write_json
+from .datasets import DATASETS, dataset, find_photographs, load_split, opened
+from .split import ABSENT, DIFFICULT, DataError, safe_name
+from ..files import FolderLocked, folder_lock, write_json
 
 # %% ../../nbs/04f_get.ipynb #5593bb52
 class GetError(DataError):
@@ -505,11 +505,9 @@ def move_below(unpacked: Path, root: Path) -> None:
 # %% ../../nbs/04f_get.ipynb #e621b2fe
 def count_split(name: str, root, split: str) -> tuple[int, int, int]:
     """Images that a split lists, those with a label, and photographs that are there. Raises `DataError` from the reader."""
-    reader, root = dataset(name).reader, Path(root)
-    split = reader.official(root, split)
-    index = cached_index(root, dict(dataset=name, split=split), reader.sources(root, split), lambda: reader.read(root, split))
+    data, root, split, index = opened(name, root, split)
     labelled = ((index.codes != ABSENT) & (index.codes != DIFFICULT)).any(1)
-    return len(index.image_ids), int(labelled.sum()), int(reader.locate(root, split, index.names)[1].sum())
+    return len(index.image_ids), int(labelled.sum()), int(find_photographs(data, split, root, index).there.sum())
 
 def verify(name: str, root, source: Source) -> list[str]:
     """Count every split; one line each. Raises `DataError` naming what is wrong: numbers that are not the published ones, photographs that are not there."""
