@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'FLIP', 'IN_MEMORY_BYTES', 'PIXELS', 'PREPARED', 'CROP', 'SCALES', 'scramble', 'random_words', 'epoch_order',
-           'flip_mask', 'batch_plan', 'Recycled', 'Batch', 'PhotographFiles', 'PackedFiles', 'KeptInMemory', 'Feeder',
-           'DeviceFeeder', 'pixel_rows', 'normalised', 'prepare', 'canvas_size', 'crop_boxes', 'cut_boxes']
+           'flip_mask', 'batch_plan', 'Recycled', 'Batch', 'PhotographFiles', 'PackedFiles', 'KeptInMemory',
+           'image_source', 'ahead', 'Feeder', 'DeviceFeeder', 'pixel_rows', 'normalised', 'prepare', 'canvas_size',
+           'crop_boxes', 'cut_boxes']
 
 # %% ../../nbs/04e_feed.ipynb #391042ed
 import collections
@@ -96,11 +97,9 @@ class Batch(NamedTuple):
     targets: Tensor
     indices: Tensor
 
-IN_MEMORY_BYTES = 2**28  # in_memory="auto" keeps decoded images up to this many bytes
-
 # %% ../../nbs/04e_feed.ipynb #9db26cb6
 class PhotographFiles:
-    "Reads single images of a split from its original files: `source(row)` gives uint8 S x S x 3."
+    "Single images of a split from its original files: `source(row)` is uint8 S x S x 3, `source.encoded(row)` the bytes and their name."
     def __init__(self, split, size: int, **how):
         self.paths, self.size, self.how = split.paths, size, how
 
@@ -111,7 +110,7 @@ class PhotographFiles:
         return read_photograph(self.paths[row]), self.paths[row]
 
 class PackedFiles:
-    "Reads single images of a split from a pack, which must have been made with this geometry (`PackError`)."
+    "The same from a pack, which must have been made with this geometry (`PackError`)."
     def __init__(self, split, size: int, pack, resize: str, exif: bool):
         self.pack = pack if isinstance(pack, Pack) else Pack(pack)
         self.rows = packed_rows(self.pack, split, size, resize, exif)
@@ -122,6 +121,7 @@ class PackedFiles:
     def encoded(self, row: int) -> tuple[bytes, str]:
         return self.pack.read(self.rows[row]), f"{self.pack.path}: image {self.pack.image_ids[self.rows[row]]}"
 
+# %% ../../nbs/04e_feed.ipynb #f0d3c232
 class KeptInMemory:
     "Asks another source once for each image and keeps the answer."
     def __init__(self, source, count: int, size: int):
@@ -133,20 +133,45 @@ class KeptInMemory:
             self.have[row] = True  # after the pixels: another thread may be looking
         return self.pixels[row]
 
-# %% ../../nbs/04e_feed.ipynb #f0d3c232
+# %% ../../nbs/04e_feed.ipynb #ff0e83e2
+IN_MEMORY_BYTES = 2**28  # in_memory="auto" keeps decoded images up to this many bytes
+
+def image_source(split, size: int, resize: str = "squash", pack=None, in_memory: bool | str = "auto", exif: bool = False, draft: bool = False):
+    """A function from a row of the split to its image, uint8 S x S x 3: from `pack` or else the files, kept in memory if it fits."""
+    if resize not in ("squash", "crop"):
+        raise ValueError(f"resize is squash or crop, not {resize!r}")
+    if pack is None:
+        source = PhotographFiles(split, size, resize=resize, exif=exif, draft=draft)
+    else:
+        source = PackedFiles(split, size, pack, resize, exif)
+    keep = len(split) * size**2 * 3 <= IN_MEMORY_BYTES if in_memory == "auto" else in_memory
+    return KeptInMemory(source, len(split), size) if keep else source
+
+# %% ../../nbs/04e_feed.ipynb #7d548836
+def ahead(begin, finish, items, depth: int) -> Iterator:
+    """`finish(begin(item))` for each item, begun `depth` items before it is finished; work not wanted any more is cancelled.
+
+    `begin` returns a tuple whose last element is a list of futures."""
+    begun = collections.deque()
+    try:
+        for item in items:
+            begun.append(begin(item))
+            if len(begun) > depth:
+                yield finish(*begun.popleft())
+        while begun:
+            yield finish(*begun.popleft())
+    finally:  # also when the caller stops early: nothing goes on behind its back
+        for future in (future for *_, work in begun for future in work):
+            future.cancel()
+
+# %% ../../nbs/04e_feed.ipynb #af651ef2
 class Feeder:
     """Batches of a split's photographs at image_size x image_size (Sec. 3.2), the same whatever the number of `workers` (threads)."""
 
     def __init__(self, split, image_size: int, *, resize: str = "squash", workers: int = 0, pack=None, in_memory: bool | str = "auto",
                  prefetch: int = 2, exif: bool = False, draft: bool = False, pin_memory: bool | str = "auto"):
-        if resize not in ("squash", "crop"):
-            raise ValueError(f"resize is squash or crop, not {resize!r}")
         self.split, self.image_size, self.workers, self.prefetch = split, image_size, workers, prefetch
-        self.source = (PackedFiles(split, image_size, pack, resize, exif) if pack is not None
-                       else PhotographFiles(split, image_size, resize=resize, exif=exif, draft=draft))
-        fits = len(split) * image_size**2 * 3 <= IN_MEMORY_BYTES
-        if fits if in_memory == "auto" else in_memory:
-            self.source = KeptInMemory(self.source, len(split), image_size)
+        self.source = image_source(split, image_size, resize, pack, in_memory, exif, draft)
         # torch hands out pinned memory from a store of its own, which knows which copies to a GPU are still under way
         pin = torch.cuda.is_available() if pin_memory == "auto" else pin_memory
         self._memory = None if pin else Recycled(keep=prefetch + 3)
@@ -155,20 +180,8 @@ class Feeder:
     def epoch(self, batch_size: int, *, seed: int | None = None, epoch: int = 0, shuffle: bool = False, start: int = 0,
               rank: int = 0, world: int = 1) -> Iterator[Batch]:
         "Batches of one pass, from number `start` on, this rank's part of each. Raises `ImageError` at the batch with a bad file."
-        return self._batches(batch_plan(len(self.split), batch_size, seed=seed, epoch=epoch, shuffle=shuffle, start=start, rank=rank, world=world))
-
-    def _batches(self, plan: list[np.ndarray]) -> Iterator[Batch]:
-        ahead, depth = collections.deque(), self.prefetch if self._threads else 0
-        try:
-            for indices in plan:
-                ahead.append(self._begin(indices))
-                if len(ahead) > depth:
-                    yield self._finish(*ahead.popleft())
-            while ahead:
-                yield self._finish(*ahead.popleft())
-        finally:  # also when the caller stops early: nothing goes on behind its back
-            for future in (future for *_, work in ahead for future in work):
-                future.cancel()
+        plan = batch_plan(len(self.split), batch_size, seed=seed, epoch=epoch, shuffle=shuffle, start=start, rank=rank, world=world)
+        return ahead(self._begin, self._finish, plan, self.prefetch if self._threads else 0)
 
     def _begin(self, indices: np.ndarray):
         size = (len(indices), self.image_size, self.image_size, 3)

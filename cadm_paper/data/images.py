@@ -76,6 +76,7 @@ def is_plain(image: Image.Image) -> bool:
     """Whether an opened photograph is a JPEG in colour, which any decoder takes."""
     return image.format in ("JPEG", "MPO") and image.mode == "RGB"
 
+# %% ../../nbs/04c_images.ipynb #a47b3ca1
 DRAFT_GAP = 2  # a JPEG decoded at reduced size keeps this many times the pixels wanted, on each side
 
 def decode_rgb(data: bytes, name, *, exif: bool = False, shrink_to: int = 0) -> Tensor:
@@ -99,6 +100,7 @@ def central_square(image: Tensor) -> Tensor:
     side, top, left = min(h, w), max(h - w, 0) // 2, max(w - h, 0) // 2
     return image[top:top + side, left:left + side]
 
+# %% ../../nbs/04c_images.ipynb #ea9581b8
 def resize_square(image: Tensor, size: int, resize: str = "squash") -> Tensor:
     """uint8 H x W x 3 to size x size x 3, antialiased bilinear: the whole image (`squash`) or its central square (`crop`)."""
     if resize == "crop":
@@ -117,6 +119,7 @@ def read_photograph(path) -> bytes:
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from error
 
+# %% ../../nbs/04c_images.ipynb #0910cdc0
 def load_image(path, size: int, *, resize: str = "squash", exif: bool = False, draft: bool = False) -> Tensor:
     """A photograph as uint8 3 x size x size RGB (Sec. 3.2). Raises `ImageError`, naming the file, for what is no photograph."""
     pixels = decode_rgb(read_photograph(path), path, exif=exif, shrink_to=size if draft else 0)
@@ -134,6 +137,7 @@ def device_decoder(device) -> Callable[[Sequence[Tensor]], list[Tensor]]:
         return lambda encoded: [decoder(data).to(device) for data in encoded]
     raise RuntimeError("this torchvision has no JPEG decoder")
 
+# %% ../../nbs/04c_images.ipynb #f895d3f0
 def decode_on(device, encoded: Sequence[bytes], names: Sequence, size: int, *, resize: str = "squash", exif: bool = False) -> Tensor:
     """Encoded photographs as uint8 B x 3 x size x size on `device`, decoded and resized there. Raises `ImageError`."""
     plain = [i for i, (data, name) in enumerate(zip(encoded, names, strict=True)) if is_plain(open_image(data, name)) and not exif]
