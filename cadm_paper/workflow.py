@@ -598,6 +598,8 @@ def job(arguments: list[str] | None = None) -> None:
             else: report_job(Path(rest[0]), session.folders)
     except (WorkflowError, ValueError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 # %% ../nbs/07b_workflow.ipynb #b1bffc2f
 def likely_seconds(run: Run, known: list[tuple[Run, float]]) -> float | None:
@@ -882,9 +884,10 @@ def reproduce(config: str = "mini", jobs: int | None = None, dry_run: bool = Fal
         print(json.dumps(found, indent=1) if as_json else dry_run_text(batch, runs, force))
         return 0
     jobs = jobs or (None if profile else default_jobs(batch))
-    print(f"{batch.title or batch.name}: {len(runs)} runs, {sum(wanted(r, state(r), batch.keep, force) for r in runs)} to do" + (f", {jobs} at a time" if jobs else ""), flush=True)
+    to_do = sum(wanted(r, state(r), batch.keep, force) for r in runs)
+    print(f"{batch.title or batch.name}: {len(runs)} runs, {to_do} to do" + (f", {jobs} at a time" if jobs else ""), flush=True)
     try:
-        trained = engine(engine_command(path, jobs, "runs", force, profile=profile), jobs)
+        trained = engine(engine_command(path, jobs, "runs", force, profile=profile), jobs) if to_do else 0
         reported = engine(engine_command(path, jobs, "reports", force, report_only=True), jobs)
     except KeyboardInterrupt:
         print(f"\nstopped; to go on from the checkpoints: {again}", file=sys.stderr)

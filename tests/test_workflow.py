@@ -3,7 +3,7 @@
 The runs are made by a stand-in for train.ipynb that computes nothing but keeps every promise of the real one: a checkpoint after each epoch,
 a record at the end, a result that depends on the whole sequence of epochs.
 """
-import json, os, random, shutil, signal, subprocess, sys, time
+import json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
@@ -330,3 +330,16 @@ def test_the_slurm_profile_submits_what_each_rule_asks_for(site):
     assert all({"--mem", "64000", "-t", "2880", "--cpus-per-task=8"} <= set(c) for c in trained.values())
     assert "--gpus=2" in trained["cadm-lam0.5"] and not any(a.startswith("--gpus") for a in trained["baseline"])
     assert {e[1] for e in entries(site)} == {"", "0,1"}         # a run on the CPU sees none, the other one both
+
+
+@pytest.mark.slow
+def test_the_bare_snakemake_line_works_too(site):
+    environ = {**os.environ, "STUB_LOG": str(site.log), "PYTHONPATH": str(ROOT), "CADM_OUTPUTS": str(site.outputs)}
+    line = [sys.executable, "-m", "snakemake", "--configfile", str(site.config)]
+    dry = subprocess.run([*line, "-n"], cwd=site.folder, env=environ, capture_output=True, text=True)
+    assert dry.returncode == 0 and not site.trained() and not (site.outputs / "work" / "batch.json").exists(), dry.stderr
+    assert re.search(r"train +3", dry.stdout + dry.stderr)
+    done = subprocess.run(line, cwd=site.folder, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0 and len(site.trained()) == 3 and len(site.table()["rows"]) == 3, done.stderr
+    code, output = site.run()
+    assert code == 0 and len(site.trained()) == 3, output
