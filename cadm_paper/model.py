@@ -46,7 +46,7 @@ def one_block_stage(inner: int, outer: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(inner, outer, stride, shortcut))
 
 # %% ../nbs/01_model.ipynb #dc417f13
-def narrow_resnet(width: int = 24, strides: Sequence[int] = (1, 2, 2, 1)) -> nn.Sequential:
+def narrow_resnet(width: int = 16, strides: Sequence[int] = (1, 2, 2, 1)) -> nn.Sequential:
     """The embedded benchmark's small ResNet: one `BasicBlock` a stage, 3x3 stem of stride 2, no stem pooling; d = 4 x width."""
     parts = OrderedDict(conv1=nn.Conv2d(3, width, 3, 2, 1, bias=False), bn1=nn.BatchNorm2d(width), relu=nn.ReLU(inplace=True))
     inner = width

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SINGLE', 'SCHEMA', 'PretrainConfig', 'plan_single', 'single_digits', 'as_input', 'one_thread', 'digit_classifier',
-           'pretrain', 'accuracy_on_test_digits', 'pretrain_record', 'pretrained_digits']
+           'pretrain', 'accuracy_on_test_digits', 'pretrain_digest', 'pretrain_record', 'pretrained_digits']
 
 # %% ../nbs/05c_pretrain.ipynb #55af78ec
 import contextlib
@@ -28,12 +28,12 @@ class PretrainConfig:
     "Everything that decides the pretrained weights."
     backbone: str = "narrow_resnet"
     images: int = 8000                     # pictures that are painted
-    epochs: int = 4                        # how often each is shown
+    epochs: int = 6                        # how often each is shown
     test_images: int = 1000
     picture_size: int = 36                 # px
     image_size: int = 32                   # px; a random window of the picture
     styles: tuple[str, ...] = ("chalk", "plate", "neon")
-    side: tuple[int, int] = (44, 70)       # of the digit, in eightieths of the picture, as in HARDNESS
+    side: tuple[int, int] = (50, 76)       # of the digit, in eightieths of the picture, as in HARDNESS
     strength: tuple[int, int] = (150, 256) # opacity, of 256
     blur: int = 2
     cut: int = 100                         # permille of digits with a hidden part
@@ -43,11 +43,6 @@ class PretrainConfig:
     weight_decay: float = 0.01
     seed: int = 0
     version: int = 1                       # of this notebook: another number, another cache entry
-
-    @property
-    def digest(self) -> str:
-        "SHA-256 of all fields."
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def hardness(self) -> dict:
@@ -142,6 +137,19 @@ def accuracy_on_test_digits(model, config: PretrainConfig) -> float:
     return float((found.numpy() == targets).mean())
 
 # %% ../nbs/05c_pretrain.ipynb #b8fab616
+def pretrain_digest(config: PretrainConfig) -> str:
+    "SHA-256 over the configuration, the names and shapes of the backbone's parameters, and the first pictures."
+    import torch
+
+    from cadm_paper.model import BACKBONES
+
+    with torch.device("meta"):
+        shapes = {name: list(p.shape) for name, p in BACKBONES[config.backbone]().state_dict().items()}
+    digest = hashlib.sha256(json.dumps([asdict(config), shapes], sort_keys=True).encode())
+    digest.update(single_digits(config, 8)[0].tobytes())
+    return digest.hexdigest()
+
+# %% ../nbs/05c_pretrain.ipynb #f8845bfb
 SCHEMA = "cadm-pretrain/1"
 
 def pretrain_record(folder) -> dict | None:
@@ -155,11 +163,12 @@ def pretrain_record(folder) -> dict | None:
     return record if whole else None
 
 def pretrained_digits(folder=None, backbone: str = "narrow_resnet", config: PretrainConfig | None = None) -> Path:
-    "The file of pretrained weights (.safetensors, torchvision's names); trained once, in about half a minute, then taken from `folder` (default: outputs/pretrained)."
+    "The file of pretrained weights (.safetensors, torchvision's names); trained once, in about half a minute of one core, then taken from `folder` (default: outputs/pretrained)."
     import safetensors.torch
 
     config = config or PretrainConfig(backbone=backbone)
-    home = Path(folder or default_folder("outputs") / "pretrained") / f"{config.backbone}-{config.digest[:8]}"
+    digest = pretrain_digest(config)
+    home = Path(folder or default_folder("outputs") / "pretrained") / f"{config.backbone}-{digest[:8]}"
     weights = home / "backbone.safetensors"
     with folder_lock(home, wait=True):
         if pretrain_record(home) is None:
@@ -168,7 +177,7 @@ def pretrained_digits(folder=None, backbone: str = "narrow_resnet", config: Pret
             with whole_file(weights) as file:
                 file.write(safetensors.torch.save({k: v.contiguous() for k, v in model.backbone.state_dict().items()}))
             write_json(home / "pretrain.json", dict(
-                schema=SCHEMA, config=asdict(config), digest=config.digest, weights=weights.name, sha256=sha256_file(weights),
+                schema=SCHEMA, config=asdict(config), digest=digest, weights=weights.name, sha256=sha256_file(weights),
                 training_accuracy=accuracy, test_accuracy=accuracy_on_test_digits(model, config), chance=0.1,
                 environment=environment(), timing={"cpu_s": time.process_time() - start}))
     return weights

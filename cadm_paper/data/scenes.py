@@ -116,9 +116,9 @@ FORMS = {
         context_rates=(200, 180, 160, 140, 120, 110, 90), member_rates=(640, 560, 480, 400, 320), stride=3, step=7,
         common_rate=250, stray_rate=20, unlabelled=0, key=1),
     "nus": SceneForm(
-        name="nus", styles=("chalk", "plate", "neon"), contexts=("beach", "street", "garden", "night", "zoo", "harbour", "stage", "station", "farm", "lake"),
-        context_rates=(240, 190, 150, 120, 90, 70, 50, 40, 30, 20), member_rates=(620, 520, 420, 320, 220), stride=3, step=7,
-        common_rate=200, stray_rate=10, unlabelled=200, key=2),
+        name="nus", styles=("chalk", "plate", "neon"), contexts=("beach", "street", "garden", "night", "zoo", "harbour", "stage", "farm"),
+        context_rates=(230, 190, 150, 120, 100, 80, 70, 60), member_rates=(600, 520, 440, 360, 280, 200), stride=4, step=7,
+        common_rate=250, stray_rate=12, unlabelled=200, key=2),
 }
 
 # %% ../../nbs/04b_scenes.ipynb #bc38a261
@@ -178,7 +178,7 @@ def place(d: Draws, side: int, size: int, taken: list[tuple[int, int, int]]) -> 
     return best
 
 # %% ../../nbs/04b_scenes.ipynb #45879e35
-HARDNESS = dict(side=(20, 36), strength=(80, 256), blur=3, cut=350, clutter=400, second=150, noise=14)
+HARDNESS = dict(side=(24, 38), strength=(90, 256), blur=3, cut=250, clutter=300, second=150, noise=10)
 
 def draw_glyph(d: Draws, category: int, digit: int, style: str, split: int, size: int, taken: list, hardness: dict = HARDNESS) -> Glyph:
     "Decide one object: sample, size, place and nuisance. `taken` holds the squares of the objects before it and gets this one's."
