@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jinja2
@@ -126,7 +127,7 @@ def claims() -> list[tuple[str, list[float]]]:
     return [("MS-COCO (Table 1)", mine(TABLE1)), ("NUS-WIDE (Table 2)", mine(TABLE2))]
 
 
-def sources(runs, has_explorer: bool) -> dict[str, str]:
+def sources(runs, explorers: list[str]) -> dict[str, str]:
     """Everything that Sphinx reads: name -> text."""
     files: dict[str, str] = {}
     modules = {module: path for path in notebooks() if (module := module_of(path))}
@@ -142,7 +143,7 @@ def sources(runs, has_explorer: bool) -> dict[str, str]:
     tutorials = [p for p in pages if p.startswith("nbs/tutorials/")]
     landing = jinja2.Template((ROOT / "docs" / "index.md.j2").read_text(encoding="utf-8"), trim_blocks=False)
     files["index.md"] = landing.render(
-        claims=claims(), measured=measured(runs), explorer=has_explorer, tutorials=tutorials, changelog=(ROOT / "CHANGELOG.md").is_file(),
+        claims=claims(), measured=measured(runs), explorers=explorers, tutorials=tutorials, changelog=(ROOT / "CHANGELOG.md").is_file(),
         experiments=[p for p in pages if p.startswith("nbs/experiments/")],
         modules=[p for p in pages if p.count("/") == 1 and p != "nbs/index"])
     if tutorials:
@@ -181,10 +182,31 @@ def records(folder: Path | None) -> list:
 
 
 def add_pages(site: Path, runs, folder: Path | None) -> None:
-    """Report and explorer beside the site's own pages."""
-    if runs:
-        from cadm_paper.report import build_report
-        build_report(folder or ROOT / "outputs" / "reference" / "mini", site / "report")
+    """Report and explorers beside the site's own pages; without records the explorer shows made-up ones and says so."""
+    from cadm_paper.explorer import build_explorer
+    from cadm_paper.report import build_report, pair_of_runs
+    from cadm_paper.synthetic import synthetic_run
+
+    if not runs:
+        with tempfile.TemporaryDirectory() as made_up:
+            build_explorer(*(synthetic_run(f"{made_up}/{lam}", method="cadm", lam=lam, drawn=12) for lam in (0.0, 0.5)), site / "explorer.html")
+        return
+    build_report(folder or ROOT / "outputs" / "reference" / "mini", site / "report")
+    for dataset in explored(runs):
+        name = "explorer.html" if dataset == explored(runs)[0] else f"explorer-{dataset}.html"
+        build_explorer(*pair_of_runs(runs, dataset), site / name)
+
+
+def explored(runs) -> list[str]:
+    """Data sets with both runs that the explorer needs."""
+    from cadm_paper.report import NoRuns, pair_of_runs
+
+    def both(dataset):
+        try:
+            return all(record.maps() is not None for record in pair_of_runs(runs, dataset))
+        except NoRuns:
+            return False
+    return [dataset for dataset in dict.fromkeys(r.dataset["name"] for r in runs) if both(dataset)]
 
 
 MATHJAX = ("tex-chtml.js", "input", "tex", "tex.js", "extensions", "output", "chtml", "fonts", "woff-v2")
@@ -204,7 +226,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "_proc", help="folder for what lies between")
     given = parser.parse_args()
     runs = records(given.runs)
-    write_sources(given.work / "source", sources(runs, False))
+    write_sources(given.work / "source", sources(runs, explored(runs)))
     built = subprocess.run([sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", str(given.work / "doctrees"),
                             str(given.work / "source"), str(given.work / "html")])
     if built.returncode:
