@@ -312,13 +312,14 @@ def same_draw(without: RunRecord, with_: RunRecord) -> tuple[dict, dict]:
     return a, b
 
 # %% ../nbs/06_figures.ipynb #9961e77d
-def draw_boxes(ax, maps: dict, row: int, c: int, width: float, height: float, colour: str = "black") -> None:
+def draw_boxes(ax, maps: dict, row: int, c: int, width: float, height: float) -> None:
     "Outlines of a class's objects, where the record has boxes."
     from matplotlib.patches import Rectangle
 
     for r, k, x, y, w, h in maps.get("boxes", ()):
         if (int(r), int(k)) == (row, c):
-            ax.add_patch(Rectangle((x * width - 0.5, y * height - 0.5), w * width, h * height, fill=False, lw=0.8, ls=(0, (2, 1.5)), ec=colour))
+            for line in (dict(lw=1.1, ec="white"), dict(lw=0.8, ec="black", ls=(0, (2, 1.5)))):       # seen on dark and on light
+                ax.add_patch(Rectangle((x * width - 0.5, y * height - 0.5), w * width, h * height, fill=False, **line))
 
 # %% ../nbs/06_figures.ipynb #4595cb77
 def rank_panel(ax, names: list[str], before: Sequence[int], after: Sequence[int], classes: int) -> None:
@@ -396,8 +397,7 @@ def overlays(record: RunRecord, image: int = 0, labels: Sequence[int] | None = N
     maps = read_maps(record)
     (row,) = choose_images(maps, [image])
     labels = list(labels) if labels is not None else [int(c) for c in np.flatnonzero(maps["targets"][row] == 1)]
-    shown = maps["maps"][row, labels]
-    limit = map_limit(np.maximum(shown, 0) if "thumbnails" in maps else shown)
+    limit = map_limit(maps["maps"][row])                       # of all classes: what is weak among them looks weak
     with house_style():
         fig = new_figure(min(PAGE, 1.25 * (len(labels) + 1)), 1.6)
         axes = fig.subplots(1, len(labels) + 1, squeeze=False)[0]
@@ -405,7 +405,7 @@ def overlays(record: RunRecord, image: int = 0, labels: Sequence[int] | None = N
         for ax, c in zip(axes[1:], labels):
             if "thumbnails" in maps:
                 ax.imshow(overlay(maps["thumbnails"][row], maps["maps"][row, c], limit), interpolation="nearest")
-                draw_boxes(ax, maps, row, c, *maps["thumbnails"].shape[2:0:-1], colour="white")
+                draw_boxes(ax, maps, row, c, *maps["thumbnails"].shape[2:0:-1])
             else:
                 draw_map(ax, maps["maps"][row, c], limit)
             ax.set_title(f"{short(str(maps['classes'][c]), 16)}\n{maps['scores'][row, c]:.2f}", fontsize=6)
@@ -446,7 +446,7 @@ def curves(runs: Sequence[RunRecord]) -> Picture:
         for _, same in by_row(runs).items():
             draw_curve(axes[0], same, "loss_cls")
             draw_curve(axes[2], same, "mAP", 100)
-            if row_key(same[0])[0] == "cadm":
+            if same[0].config["lam"] > 0:                      # without it, the loss is not computed
                 draw_curve(axes[1], same, "loss_lce")
         for ax, title in zip(axes, ["classification loss (Eq. 4)", "embedding loss (Eq. 12), unweighted", "mAP on the test split, %"]):
             ax.set(title=title, xlabel="epoch")
