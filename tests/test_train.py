@@ -1,5 +1,5 @@
 """Training from outside: kills, two processes, other machines' settings, what is refused. The scenes are small and made once."""
-import json, os, re, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -245,3 +245,35 @@ def test_twenty_kills(config):
     subprocess.run(command, check=True, cwd=ROOT, env=env, capture_output=True)
     assert kills >= 3
     same_run(whole, RunRecord.load(killed.out_dir))
+
+
+@pytest.mark.slow
+def test_the_paper_preset_starts_trains_and_resumes_at_full_resolution(tmp_path):
+    """ResNet-101 at 448 px from nothing on made photographs in COCO's layout: two steps, stopped after the first; it warns loudly."""
+    from cadm_paper.model import UntrainedBackbone
+    root = build_scenes(tmp_path / "coco", train=4, test=2, size=448)
+    given = dict(preset="paper", data_dir=str(root), weights="none", batch_size=2, epochs=1, checkpoint_minutes=1e-9, device="cpu")
+    config = TrainConfig(out_dir=str(tmp_path / "run"), **given)
+    assert (config.backbone, config.image_size, config.dataset, config.lam) == ("resnet101", 448, "coco2014", 0.5)
+    with pytest.warns(UntrainedBackbone), pytest.raises(KeyboardInterrupt):
+        train(config, progress=StopAt(1))
+    with pytest.warns(UntrainedBackbone):
+        record = train(config, resume=True)
+    assert record.maps()["maps"].shape[2:] == (14, 14) and len(record.history) == 1
+    with pytest.warns(UntrainedBackbone):
+        same_run(train(TrainConfig(out_dir=str(tmp_path / "whole"), **given)), record)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_training_is_the_same_training(config):
+    eager, compiled = train(config("eager", lr=1e-3)), train(config("compiled", lr=1e-3, compile=True))
+    np.testing.assert_allclose(eager.scores()["scores"], compiled.scores()["scores"], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_packed_copy_trains_alike(config, scenes, tmp_path):
+    """From a lossless pack the same run to the bit; from the photographs themselves."""
+    from cadm_paper.cli import data_pack
+    data_pack("scenes-coco", tmp_path / "packs", root=scenes, size=80, encoding="raw")
+    same_run(train(config("files")), train(config("packed", pack_dir=str(tmp_path / "packs"))))
