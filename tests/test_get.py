@@ -126,7 +126,7 @@ def test_without_a_checksum_versions_of_a_file_are_never_joined(server, tmp_path
 
 def test_a_server_that_sends_another_range_than_the_one_asked_for_is_asked_again(server, tmp_path):
     a = archive(server, BODY, checksum=False, size=False)
-    server.tricks = [{"cut": 2000}, {"shift": 1}, {"shift": -1}]
+    server.tricks = [{"cut": 2000}, {"shift": 1}]
     assert fetch(a, tmp_path).read_bytes() == BODY
 
 
