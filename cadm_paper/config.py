@@ -118,10 +118,12 @@ PRESETS = {
     "paper": {},
     # DigitScenes on two cores: a narrow backbone that starts from single digits; one thread per run, so that two runs share two cores
     # and a run's numbers do not depend on how many cores there are. No flip: a mirrored digit is another sign. Losses are sums over
-    # classes, so a backbone this young needs its gradients clipped at the paper's learning rate.
+    # classes, so a backbone this young needs its gradients clipped at the paper's learning rate; the classifier, new and trained for
+    # ten epochs instead of sixty, takes larger steps, and the plateaus fall less. One recipe for all rows.
     "mini": dict(
         dataset="scenes-coco", backbone="narrow_resnet", weights="digits", image_size=80, flip=False, normalise="half",
-        epochs=10, batch_size=32, lr=0.01, clip_grad=5.0, embed_hidden=64, embed_dim=16, device="cpu", threads=1,
+        epochs=10, batch_size=32, lr=0.01, head_lr_mult=5.0, lr_gamma=0.3, clip_grad=5.0,
+        embed_hidden=64, embed_dim=16, device="cpu", threads=1,
     ),
     # what the field does now: warm-up and cosine, moving average of the weights, larger steps for the new layers, asymmetric loss,
     # crops of several sizes, clipped gradients, no decay of biases and norms
