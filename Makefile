@@ -36,11 +36,12 @@ $(VENV)/.installed-docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[repro,dev,docs]'
 	touch $@
 
-# notebooks -> cadm_paper/ and README.md
+# notebooks -> cadm_paper/, README.md, badges
 sync: $(STAMP)
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/readme.py
+	$(BIN)/python tools/badges.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis

@@ -5,6 +5,7 @@ for each module, the landing page with what the committed run records measured),
 nbdev's own `proc_nbs` is not used: it leaves out every exported cell, and here the code is what the reader came for."""
 import argparse
 import ast
+import configparser
 import functools
 import importlib
 import json
@@ -146,6 +147,7 @@ def sources(runs, explorers: list[str]) -> dict[str, str]:
         claims=claims(), measured=measured(runs), explorers=explorers, tutorials=tutorials, changelog=(ROOT / "CHANGELOG.md").is_file(),
         experiments=[p for p in pages if p.startswith("nbs/experiments/")],
         modules=[p for p in pages if p.count("/") == 1 and p != "nbs/index"])
+    files["elsewhere.md"] = elsewhere(pages)
     if tutorials:
         files["tutorials.md"] = tutorials_page(tutorials)
     return files
@@ -160,6 +162,16 @@ def write_sources(folder: Path, files: dict[str, str]) -> None:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
+
+
+def elsewhere(pages: list[str]) -> str:
+    """How to run the notebooks on Binder and Colab, with links made from settings.ini."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    url, branch = settings["DEFAULT"]["git_url"], settings["DEFAULT"]["branch"]
+    title = lambda name: nbformat.read(ROOT / f"{name}.ipynb", as_version=4).cells[0].source.split("\n")[0].removeprefix("# ").replace("|", "\\|")
+    page = jinja2.Template((ROOT / "docs" / "elsewhere.md.j2").read_text(encoding="utf-8"))
+    return page.render(url=url, branch=branch, repo=url.split("github.com/")[-1], notebooks=[(name, title(name)) for name in pages])
 
 
 def tutorials_page(tutorials: list[str]) -> str:
