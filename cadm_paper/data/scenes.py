@@ -12,13 +12,14 @@ __all__ = ['TRAIN', 'TEST', 'PHOTOGRAPHS', 'CUT', 'FORMS', 'HARDNESS', 'JPEG', '
 # %% ../../nbs/04b_scenes.ipynb #64dd74e5
 import hashlib
 import json
-import os
-from dataclasses import asdict, dataclass, replace
+import shutil
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from .split import DataError
 from ..files import folder_lock, write_json
 
 # %% ../../nbs/04b_scenes.ipynb #1b63a7ba
@@ -386,7 +387,7 @@ MARKER, STARTED = "scenes.json", "scenes-unfinished.json"
 WRITERS = {"coco": write_coco, "nus": write_nus}
 SCHEMA = "cadm-scenes/1"
 
-class ScenesError(ValueError):
+class ScenesError(DataError):
     "A folder that holds other scenes or something else; the message names it and says what to do."
 
 def scenes_info(root) -> dict | None:
@@ -409,8 +410,8 @@ def build_scenes(root, form: str = "coco", *, train: int = 2000, test: int = 100
     root = Path(root)
     if form not in FORMS:
         raise ScenesError(f"form={form!r}: choose one of {', '.join(FORMS)}")
-    if min(train, test) < 1 or not 64 <= size <= 512:
-        raise ScenesError(f"train={train}, test={test}, size={size}: at least one image each, and 64 to 512 px")
+    if min(train, test) < 1 or not 64 <= size <= 512 or seed < 0:
+        raise ScenesError(f"train={train}, test={test}, size={size}, seed={seed}: at least one image each, 64 to 512 px, seed 0 or more")
     parameters = dict(form=form, train=train, test=test, size=size, seed=seed, context=context)
     with folder_lock(root, wait=True):
         info = scenes_info(root)
@@ -426,6 +427,9 @@ def make_scenes(root: Path, parameters: dict) -> None:
     foreign = [p.name for p in root.iterdir() if p.name not in (".lock", ".cadm-index")]
     if foreign and STARTED not in foreign:
         raise ScenesError(f"{root} is not empty ({foreign[0]} is in it) and holds no scenes: choose another folder")
+    for part in root.iterdir():
+        if part.is_dir():
+            shutil.rmtree(part)                                              # what an unfinished build left
     write_json(root / STARTED, parameters)
     form, first_id, splits = FORMS[parameters["form"]], 1, {}
     for name, split in (("train", TRAIN), ("test", TEST)):
@@ -459,16 +463,19 @@ class ScenePairs:
     classes: tuple[str, ...]
     boxes: list              # per scene: (category, x, y, width, height), px
 
-def paired_scenes(form: str = "coco", n: int = 100, *, seed: int = 0, split: int = TEST, size: int = 80, context: bool = True, removed: int | None = None) -> ScenePairs:
-    "The first n scenes of a split that have two labels or more (and the label `removed`, if given), each with and without one of its labels."
+def paired_scenes(form: str = "coco", n: int = 100, *, scenes: int = 1000, seed: int = 0, split: int = TEST, size: int = 80, context: bool = True,
+                  removed: int | None = None) -> ScenePairs:
+    "The first n of a split's `scenes` that have two labels or more (and the label `removed`, if given), each with and without one of its labels."
     f = FORMS[form]
-    labels, _ = draw_labels(f, max(40 * n, 1000), seed, split, context)
+    labels, _ = draw_labels(f, scenes, seed, split, context)
     fits = (labels.sum(1) > 1) & ((labels[:, removed] == 1) if removed is not None else True)
-    rows = np.flatnonzero(fits)[:n]
+    rows = np.flatnonzero(fits)[:n].tolist()
     if len(rows) < n:
-        raise ScenesError(f"only {len(rows)} of the {n} scenes asked for show {f.classes[removed]} and another label")
-    plans = [plan_scene(f, labels[i], (seed, f.key, split, int(i)), split, size) for i in rows]
-    choice = [removed if removed is not None else int(c[Draws(seed, f.key, split, int(i), 4).below(len(c))]) for i in rows for c in [np.flatnonzero(labels[i])]]
+        shown = "two labels" if removed is None else f"{f.classes[removed]} and another label"
+        raise ScenesError(f"n={n}: only {len(rows)} of these {scenes} scenes show {shown}")
+    plans = [plan_scene(f, labels[i], (seed, f.key, split, i), split, size) for i in rows]
+    shown = [np.flatnonzero(labels[i]).tolist() for i in rows]
+    choice = [removed if removed is not None else c[Draws(seed, f.key, split, i, 4).below(len(c))] for i, c in zip(rows, shown)]
     less = [replace(p, objects=tuple(g for g in p.objects if g.category != c)) for p, c in zip(plans, choice)]
     without = labels[rows].copy()
     without[np.arange(n), choice] = 0
