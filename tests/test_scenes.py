@@ -1,5 +1,5 @@
 """The embedded benchmark from outside: the official readers, other processes, kills, and properties over many scenes."""
-import os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from dataclasses import replace
 from itertools import combinations
 
@@ -172,7 +172,18 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     assert (tmp_path / "annotations" / "instances_train2014.json").read_text() == "mine"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema": "cadm-scenes/9"}'])
+def test_scenes_of_another_version_are_refused(built, tmp_path):
+    """What an older painter left under the same parameters would give other numbers under the same name."""
+    name, root = built
+    info = json.loads((root / MARKER).read_text())
+    for older in ({k: v for k, v in info.items() if k != "recipe"}, {**info, "recipe": "0" * 64}):
+        (tmp_path / MARKER).write_text(json.dumps(older))
+        for make in (lambda: ensure_scenes(f"scenes-{name}", tmp_path), lambda: build_scenes(tmp_path, name, **SMALL)):
+            with pytest.raises(ScenesError, match="another version of the benchmark"):
+                make()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": "cadm-scenes/9"}', '{"schema": "cadm-scenes/1"}', '{"schema": "cadm-scenes/1", "parameters": {"form": "x"}}'])
 def test_a_damaged_marker_is_named(tmp_path, content):
     (tmp_path / MARKER).write_text(content)
     with pytest.raises(ScenesError, match=MARKER):

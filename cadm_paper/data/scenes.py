@@ -7,7 +7,8 @@ __all__ = ['TRAIN', 'TEST', 'PHOTOGRAPHS', 'CUT', 'FORMS', 'HARDNESS', 'JPEG', '
            'digits', 'digit_indices', 'photographs', 'region', 'SceneForm', 'draw_labels', 'Glyph', 'Scene', 'place',
            'draw_glyph', 'draw_background', 'plan_scene', 'sample', 'soften', 'stroke', 'disc', 'colours', 'layers',
            'visible', 'background', 'paint', 'plan_split', 'fingerprint', 'save_jpeg', 'box', 'write_coco', 'write_nus',
-           'ScenesError', 'scenes_info', 'build_scenes', 'make_scenes', 'ensure_scenes', 'ScenePairs', 'paired_scenes']
+           'recipe', 'ScenesError', 'scenes_info', 'build_scenes', 'make_scenes', 'ensure_scenes', 'ScenePairs',
+           'paired_scenes']
 
 # %% ../../nbs/04b_scenes.ipynb #64dd74e5
 import hashlib
@@ -387,6 +388,12 @@ MARKER, STARTED = "scenes.json", "scenes-unfinished.json"
 WRITERS = {"coco": write_coco, "nus": write_nus}
 SCHEMA = "cadm-scenes/1"
 
+@lru_cache
+def recipe(form: str) -> str:
+    "SHA-256 over what a form is and how it is painted; other scenes under the same parameters have another one."
+    labels, _, plans = plan_split(FORMS[form], 4, 0, TRAIN)
+    return hashlib.sha256(repr((FORMS[form], HARDNESS, JPEG, fingerprint(labels, map(paint, plans)))).encode()).hexdigest()
+
 class ScenesError(DataError):
     "A folder that holds other scenes or something else; the message names it and says what to do."
 
@@ -398,8 +405,11 @@ def scenes_info(root) -> dict | None:
         return None
     except ValueError as error:
         raise ScenesError(f"{Path(root) / MARKER}: not JSON ({error}); remove the folder and build again") from None
-    if not isinstance(info, dict) or info.get("schema") != SCHEMA:
-        raise ScenesError(f"{Path(root) / MARKER}: schema {SCHEMA!r} expected; remove the folder and build again")
+    parameters = info.get("parameters") if isinstance(info, dict) else None
+    if not isinstance(parameters, dict) or parameters.get("form") not in FORMS or info.get("schema") != SCHEMA:
+        raise ScenesError(f"{Path(root) / MARKER}: schema {SCHEMA!r} with parameters expected; remove the folder and build again")
+    if info.get("recipe") != recipe(parameters["form"]):
+        raise ScenesError(f"{root} holds scenes that another version of the benchmark painted: remove this folder to build them anew, or choose another one")
     return info
 
 # %% ../../nbs/04b_scenes.ipynb #2255d1f6
@@ -437,7 +447,7 @@ def make_scenes(root: Path, parameters: dict) -> None:
         mark = WRITERS[form.name](root, form, split, labels, of, plans, first_id)
         splits[name] = dict(images=len(plans), labels=int(labels.sum()), unlabelled=int((labels.sum(1) == 0).sum()), fingerprint=mark)
         first_id += len(plans)
-    write_json(root / MARKER, dict(schema=SCHEMA, parameters=parameters, classes=form.classes, **splits))
+    write_json(root / MARKER, dict(schema=SCHEMA, parameters=parameters, recipe=recipe(form.name), classes=form.classes, **splits))
     (root / STARTED).unlink()
 
 # %% ../../nbs/04b_scenes.ipynb #8c7d3103
