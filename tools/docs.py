@@ -74,7 +74,7 @@ def page(path: Path) -> nbformat.NotebookNode:
         if cell.cell_type == "code" and not cell.source.strip():
             if not cell.outputs:
                 continue
-            cell.metadata.tags = [*cell.metadata.get("tags", []), "remove-input"]
+            cell.source, cell.metadata.tags = "# hidden", [*cell.metadata.get("tags", []), "remove-input"]   # myst-nb drops a cell without code
         if cell.cell_type == "code" and only_imports(cell.source):
             cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
         if cell.cell_type == "markdown":
@@ -109,7 +109,7 @@ def api_index(modules: dict[str, Path]) -> str:
 def measured(runs) -> dict | None:
     """mAP by row from run records, for the landing page; None without records."""
     from cadm_paper.figures import row_name
-    from cadm_paper.report import ROWS, gain_sentence, table
+    from cadm_paper.report import ROWS, table
 
     if not runs:
         return None
@@ -117,7 +117,16 @@ def measured(runs) -> dict | None:
     heads = [b.dataset for t in tables for b in t.blocks]
     cell = lambda b, key: next((line.cell("mAP") for line in b.lines if line.key == key and line.values and line.state == "measured"), "not run")
     rows = [(row_name(key), [cell(b, key) for t in tables for b in t.blocks]) for key in ROWS]
-    return {"heads": heads, "rows": rows, "gains": [gain_sentence(g) for t in tables for g in t.gains]}
+    made_up = any(r.extra.get("synthetic") for r in runs)
+    return {"heads": heads, "rows": rows, "gains": [short_gain(g) for t in tables for g in t.gains], "made_up": made_up}
+
+
+def short_gain(of) -> str:
+    """What the embedding loss changed, in a line, with how sure that is."""
+    signed = lambda v: f"{v:+.1f}".replace("-", "−")
+    sure = f"mean of {len(of.seeds)} seeds" if len(of.seeds) > 1 else "one seed"
+    over = f", 95 % interval over test images {signed(of.interval[0])} to {signed(of.interval[1])}" if of.interval else ""
+    return f"{of.dataset}, λ = 0.5 against 0: mAP {signed(of.points['mAP'])} points ({sure}{over}); printed {signed(of.printed['mAP'])} on {of.printed_on}."
 
 
 def claims() -> list[tuple[str, list[float]]]:
