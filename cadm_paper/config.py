@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['PRESETS', 'WHERE', 'TaskFields', 'DataFields', 'ModelFields', 'LossFields', 'RecipeFields', 'MachineFields',
            'ConfigError', 'TrainConfig', 'explain', 'learning_rate', 'portable', 'config_digest', 'run_name',
-           'checkout_root', 'default_folder', 'given_parameters', 'truth']
+           'given_parameters', 'truth']
 
 # %% ../nbs/05a_config.ipynb #0409142e
 import difflib
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from .files import checkout_root, default_folder
 
 # %% ../nbs/05a_config.ipynb #d4b68bbb
 class TaskFields(BaseModel):
@@ -215,21 +216,6 @@ def run_name(config: TrainConfig) -> str:
     "Name of the run's folder: method, lambda, seed and the first eight digits of the digest."
     row = f"cadm-lam{config.lam:g}" if config.method == "cadm" else config.method
     return f"{row}-seed{config.seed}-{config_digest(config)[:8]}"
-
-# %% ../nbs/05a_config.ipynb #85822c06
-def checkout_root(start: Path | None = None) -> Path | None:
-    "The checkout of this project that the current folder lies in, or None."
-    here = Path(start or Path.cwd()).resolve()
-    for folder in (here, *here.parents):
-        if (folder / "settings.ini").is_file() and (folder / "nbs" / "index.ipynb").is_file():
-            return folder
-    return None
-
-def default_folder(kind: Literal["data", "outputs"]) -> Path:
-    "Where `data` or `outputs` lie when nothing is said; the variables CADM_DATA and CADM_OUTPUTS move them."
-    if moved := os.environ.get(f"CADM_{kind.upper()}"):
-        return Path(moved)
-    return (checkout_root() or Path.cwd()) / kind
 
 # %% ../nbs/05a_config.ipynb #881ea601
 def given_parameters(namespace: dict, before: set[str], extra: tuple[str, ...] = (), fields: type[BaseModel] = TrainConfig) -> dict:

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 import cadm_paper
-from .config import TrainConfig, checkout_root, config_digest, portable
-from .files import sha256_file, whole_file, write_json
+from .config import TrainConfig, config_digest, portable
+from .files import checkout_root, sha256_file, whole_file, write_json
 
 # %% ../nbs/05b_record.ipynb #38a6cf78
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pillow", "pycocotools", "safetensors", "pydantic")
@@ -68,7 +68,7 @@ SCHEMA = "cadm-run/1"
 class RecordError(ValueError):
     "A folder that holds no finished run, or one that was changed; the message names the file."
 
-@dataclass
+@dataclass(repr=False)
 class RunRecord:
     "A finished run: the content of `run.json` and access to the arrays beside it."
     folder: Path
@@ -83,6 +83,9 @@ class RunRecord:
     digest: str
     schema: str = SCHEMA
     extra: dict = field(default_factory=dict)
+
+    def __repr__(self):
+        return f"RunRecord({self.dataset.get('name')}/{self.name})"
 
     @classmethod
     def load(cls, folder) -> "RunRecord":

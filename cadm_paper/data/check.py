@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import default_folder
+from ..files import default_folder
 from .datasets import Dataset, dataset, find_photographs, load_split, opened
 from .own import own_tables
 from .split import ABSENT, DIFFICULT, DataError, Index, index_folder

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ..config import default_folder
+from ..files import default_folder
 from .coco import coco_annotations, coco_split, read_coco
 from .nuswide import known_placeholders, nus_concepts_file, nus_locate, nus_plan, read_nus
 from .own import own_locate, own_sources, own_table, read_own

@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import default_folder
+from ..files import default_folder
 from .datasets import DATASETS, dataset, find_photographs, load_split, opened
 from .split import ABSENT, DIFFICULT, DataError, safe_name
 from ..files import FolderLocked, folder_lock, write_json
