@@ -294,7 +294,8 @@ def papermill(notebook: Path, out: Path, parameters: dict) -> None:
     # sockets that are files of our own: no ports, which parallel runs may take from each other, and nothing that listens on a network
     sockets = {"transport": "ipc", "ip": str(runtime_folder() / uuid.uuid4().hex[:12])}
     out.parent.mkdir(parents=True, exist_ok=True)
-    pm.execute_notebook(str(notebook), str(out), parameters=parameters, progress_bar=False, config=Config(KernelManager=sockets))
+    pm.execute_notebook(str(notebook), str(out), parameters=parameters, progress_bar=False, config=Config(KernelManager=sockets),
+                        shutdown_kernel="immediate")      # all is written when the last cell ends; a kernel asked politely reports an interrupt
 
 def runtime_folder() -> Path:
     "A folder of this user for the sockets of kernels; its name is short, as sockets' names must be."
@@ -603,8 +604,9 @@ def job(arguments: list[str] | None = None) -> None:
 
 # %% ../nbs/07b_workflow.ipynb #b1bffc2f
 def likely_seconds(run: Run, known: list[tuple[Run, float]]) -> float | None:
-    "Median of what runs like this one took: the same data set and method, else the same data set, else any."
-    for like in (lambda r: (r.config.dataset, r.config.method), lambda r: r.config.dataset, lambda r: None):
+    "Median of what runs like this one took: the same data set and method, else the same data set, else any; a probe, which trains nothing, is like probes first."
+    probe = lambda r: r.config.method == "linear_probe"
+    for like in (lambda r: (r.config.dataset, r.config.method), lambda r: (r.config.dataset, probe(r)), probe, lambda r: None):
         if times := [s for r, s in known if like(r) == like(run)]:
             return statistics.median(times)
     return None
@@ -876,6 +878,7 @@ def reproduce(config: str = "mini", jobs: int | None = None, dry_run: bool = Fal
     try:
         path, batch = config_path(config), load_batch(config)
         runs = plan(batch)
+        if not dry_run: take_over(Folders().work).close()      # refused here, and not by Snakemake, while another workflow is at work
     except WorkflowError as error:
         print(error, file=sys.stderr)
         return 2
