@@ -150,7 +150,8 @@ def sources(runs, explorers: list[str]) -> dict[str, str]:
             files[name] = rooted((ROOT / name).read_text(encoding="utf-8"), 0)
     files["paper-to-here.md"] = (ROOT / "docs" / "paper-to-here.md").read_text(encoding="utf-8")
     pages = [p.relative_to(ROOT).with_suffix("").as_posix() for p in notebooks()]
-    tutorials = [p for p in pages if p.startswith("nbs/tutorials/")]
+    order = ["reproduce_in_ten_minutes", "own_photographs", "loss_in_your_loop", "evaluate_scores", "add_a_row", "on_a_cluster"]
+    tutorials = sorted((p for p in pages if p.startswith("nbs/tutorials/")), key=lambda p: order.index(Path(p).name) if Path(p).name in order else len(order))
     landing = jinja2.Template((ROOT / "docs" / "index.md.j2").read_text(encoding="utf-8"), trim_blocks=False)
     files["index.md"] = landing.render(
         claims=claims(), measured=measured(runs), explorers=explorers, tutorials=tutorials, changelog=(ROOT / "CHANGELOG.md").is_file(),
