@@ -98,7 +98,7 @@ canvas.map { cursor: crosshair; touch-action: pan-y; max-width: 22rem; }
 .meter i { display: block; height: .6rem; background: var(--on); border-radius: .2rem; }
 .meter > div { background: var(--line); border-radius: .2rem; }
 .meter b { text-align: right; font-weight: 600; }
-.scale { display: grid; grid-template-columns: auto minmax(4rem, 16rem) auto; gap: .5rem; align-items: center; margin: .6rem 0; font-size: .82rem; }
+.scale { display: grid; grid-template-columns: auto minmax(4rem, 16rem) auto; justify-content: start; gap: .5rem; align-items: center; margin: .6rem 0; font-size: .82rem; }
 .controls { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; align-items: center; font-size: .88rem; }
 .controls label { display: inline-flex; gap: .35rem; align-items: center; min-height: 2rem; }
 kbd { border: 1px solid var(--line); border-radius: .25rem; padding: 0 .3rem; font-size: .8rem; background: var(--card); }
