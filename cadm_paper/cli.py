@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainOptions', 'COMMANDS', 'GROUPS', 'option_type', 'train', 'print_row', 'reproduce', 'evaluate', 'predict',
-           'root_of', 'data_get', 'data_check', 'data_show', 'data_pack', 'data_build', 'runs_list', 'runs_diff',
-           'runs_submit', 'application', 'refused', 'main']
+           'export', 'root_of', 'data_get', 'data_check', 'data_show', 'data_pack', 'data_build', 'runs_list',
+           'runs_diff', 'runs_submit', 'application', 'refused', 'main']
 
 # %% ../nbs/08b_cli.ipynb #5f0daf50
 import dataclasses
@@ -54,7 +54,7 @@ def reproduce(config: str = "mini", jobs: int | None = None, dry_run: bool = Fal
         jobs: runs at the same time; by default what the machine has room for.
         dry_run: say what would be done and why, and do nothing.
         json: with dry_run: the list of runs as JSON.
-        force: run again what is finished.
+        force: also run again stale runs that the config keeps (keep: true).
         profile: a Snakemake profile, for a cluster.
     """
     from cadm_paper.workflow import reproduce as run_workflow
@@ -106,6 +106,19 @@ def predict(images: tyro.conf.Positional[list[Path]], checkpoint: Path, threshol
         print(f"cadm: {error}", file=sys.stderr)
     return 2 if errors else 0
 
+# %% ../nbs/08b_cli.ipynb #1ea3d79d
+def export(run: tyro.conf.Positional[Path], out: Path, onnx: bool = False) -> int:
+    """Write a run as a folder that the model hub's usual tools take: weights, configuration, model card; ONNX on request.
+
+    Args:
+        run: the run's folder.
+        out: where the folder goes.
+        onnx: write model.onnx too.
+    """
+    from cadm_paper.export import export_run
+    print(export_run(run, out, onnx))
+    return 0
+
 # %% ../nbs/08b_cli.ipynb #bc258ce4
 def root_of(name: str, root: Path | None) -> Path:
     "The dataset's folder: as given, or its place below data/. Raises `ConfigError` for an unknown name."
@@ -155,26 +168,30 @@ def data_show(name: tyro.conf.Positional[str], root: Path | None = None, out: Pa
 
 # %% ../nbs/08b_cli.ipynb #168c7f04
 def data_pack(name: tyro.conf.Positional[str], out: Path, root: Path | None = None, size: int = 448, resize: Literal["squash", "crop"] = "squash",
-              encoding: Literal["jpeg", "raw"] = "jpeg", quality: int = 90, workers: int = 2, missing: Literal["error", "drop"] = "error") -> int:
+              encoding: Literal["jpeg", "raw"] = "jpeg", quality: int = 90, workers: int = 2, missing: Literal["error", "drop"] = "error",
+              crops: Literal["none", "multiscale"] = "none") -> int:
     """Decode and resize the training and test photographs once, into few large files for `pack_dir`.
 
     Args:
         name: of the dataset.
         out: folder of the packs; each split gets its own below it.
         root: the dataset's folder; by default its place below data/.
-        size: side of the square, px (512 for multi-scale crops of 448).
+        size: side of the input's square, px.
         resize: the whole photograph squashed, or its central square.
         encoding: jpeg (small) or raw (lossless).
         quality: of the JPEGs.
         workers: threads.
         missing: photographs that are listed but not there.
+        crops: multiscale: pack the training photographs at the size that such crops are cut from.
     """
     from cadm_paper.data import DATASETS, load_split
+    from cadm_paper.data.feed import canvas_size
     from cadm_paper.data.pack import pack
     place = root_of(name, root)
     for split_name in dict.fromkeys((DATASETS[name].train_split, DATASETS[name].test_split)):
         split = load_split(name, place, split_name, missing=missing)
-        print(pack(split, out / split.split, size, resize, encoding, quality, workers=workers, progress=True))
+        side = canvas_size(size) if crops == "multiscale" and split_name == DATASETS[name].train_split else size
+        print(pack(split, out / split.split, side, resize, encoding, quality, workers=workers, progress=True))
     return 0
 
 def data_build(name: tyro.conf.Positional[Literal["scenes-coco", "scenes-nus"]], root: Path | None = None, train: int = 2000, test: int = 1000,
@@ -225,7 +242,7 @@ def runs_submit(record: tyro.conf.Positional[str], by: str = "") -> int:
     return submit_run(record, by)
 
 # %% ../nbs/08b_cli.ipynb #8ac1d84f
-COMMANDS = {"reproduce": reproduce, "train": train, "evaluate": evaluate, "predict": predict}
+COMMANDS = {"reproduce": reproduce, "train": train, "evaluate": evaluate, "predict": predict, "export": export}
 GROUPS = {
     "data": {"get": data_get, "check": data_check, "show": data_show, "pack": data_pack, "build": data_build},
     "runs": {"list": runs_list, "diff": runs_diff, "submit": runs_submit},
