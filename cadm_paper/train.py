@@ -32,7 +32,7 @@ from .data.feed import Feeder, canvas_size, crop_boxes, cut_boxes, flip_mask, pr
 from .files import folder_lock
 from .loss import CADMLoss, effective_lambda
 from .machine import MeanOverParts, Team, machine_settings, resolve_machine, team
-from .metrics import average_precision, multilabel_metrics
+from .metrics import average_precision, metric_names, multilabel_metrics
 from .model import CADM, METHODS
 from .record import RunRecord, environment, save_arrays, write_record
 
@@ -229,7 +229,7 @@ def predict(trainer: Trainer, feeder: Feeder) -> dict[str, np.ndarray] | None:
     return dict(zip(("scores", "scores_fcls", "scores_scls"), scores))
 
 # %% ../nbs/05g_train.ipynb #92f5651e
-COLUMNS = ("mAP", "CP", "CR", "CF1", "OP", "OR", "OF1", "CP_top3", "CR_top3", "CF1_top3", "OP_top3", "OR_top3", "OF1_top3")
+COLUMNS = tuple(metric_names())
 
 def run_metrics(scores: dict[str, np.ndarray], targets: np.ndarray) -> dict[str, float]:
     "All numbers of a run, as fractions."
@@ -500,10 +500,9 @@ def feeder(split: Split, size: int, config: TrainConfig) -> Feeder:
 # %% ../nbs/05g_train.ipynb #3022e3e1
 def run(asked: TrainConfig, config: TrainConfig, ours: Team, folder: Path, resume: bool, progress: Progress, started: dict) -> RunRecord | None:
     "`train` after the machine is settled: data, model, loop, record."
-    if ours.main:
-        prepare_data(config)                                       # made scenes are made once
+    splits = prepare_data(config) if ours.main else None           # made scenes are made once
     ours.barrier()
-    splits = prepare_data(config)
+    splits = splits or prepare_data(config)
     if not all(map(len, splits)):
         raise ConfigError(f"{config.dataset}: {len(splits[0])} training and {len(splits[1])} test images; there must be some of both")
     cut = config.crops == "multiscale" and config.method != "linear_probe"
