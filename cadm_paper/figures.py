@@ -21,8 +21,8 @@ from .record import RecordError, RunRecord
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'GREY', 'MAP_COLOURS', 'STYLE', 'ROW_NAMES', 'ROW_COLOURS', 'PITCH', 'house_style', 'row_key',
-           'row_name', 'row_colour', 'source', 'Picture', 'picture_bytes', 'number_ids', 'small_png', 'data_uri',
-           'new_figure', 'read_maps', 'activation', 'map_ranks', 'map_limit', 'enlarge', 'overlay', 'short',
+           'row_name', 'row_colour', 'source', 'Picture', 'picture_bytes', 'settle', 'number_ids', 'small_png',
+           'data_uri', 'new_figure', 'read_maps', 'activation', 'map_ranks', 'map_limit', 'enlarge', 'overlay', 'short',
            'draw_image', 'draw_map', 'block_size', 'sorted_maps', 'choose_images', 'figure2', 'colour_bar',
            'figure2_caption', 'choose_labels', 'same_draw', 'draw_boxes', 'rank_panel', 'figure4', 'figure4_line',
            'figure4_numbers', 'figure4_caption', 'overlays', 'by_row', 'series', 'draw_curve', 'curves',
@@ -93,6 +93,7 @@ class Picture:
         with house_style():                  # lay it out once: a second layout would differ in the last digits
             self.figure.draw_without_rendering()
             self.figure.set_layout_engine("none")
+        settle(self.figure)
 
     def __repr__(self) -> str:
         return f"{self.caption} From {', '.join(self.sources) or 'no record'}."
@@ -125,6 +126,13 @@ def picture_bytes(picture: Picture, form: str, dpi: int) -> bytes:
     if form == "svg":
         return number_ids(buffer.getvalue().decode()).encode()
     return small_png(buffer, repr(picture)) if form == "png" else buffer.getvalue()
+
+def settle(figure) -> None:
+    "Put everything the layout placed on a grid of 1/10,000 of the figure: its solver's last digits follow memory addresses, and a letter's grey pixels would follow them."
+    for ax in figure.axes:
+        ax.set_position([round(v, 4) for v in ax.get_position(original=True).bounds])
+    for text in filter(None, (figure._suptitle, figure._supxlabel, figure._supylabel)):
+        text.set_position([round(v, 4) for v in text.get_position()])
 
 def number_ids(svg: str) -> str:
     "The same SVG with its made names (some come from memory addresses) numbered in order of appearance."
