@@ -275,8 +275,7 @@ def train_job(run: Run, share: int = 1) -> None:
     with folder_lock(run.workshop.parent, wait=True):          # an orphan of a killed workflow may need a second to end
         run.failure.unlink(missing_ok=True)
         with gpus_for(run, share) as devices:
-            environ = {**thread_limits(run.config.threads), "CUDA_VISIBLE_DEVICES": ",".join(devices)}
-            if devices is None: environ.pop("CUDA_VISIBLE_DEVICES")
+            environ = thread_limits(run.config.threads) | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(devices)})
             try:
                 with environment_variables(environ): papermill(run.notebook, run.workshop.with_suffix(".ipynb"), parameters(run))
                 if not (run.workshop / "run.json").is_file(): raise WorkflowError("the notebook ran through without leaving a record")

@@ -187,11 +187,12 @@ def test_a_wrong_config_ends_the_command_before_anything_is_done(site):
 
 
 def test_a_batch_is_run_once_with_one_thread_a_run(site):
-    code, output = site.run()
+    site.write([dict(method="baseline", device="auto"), dict(method="cadm", lam=[0, 0.5])])      # auto on a machine without a GPU
+    code, output = site.run(CADM_GPUS="")
     assert code == 0, output
     assert len(site.trained()) == 3 and set(site.table()["states"].values()) == {"finished"}
     assert "[3/3]" in output and {e[2] for e in entries(site)} == {"1"} and {e[1] for e in entries(site)} == {""}
-    code, output = site.run()
+    code, output = site.run(CADM_GPUS="")
     assert code == 0 and len(site.trained()) == 3, output
 
 
