@@ -23,6 +23,7 @@ LOSS_SWITCHES = {
     "reduction_classes": ("sum", "mean"),
     "hinge": ("inside", "outside"),
     "distance": ("squared", "euclidean"),
+    "center": ("present", "origin"),
     "detach_center": (False, True),
     "pair_weight": (False, True),
     "no_positive": ("skip", "origin"),
@@ -116,10 +117,12 @@ def center_attraction(label_vectors: Float[Tensor, "batch classes k"], targets: 
 
 # %% ../nbs/02_loss.ipynb #4f54a5b0
 def distances_to_center(label_vectors: Float[Tensor, "batch classes k"], targets: Shaped[Tensor, "batch classes"], distance: str = "squared",
-                        detach_center: bool = False) -> Float[Tensor, "batch classes"]:
-    """Squared (or plain) Euclidean distance of every class's vector to the mean of the present ones, in its image."""
-    center = center_of_present(label_vectors, targets)
-    offsets = label_vectors - (center.detach() if detach_center else center)[:, None]
+                        detach_center: bool = False, center: str = "present") -> Float[Tensor, "batch classes"]:
+    """Squared (or plain) Euclidean distance of every class's vector to the mean of the present ones in its image, or to the origin."""
+    offsets = label_vectors
+    if center == "present":
+        mean = center_of_present(label_vectors, targets)
+        offsets = label_vectors - (mean.detach() if detach_center else mean)[:, None]
     return offsets.square().sum(-1) if distance == "squared" else torch.linalg.vector_norm(offsets, dim=-1)
 
 # %% ../nbs/02_loss.ipynb #6f431d6d
@@ -134,12 +137,12 @@ def hinged(distances: Float[Tensor, "batch classes"], targets: Shaped[Tensor, "b
 # %% ../nbs/02_loss.ipynb #25c83a29
 def label_correlation_loss(label_vectors: Float[Tensor, "batch classes k"], targets: Shaped[Tensor, "batch classes"], *, hinge: str = "inside",
                            margin: float = 1.0, distance: str = "squared", detach_center: bool = False, pair_weight: bool = False,
-                           no_positive: str = "skip", one_positive: str = "keep", reduction_classes: str = "sum",
+                           no_positive: str = "skip", one_positive: str = "keep", center: str = "present", reduction_classes: str = "sum",
                            num_images: int | None = None) -> Float[Tensor, ""]:
     """Label correlation embedding loss, summed over classes, mean over images (Eq. 12); targets 1, 0, -1 (ignored)."""
     check_targets(targets, label_vectors.shape[:2])
-    check_loss_switches(hinge=hinge, distance=distance, no_positive=no_positive, one_positive=one_positive)
-    distances = distances_to_center(full_precision(label_vectors), targets, distance, detach_center)
+    check_loss_switches(hinge=hinge, distance=distance, no_positive=no_positive, one_positive=one_positive, center=center)
+    distances = distances_to_center(full_precision(label_vectors), targets, distance, detach_center, center)
     size = (targets == 1).sum(1)
     attraction = torch.where(targets == 1, distances, 0).sum(1)
     if pair_weight:
@@ -161,13 +164,13 @@ class CADMLoss(nn.Module):
 
     def __init__(self, lam: float = 0.5, *, lce_scale: float = 1.0, reduction_classes: str = "sum", hinge: str = "inside", margin: float = 1.0,
                  distance: str = "squared", detach_center: bool = False, pair_weight: bool = False, no_positive: str = "skip",
-                 one_positive: str = "keep", classification: str = "bce", gamma_neg: float = 4.0, gamma_pos: float = 0.0, clip: float = 0.05):
+                 one_positive: str = "keep", center: str = "present", classification: str = "bce", gamma_neg: float = 4.0, gamma_pos: float = 0.0, clip: float = 0.05):
         super().__init__()
         self.reduction_classes = check_loss_switches(reduction_classes=reduction_classes)["reduction_classes"]
         self.classification = check_loss_switches(classification=classification)["classification"]
         self.lam, self.lce_scale = check_range("lam", lam, 0), check_range("lce_scale", lce_scale, 0, strict=True)
         self.lce = check_loss_switches(hinge=hinge, distance=distance, detach_center=detach_center, pair_weight=pair_weight,
-                                       no_positive=no_positive, one_positive=one_positive)
+                                       no_positive=no_positive, one_positive=one_positive, center=center)
         self.lce["margin"] = check_range("margin", margin, 0, strict=True)
         self.asl = {"gamma_neg": check_range("gamma_neg", gamma_neg, 0), "gamma_pos": check_range("gamma_pos", gamma_pos, 0),
                     "clip": check_range("clip", clip, 0, 1)}

@@ -15,7 +15,7 @@ from cadm_paper.loss import (LOSS_SWITCHES, CADMLoss, asymmetric_loss, center_at
                              label_correlation_loss, pairwise_attraction)
 
 ROOT = Path(__file__).resolve().parents[1]
-LCE_SWITCHES = ("reduction_classes", "hinge", "distance", "detach_center", "pair_weight", "no_positive", "one_positive")
+LCE_SWITCHES = ("reduction_classes", "hinge", "distance", "detach_center", "pair_weight", "no_positive", "one_positive", "center")
 switches = st.fixed_dictionaries({name: st.sampled_from(LOSS_SWITCHES[name]) for name in LCE_SWITCHES})
 kinds = st.sampled_from(LOSS_SWITCHES["classification"])
 many = settings(deadline=None, max_examples=60)
@@ -42,12 +42,13 @@ def close(a, b, tolerance=1e-9):
 
 # ---- Eq. 4, 9-12 against independent computations --------------------------------------------------------------------
 
-def one_image(vectors, labels, hinge, margin, distance, pair_weight, no_positive, one_positive, **_):
+def one_image(vectors, labels, hinge, margin, distance, pair_weight, no_positive, one_positive, center, **_):
     """Eq. 12 of one image with Python's own numbers."""
     S, rest = ([c for c, y in enumerate(labels) if y == value] for value in (1, 0))
     if (not S and no_positive == "skip") or (len(S) == 1 and one_positive == "skip"):
         return 0.0
     mean = [sum(vectors[c][i] for c in S) / max(len(S), 1) for i in range(len(vectors[0]))]
+    mean = mean if center == "present" else [0.0] * len(mean)
     squares = [sum((x - m) ** 2 for x, m in zip(v, mean)) for v in vectors]
     d = squares if distance == "squared" else [s ** 0.5 for s in squares]
     second = sum(max(0, margin - d[c]) for c in rest) if hinge == "inside" else max(0, margin - sum(d[c] for c in rest))
@@ -150,7 +151,7 @@ def test_an_ignored_label_is_a_class_less(batch, options, kind, data):
 @given(batch=batches(), options=switches, shift=st.floats(-3, 3))
 def test_moving_all_vectors_of_an_image_alike_changes_nothing(batch, options, shift):
     output, y = batch
-    options["no_positive"] = "skip"  # the origin is a fixed point
+    options |= {"no_positive": "skip", "center": "present"}  # the origin is a fixed point
     close(label_correlation_loss(output.label_vectors + shift, y, **options), label_correlation_loss(output.label_vectors, y, **options))
 
 
