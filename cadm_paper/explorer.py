@@ -9,6 +9,8 @@ import base64
 import functools
 import io
 import json
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,12 @@ import numpy as np
 from .figures import MAP_COLOURS, data_uri, map_limit, map_ranks, row_key, row_name, same_draw, source
 from .files import whole_file
 from .record import RecordError, RunRecord
+from .report import pair_of_runs
 
 # %% auto #0
 __all__ = ['EXPLORER_CSS', 'EXPLORER_BODY', 'DRAW_JS', 'PANEL_JS', 'CHOOSE_JS', 'START_JS', 'eight_bits', 'picture_uri',
-           'image_entry', 'explorer_data', 'colour_table', 'explorer_html', 'build_explorer']
+           'image_entry', 'side_by_side', 'explorer_data', 'colour_table', 'explorer_html', 'build_explorer',
+           'explorer_pairs', 'explorer_names', 'build_explorers']
 
 # %% ../nbs/07c_explorer.ipynb #131c7a49
 def eight_bits(maps: np.ndarray, step: float) -> str:
@@ -49,11 +53,17 @@ def image_entry(pair: tuple[dict, dict], row: int, step: float) -> dict:
     return {"id": str(first["image_ids"][row]), "picture": picture_uri(first, row), "targets": first["targets"][row].tolist(), "boxes": boxes, "runs": runs}
 
 # %% ../nbs/07c_explorer.ipynb #098b2791
-def explorer_data(record_without: RunRecord, record_with: RunRecord) -> dict:
-    """Everything the page shows, JSON-ready. Raises `RecordError` when the runs have no maps, or maps of other images or classes."""
+def side_by_side(record_without: RunRecord, record_with: RunRecord) -> tuple[dict, dict]:
+    """The maps of both runs. Raises `RecordError` when a run has none, or the two are of other images, classes or sizes."""
     pair = same_draw(record_without, record_with)
     if pair[0]["maps"].shape != pair[1]["maps"].shape:
         raise RecordError(f"{record_without.name} and {record_with.name} have maps of different sizes: they cannot stand side by side")
+    return pair
+
+# %% ../nbs/07c_explorer.ipynb #874c2423
+def explorer_data(record_without: RunRecord, record_with: RunRecord) -> dict:
+    """Everything the page shows, JSON-ready. Raises `RecordError` when the runs cannot stand side by side."""
+    pair = side_by_side(record_without, record_with)
     step = max(float(np.abs(maps["maps"]).max()) for maps in pair) / 127 or 1.0
     records = (record_without, record_with)
     return {"dataset": str(record_with.dataset.get("name")), "synthetic": any(r.extra.get("synthetic") for r in records), "classes": [str(c) for c in pair[0]["classes"]],
@@ -277,3 +287,31 @@ def build_explorer(record_without: RunRecord, record_with: RunRecord, out: str |
     with whole_file(out, "w") as file:
         file.write(page)
     return Path(out)
+
+# %% ../nbs/07c_explorer.ipynb #e2d9d55b
+def explorer_pairs(runs: Sequence[RunRecord]) -> dict[str, tuple[RunRecord, RunRecord]]:
+    """For each data set, in the order of `runs`, the two runs that its page shows; a data set without them, or without readable maps, is left out."""
+    found = {}
+    for dataset in dict.fromkeys(str(r.dataset.get("name")) for r in runs):
+        try:
+            pair = pair_of_runs(runs, dataset)
+            side_by_side(*pair)
+        except RecordError:                    # no such runs, no maps, changed maps: the report's Figure 4 says which
+            continue
+        found[dataset] = pair
+    return found
+
+# %% ../nbs/07c_explorer.ipynb #e5f752a3
+def explorer_names(datasets: Iterable[str]) -> dict[str, str]:
+    """File name of each data set's page: the first is `explorer.html`, further ones carry their data set's name."""
+    name = lambda n, dataset: f"explorer-{re.sub(r'[^0-9A-Za-z_.-]+', '-', dataset)}.html" if n else "explorer.html"
+    return {dataset: name(n, dataset) for n, dataset in enumerate(datasets)}
+
+# %% ../nbs/07c_explorer.ipynb #2ea7ee40
+def build_explorers(runs: Sequence[RunRecord], folder: str | Path) -> dict[str, str]:
+    """Write every data set's page to `folder`; returns file names by data set, for `build_report`'s links. Data sets without maps have none."""
+    pairs = explorer_pairs(runs)
+    names = explorer_names(pairs)
+    for dataset, pair in pairs.items():
+        build_explorer(*pair, Path(folder) / names[dataset])
+    return names

@@ -14,9 +14,10 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -754,7 +755,7 @@ TEMPLATES["report.html"] = """
 <link rel="icon" href="data:,"><style>{{ css|safe }}</style></head><body><main>
 <h1>CADM, reproduced</h1>
 <p>What was measured here beside what is printed in <i>Multi-Label Image Recognition with Joint Class-Aware Map Disentangling and Label Correlation Embedding</i> (Chen, Wei, Jin, Guo; ICME 2019). Everything on this page is made from {{ runs|length }} run records, without training.</p>
-<nav><a href="#tables">Tables</a> <a href="#figures">Figures</a> <a href="#runs">Runs</a></nav>
+<nav><a href="#tables">Tables</a> <a href="#figures">Figures</a> {% for dataset, address in explorers %}<a href="{{ address }}">Explorer{% if explorers|length > 1 %} of {{ dataset }}{% endif %}</a> {% endfor %}<a href="#runs">Runs</a></nav>
 {% if synthetic %}<p class="warn"><b>Synthetic records.</b> The numbers and pictures on this page are made up for demonstration. They are not results.</p>{% endif %}
 {% for warning in warnings %}<p class="warn">{{ warning }}</p>{% endfor %}
 <div class="cards">{% for block in blocks %}{% include "bars.html" %}{% endfor %}</div>
@@ -768,6 +769,7 @@ TEMPLATES["report.html"] = """
 <h2 id="figures">Figures</h2>
 {% for dataset, shown in figures %}
 <h3>{{ dataset }}</h3>
+{% for name, address in explorers if name == dataset %}<p><a href="{{ address }}">Explore the maps of {{ dataset }}</a>: every image and label of the draw, without and with the embedding loss side by side.</p>{% endfor %}
 {% for plate in shown %}{% include "figure.html" %}{% endfor %}
 {% endfor %}
 <h2 id="runs">Runs</h2>
@@ -799,15 +801,15 @@ def all_tables(runs: Sequence[RunRecord], known: Standing = Standing()) -> list[
     return tables
 
 # %% ../nbs/07_report.ipynb #5b089f55
-def report_html(runs: Sequence[RunRecord], tables: Sequence[ResultTable], known: Standing = Standing()) -> str:
-    "The page as text."
+def report_html(runs: Sequence[RunRecord], tables: Sequence[ResultTable], known: Standing = Standing(), explorers: Mapping[str, str] | None = None) -> str:
+    "The page as text. `explorers`: file beside the page by data set, to be linked."
     blocks = [b for t in tables for b in t.blocks]
     downloads = {t.name: [(form, text_uri(text, kind)) for form, text, kind in (("csv", t.csv(), "text/csv"), ("md", t.markdown(), "text/markdown"),
                  ("json", json.dumps(t.data(), ensure_ascii=False, indent=1), "application/json"))] for t in tables}
     figures = [(d, plates(d, runs)) for d in dict.fromkeys(b.dataset for b in blocks) if any(r.dataset.get("name") == d for r in runs)]
     total = seconds_text(sum(r.timing.get("wall_s") or 0 for r in runs))
     return template("report.html").render(
-        css=TABLE_CSS + PAGE_CSS, tables=tables, columns=COLUMNS, blocks=blocks, gains=[gain_sentence(g) for t in tables for g in t.gains], downloads=downloads, figures=figures, colour=row_colour,
+        css=TABLE_CSS + PAGE_CSS, tables=tables, columns=COLUMNS, explorers=[(d, quote(name, safe="")) for d, name in (explorers or {}).items()], blocks=blocks, gains=[gain_sentence(g) for t in tables for g in t.gains], downloads=downloads, figures=figures, colour=row_colour,
         warnings=[w for t in tables for w in t.warnings], synthetic=any(r.extra.get("synthetic") for r in runs), total=total,
         unfinished=[(f"{u.dataset}/{u.name}", u.why) for u in known.unfinished], runs=[run_entry(r, known.why_stale(r)) for r in runs]).strip() + "\n"
 
@@ -816,15 +818,17 @@ def text_uri(text: str, kind: str) -> str:
     return f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
 
 # %% ../nbs/07_report.ipynb #491f15e5
-def build_report(runs_dir=None, out=None) -> Report:
-    "Write out/index.html (outputs/report) from the records below `runs_dir` (outputs/runs), whole or not at all. Raises `NoRuns` without any."
+def build_report(runs_dir=None, out=None, explorers: Mapping[str, str] | None = None) -> Report:
+    """Write out/index.html (outputs/report) from the records below `runs_dir` (outputs/runs), whole or not at all. Raises `NoRuns` without any.
+
+    `explorers`, from `build_explorers`: the file beside the page that shows a data set's maps; the page links it."""
     folder = Path(runs_dir) if runs_dir else default_folder("outputs") / "runs"
     path = (Path(out) if out else default_folder("outputs") / "report") / "index.html"
     known, runs = standing(folder), load_runs(folder)
     if not runs and not known.unfinished:
         raise NoRuns(f"no run in {folder}. Make them with `cadm reproduce`, or name another folder")
     tables = all_tables(runs, known)
-    page = report_html(runs, tables, known)
+    page = report_html(runs, tables, known, explorers)
     with whole_file(path, "w") as file:
         file.write(page)
     return Report(path, tuple(headline(tables)), tuple(w for t in tables for w in t.warnings))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from cadm_paper.config import TrainConfig, config_digest
+from cadm_paper.explorer import build_explorers
 from cadm_paper.figures import class_precision, conditional, figure2, figure4, figure4_numbers, map_ranks, overlays, row_key
 from cadm_paper.paper import COLUMNS, TABLE1, TABLE2
 from cadm_paper.record import RecordError, RunRecord, load_runs, portable
@@ -191,6 +192,7 @@ def test_a_changed_record_is_not_drawn_and_the_report_goes_on(runs_dir, tmp_path
     (lost.folder / "run.json").write_text("{ half")
     page = build_report(folder, tmp_path / "out").path.read_text()
     assert page.count("is not drawn") == 4 and "differs from the checksum" in page and str(tmp_path) not in page
+    assert build_explorers(load_runs(folder), tmp_path / "out") == {}               # the maps cannot be trusted: no explorer
     assert "its run.json cannot be read" in page and [u.name for u in standing(folder).unfinished] == [lost.name]
 
 
@@ -210,14 +212,18 @@ def test_stale_rows_of_the_workflow_are_marked(runs_dir, tmp_path):
 
 def test_the_report_stands_alone_and_does_not_know_where_it_is(runs_dir, tmp_path):
     shutil.copytree(runs_dir, tmp_path / "other place" / "x")
-    program = "import sys; from cadm_paper.report import build_report; build_report(*sys.argv[1:])"
-    ours = build_report(runs_dir, tmp_path / "one").path
+    program = ("import sys; from cadm_paper.record import load_runs; from cadm_paper.report import build_report; from cadm_paper.explorer import build_explorers\n"
+               "build_report(*sys.argv[1:], build_explorers(load_runs(sys.argv[1]), sys.argv[2]))")
+    ours = build_report(runs_dir, tmp_path / "one", build_explorers(load_runs(runs_dir), tmp_path / "one")).path
     subprocess.run([sys.executable, "-c", program, "x", "y"], cwd=tmp_path / "other place", check=True, env={**os.environ, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"})
-    page = ours.read_text(encoding="utf-8")
-    assert page == (tmp_path / "other place" / "y" / "index.html").read_text(encoding="utf-8")
+    page, theirs = ours.read_text(encoding="utf-8"), tmp_path / "other place" / "y"
+    assert page == (theirs / "index.html").read_text(encoding="utf-8")
+    assert (ours.parent / "explorer.html").read_bytes() == (theirs / "explorer.html").read_bytes()
     addresses = re.findall(r"""(?:src|href|action|data)=["']([^"']*)""", page)
     ids = set(re.findall(r'id="([^"]*)"', page))
-    assert addresses and all(a.startswith("data:") or a.removeprefix("#") in ids for a in addresses)
+    beside = {a for a in addresses if not a.startswith(("data:", "#"))}          # the one page that stands beside it, and nothing else
+    assert beside == {"explorer.html"} == {p.name for p in ours.parent.iterdir()} - {"index.html"}
+    assert addresses and all(a in beside or a.startswith("data:") or a.removeprefix("#") in ids for a in addresses)
     assert not re.search(r"<script|<iframe|@import|https?://", page) and str(ROOT) not in page and str(tmp_path) not in page
 
 
