@@ -211,7 +211,8 @@ def main() -> None:
         n = len(split)
         for way in ways.values():
             one_epoch(way, 0, n)
-        result = dict(command="python benchmarks/loading.py", photographs=f"coco-tiny, 100 originals x {a.copies}", size=a.size, batch=a.batch, workers=a.workers,
+        result = dict(command=f"python benchmarks/loading.py --size {a.size} --batch {a.batch} --workers {a.workers} --copies {a.copies} --rounds {a.rounds} --starts {a.starts}",
+                      photographs=f"coco-tiny, 100 originals x {a.copies}", size=a.size, batch=a.batch, workers=a.workers,
                       largest_difference_to_usual=largest_difference(split, a.size), setting=setting("cpu"))
         result["warm"] = rounds(ways, a.rounds, n)
         result["cold"] = rounds(ways, -(-a.rounds // 2), n, before=lambda name: drop_from_cache(files[name]))
