@@ -51,13 +51,13 @@ def cpu_name() -> str:
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
-def environment(device: str = "cpu", precision: str = "fp32", threads: int = 1) -> dict:
-    "Code, packages, device and machine settings of a run; no host name, no path."
+def environment(device: str = "cpu", precision: str = "fp32", threads: int = 1, code: dict | None = None) -> dict:
+    "Code (with what else `code` says of it), packages, device and machine settings of a run; no host name, no path."
     import torch
 
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     return {
-        "code": code_version(), "packages": {p: installed(p) for p in PACKAGES}, "python": platform.python_version(),
+        "code": {**code_version(), **(code or {})}, "packages": {p: installed(p) for p in PACKAGES}, "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}", "device": gpu or cpu_name(), "device_type": device.split(":")[0],
         "cuda": torch.version.cuda if gpu else None, "precision": precision, "threads": threads,
     }

@@ -12,6 +12,7 @@ from cadm_paper.config import ConfigError, TrainConfig
 from cadm_paper.data import build_scenes
 from cadm_paper.files import FolderLocked, folder_lock
 from cadm_paper.record import RunRecord
+from cadm_paper.sources import notebook_sources
 from cadm_paper.train import NonFiniteLoss, Progress, checkpoint_file, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,6 +131,37 @@ def test_an_infinite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(confi
     assert not (folder / "run.json").exists()
     tensors, state = load_checkpoint(checkpoint_file(folder)) if checkpoint_file(folder).is_file() else ({}, {})
     assert all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
+
+
+# ---- what the record says --------------------------------------------------------------------------------------------
+
+def test_the_record_names_the_code_that_made_it_as_the_workflow_does(config):
+    """Trained by hand or by the notebook: the same digests, so that a run made by hand can count as made."""
+    made = train(config(method="baseline_gap", epochs=1)).environment["code"]["sources"]
+    known = notebook_sources(ROOT / "nbs" / "experiments" / "train.ipynb")
+    assert {"cadm_paper.train", "cadm_paper.model"} <= made.keys() and made.items() <= known.items()
+
+
+def test_a_run_resumed_with_other_code_says_so(config, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        train(config(checkpoint_minutes=1e-9), progress=StopAt(1))
+    began = module.training_code()
+    monkeypatch.setattr(module, "training_code", lambda: {**began, "cadm_paper.loss": "changed"})
+    code = train(config(), resume=True).environment["code"]
+    assert code["sources"] == began and code["changed_while_training"] == ["cadm_paper.loss"]
+
+
+def test_maps_beyond_half_precision_are_kept_whole(config, recwarn):
+    given = config()
+    _, test = module.prepare_data(given)
+    trainer = module.Trainer(given, module.build_model(given, test.classes), module.Team(), 1)
+    usual = module.example_maps(trainer, test, given)["maps"]
+    recwarn.clear()
+    with torch.no_grad():
+        trainer.model.head.classifier.weight.mul_(1e9)
+    large = module.example_maps(trainer, test, given)["maps"]
+    assert usual.dtype == np.float16 and large.dtype == np.float32 and np.isfinite(large).all() and not recwarn.list
+    np.testing.assert_allclose(large / 1e9, usual, rtol=2e-3, atol=1e-6)
 
 
 # ---- parts and processes ---------------------------------------------------------------------------------------------
