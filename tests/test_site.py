@@ -200,7 +200,7 @@ def test_every_page_opens_on_a_phone_with_its_mathematics(site, pages, opened):
 
 @pytest.mark.slow
 def test_light_and_dark(site, opened):
-    for name in ("index.html", "nbs/02_loss.html", "report/index.html", "explorer.html"):
+    for name in ("index.html", "nbs/02_loss.html", "report/index.html", "report/explorer.html"):
         light, dark = (opened(site / name, dark=d).evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)") for d in (False, True))
         assert sum(light) > 600 and sum(dark) < 200, (name, light, dark)
 
@@ -223,13 +223,25 @@ def test_the_landing_page_says_what_was_measured_in_one_screen(site, opened):
     assert "Synthetic records" in page.locator("body").inner_text()
 
 
+@pytest.mark.slow
+def test_the_report_leads_to_the_explorers_of_its_records(site, opened):
+    """One for each data set, from the top of the report and from its figures; the page that opens shows that data set."""
+    addresses = ["explorer.html", "explorer-scenes-nus.html"]
+    for dataset, address in zip(("scenes-coco", "scenes-nus"), addresses):
+        page = opened(site / "report" / "index.html")
+        assert page.locator(f'a[href="{address}"]').count() == 2
+        page.locator(f'a[href="{address}"]').first.click()
+        page.wait_for_selector("body[data-ready]")
+        assert page.locator("#about").inner_text().startswith(f"{dataset}:")
+
+
 CANVASES = "() => [...document.querySelectorAll('canvas.map')].map(c => c.toDataURL())"
 
 
 @pytest.mark.slow
 def test_the_explorer_changes_its_picture_on_a_choice(site, opened):
     """By pointer and by keyboard; both maps are drawn; the text beside them says what the records say."""
-    page = opened(site / "explorer.html")
+    page = opened(site / "report" / "explorer.html")
     page.wait_for_selector("body[data-ready]")
     seen = [page.evaluate(CANVASES)]
     assert len(seen[0]) == 2 and seen[0][0] != seen[0][1]
@@ -258,7 +270,7 @@ def test_the_explorer_changes_its_picture_on_a_choice(site, opened):
 
 @pytest.mark.slow
 def test_an_address_leads_to_a_case_and_pointing_tells_the_value(site, opened):
-    page = opened(site / "explorer.html", 390, 844, fragment="#image=3&label=7")
+    page = opened(site / "report" / "explorer.html", 390, 844, fragment="#image=3&label=7")
     page.wait_for_selector("body[data-ready]")
     assert page.evaluate("[state.image, state.label]") == [3, 7]
     page.locator("canvas.map").first.hover(position={"x": 60, "y": 60})

@@ -137,7 +137,7 @@ def claims() -> list[tuple[str, list[float]]]:
     return [("MS-COCO (Table 1)", mine(TABLE1)), ("NUS-WIDE (Table 2)", mine(TABLE2))]
 
 
-def sources(runs, explorers: list[str]) -> dict[str, str]:
+def sources(runs, explorers: dict[str, str]) -> dict[str, str]:
     """Everything that Sphinx reads: name -> text."""
     files: dict[str, str] = {}
     modules = {module: path for path in notebooks() if (module := module_of(path))}
@@ -148,6 +148,7 @@ def sources(runs, explorers: list[str]) -> dict[str, str]:
     for name in PAGES:
         if (ROOT / name).is_file():
             files[name] = rooted((ROOT / name).read_text(encoding="utf-8"), 0)
+    files |= {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in sorted((ROOT / "assets" / "badges").glob("*.svg"))}
     files["paper-to-here.md"] = (ROOT / "docs" / "paper-to-here.md").read_text(encoding="utf-8")
     pages = [p.relative_to(ROOT).with_suffix("").as_posix() for p in notebooks()]
     order = ["reproduce_in_ten_minutes", "own_photographs", "loss_in_your_loop", "evaluate_scores", "add_a_row", "on_a_cluster"]
@@ -205,30 +206,22 @@ def records(folder: Path | None) -> list:
 
 def add_pages(site: Path, runs, folder: Path | None) -> None:
     """Report and explorers beside the site's own pages; without records the explorer shows made-up ones and says so."""
-    from cadm_paper.explorer import build_explorer
-    from cadm_paper.report import build_report, pair_of_runs
+    from cadm_paper.explorer import build_explorer, build_explorers
+    from cadm_paper.report import build_report
     from cadm_paper.synthetic import synthetic_run
 
     if not runs:
         with tempfile.TemporaryDirectory() as made_up:
-            build_explorer(*(synthetic_run(f"{made_up}/{lam}", method="cadm", lam=lam, drawn=12) for lam in (0.0, 0.5)), site / "explorer.html")
+            build_explorer(*(synthetic_run(f"{made_up}/{lam}", method="cadm", lam=lam, drawn=12) for lam in (0.0, 0.5)), site / "report" / "explorer.html")
         return
-    build_report(folder or ROOT / "outputs" / "reference" / "mini", site / "report")
-    for dataset in explored(runs):
-        name = "explorer.html" if dataset == explored(runs)[0] else f"explorer-{dataset}.html"
-        build_explorer(*pair_of_runs(runs, dataset), site / name)
+    build_report(folder or ROOT / "outputs" / "reference" / "mini", site / "report", build_explorers(runs, site / "report"))
 
 
-def explored(runs) -> list[str]:
-    """Data sets with both runs that the explorer needs."""
-    from cadm_paper.report import NoRuns, pair_of_runs
+def explored(runs) -> dict[str, str]:
+    """The explorers' addresses by data set."""
+    from cadm_paper.explorer import explorer_names, explorer_pairs
 
-    def both(dataset):
-        try:
-            return all(record.maps() is not None for record in pair_of_runs(runs, dataset))
-        except NoRuns:
-            return False
-    return [dataset for dataset in dict.fromkeys(r.dataset["name"] for r in runs) if both(dataset)]
+    return {dataset: f"report/{name}" for dataset, name in explorer_names(explorer_pairs(runs)).items()}
 
 
 MATHJAX = ("tex-chtml.js", "input", "tex", "tex.js", "extensions", "output", "chtml", "fonts", "woff-v2")
