@@ -20,13 +20,16 @@ from .files import whole_file
 from .record import RecordError, RunRecord
 
 # %% auto #0
-__all__ = ['COLUMN', 'PAGE', 'GREY', 'MAP_COLOURS', 'STYLE', 'ROW_NAMES', 'ROW_COLOURS', 'PITCH', 'house_style', 'row_key',
-           'row_name', 'row_colour', 'source', 'Picture', 'picture_bytes', 'settle', 'number_ids', 'small_png',
-           'data_uri', 'new_figure', 'read_maps', 'activation', 'map_ranks', 'map_limit', 'enlarge', 'overlay', 'short',
-           'draw_image', 'draw_map', 'block_size', 'sorted_maps', 'choose_images', 'figure2', 'colour_bar',
-           'figure2_caption', 'choose_labels', 'same_draw', 'draw_boxes', 'rank_panel', 'figure4', 'figure4_line',
-           'figure4_numbers', 'figure4_caption', 'overlays', 'by_row', 'series', 'draw_curve', 'curves',
-           'class_precision', 'per_class', 'conditional', 'cooccurrence']
+__all__ = ['COLUMN', 'PAGE', 'GREY', 'MAP_COLOURS', 'STYLE', 'ROW_NAMES', 'ROW_COLOURS', 'PITCH', 'RECALLS', 'house_style',
+           'row_key', 'row_name', 'row_colour', 'source', 'Picture', 'picture_bytes', 'settle', 'number_ids',
+           'small_png', 'data_uri', 'new_figure', 'read_maps', 'activation', 'map_ranks', 'map_limit', 'enlarge',
+           'overlay', 'short', 'draw_image', 'draw_map', 'block_size', 'sorted_maps', 'choose_images', 'figure2',
+           'colour_bar', 'figure2_caption', 'choose_labels', 'same_draw', 'draw_boxes', 'rank_panel', 'figure4',
+           'figure4_line', 'figure4_numbers', 'figure4_caption', 'overlays', 'by_row', 'series', 'draw_curve', 'curves',
+           'read_scores', 'class_precision', 'per_class', 'class_differences', 'interval_over_seeds', 'class_gains',
+           'class_gains_caption', 'precision_recall', 'precision_at', 'operating_point', 'spread_classes',
+           'draw_precision_recall', 'f1_lines', 'precision_recall_curves', 'precision_recall_caption', 'conditional',
+           'cooccurrence', 'vector_plane', 'strongest_pairs', 'place_names', 'vector_panel', 'label_vectors']
 
 # %% ../nbs/06_figures.ipynb #7b7fde33
 COLUMN, PAGE = 3.35, 7.0  # inches: one column, the page
@@ -466,20 +469,25 @@ def curves(runs: Sequence[RunRecord]) -> Picture:
         return Picture(fig, f"curves-{name}", caption, list(runs))
 
 # %% ../nbs/06_figures.ipynb #ea0fee1b
+def read_scores(record: RunRecord) -> dict[str, np.ndarray]:
+    "The record's scores with targets, classes and image ids. Raises `RecordError` for a run that kept none."
+    if (found := record.scores()) is None:
+        raise RecordError(f"{record.name}: this run kept no scores, so there is nothing to draw")
+    return found
+
+# %% ../nbs/06_figures.ipynb #2516af3d
 def class_precision(record: RunRecord) -> np.ndarray:
     "Average precision of each class from the record's scores, NaN for a class without a positive test image."
     from cadm_paper.metrics import average_precision
 
-    found = record.scores()
-    if found is None:
-        raise RecordError(f"{record.name}: this run kept no scores")
+    found = read_scores(record)
     return np.asarray(average_precision(found["scores"], found["targets"]), float)
 
-# %% ../nbs/06_figures.ipynb #2516af3d
+# %% ../nbs/06_figures.ipynb #95d1aaec
 def per_class(runs: Sequence[RunRecord]) -> Picture:
     "Average precision of each class, one mark a row (mean over its seeds), classes by frequency in the test split."
-    targets, classes = runs[0].scores()["targets"], runs[0].scores()["classes"]
-    share = (targets == 1).mean(0)
+    found = read_scores(runs[0])
+    classes, share = found["classes"], (found["targets"] == 1).mean(0)
     order = np.argsort(share, kind="stable")
     height = max(2.0, 0.13 * len(order) + 0.7)
     with house_style():
@@ -494,6 +502,138 @@ def per_class(runs: Sequence[RunRecord]) -> Picture:
         fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2, handletextpad=0.2, columnspacing=1)
         name = runs[0].dataset.get("name", "runs")
         return Picture(fig, f"per-class-{name}", f"Average precision by class on {name}, the most frequent class on top; beside the names the share of test images.", list(runs))
+
+# %% ../nbs/06_figures.ipynb #6258253f
+def class_differences(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> tuple[list[int], np.ndarray]:
+    "Seeds that both rows have, and runs - against in average precision by class: S x C. Raises `RecordError` without such a seed, or for other classes or images."
+    mine, theirs = ({r.config["seed"]: r for r in some} for some in (runs, against))
+    if not (seeds := sorted(mine.keys() & theirs.keys())):
+        raise RecordError(f"no seed that {runs[0].name} and {against[0].name} have in common")
+    for what in ("classes", "image_ids"):
+        if any(not np.array_equal(read_scores(mine[s])[what], read_scores(theirs[s])[what]) for s in seeds):
+            raise RecordError(f"{runs[0].name} and {against[0].name} have scores of different {what}: their difference means nothing")
+    return seeds, np.stack([class_precision(mine[s]) - class_precision(theirs[s]) for s in seeds])
+
+# %% ../nbs/06_figures.ipynb #ca794af7
+def interval_over_seeds(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    "Mean over the first axis (seeds) and half the width of Student's interval around it; NaN for a single seed."
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return np.mean(values, 0), np.full(np.shape(values)[1:], np.nan)
+    return np.mean(values, 0), t.ppf(0.5 + level / 2, n - 1) * np.std(values, 0, ddof=1) / n**0.5
+
+# %% ../nbs/06_figures.ipynb #15e51e1e
+def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Picture:
+    "Change of each class's average precision from the row `against` to the row `runs`, in points, sorted; filled: the interval over seeds leaves out zero."
+    found, (seeds, change) = read_scores(runs[0]), class_differences(runs, against)
+    share, (mean, half) = (found["targets"] == 1).mean(0), interval_over_seeds(100 * change)
+    order = [c for c in np.argsort(mean, kind="stable") if np.isfinite(mean[c])]
+    with house_style():
+        fig = new_figure(COLUMN if len(order) <= 40 else PAGE, min(max(2.0, 0.13 * len(order) + 0.6), 9))
+        ax = fig.subplots()
+        ax.axvline(0, color=GREY, lw=0.6)
+        for y, c in enumerate(order):
+            colour, sure = "#D55E00" if mean[c] > 0 else "#0072B2", abs(mean[c]) > half[c]
+            ax.errorbar(mean[c], y, xerr=None if len(seeds) < 2 else half[c], fmt="o", ms=3.4, color=colour, mfc=colour if sure else "white", elinewidth=0.8)
+        ax.set(yticks=range(len(order)), ylim=(-0.6, len(order) - 0.4), xlabel="change of average precision, points")
+        ax.set_yticklabels([f"{short(str(found['classes'][c]), 20)}  {100 * share[c]:.0f} %" for c in order], fontsize=5)
+        ax.grid(axis="y", color="0.9", lw=0.4); ax.set_axisbelow(True)
+        name = f"class-gains-{runs[0].dataset.get('name', 'runs')}"
+        return Picture(fig, name, class_gains_caption(runs, against, seeds, mean, half), [*runs, *against])
+
+# %% ../nbs/06_figures.ipynb #d2f0836e
+def class_gains_caption(runs: Sequence[RunRecord], against: Sequence[RunRecord], seeds: list[int], mean: np.ndarray, half: np.ndarray) -> str:
+    "What is compared, the mean over classes, and for how many of them the change is sure."
+    signed = f"{np.nanmean(mean):+.1f}".replace("-", "−")
+    said = (f"{row_name(row_key(runs[0]))} less {row_name(row_key(against[0]))} on {runs[0].dataset.get('name')}: change of average precision by class, "
+            f"beside the names the share of test images; mean over classes {signed} points. ")
+    if len(seeds) < 2:
+        return said + f"One seed ({seeds[0]}): how much another training would differ is not known, so no interval is drawn."
+    up, down = int((mean > half).sum()), int((-mean > half).sum())
+    return said + (f"Mean of {len(seeds)} seeds with 95 % intervals over seeds (one class at a time); filled where they leave out zero: "
+                   f"{up} classes up, {down} down, {int(np.isfinite(mean).sum()) - up - down} not told from zero.")
+
+# %% ../nbs/06_figures.ipynb #ad4a6b3c
+def precision_recall(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Recall, ascending, and precision at every threshold; arrays of one shape, targets of -1 left out. Two empty arrays without a positive."
+    from sklearn.metrics import precision_recall_curve
+
+    scores, targets = np.ravel(scores), np.ravel(targets)
+    if not (targets == 1).any():
+        return np.empty(0), np.empty(0)
+    precision, recall, _ = precision_recall_curve(targets[targets != -1] == 1, scores[targets != -1])
+    return recall[-2::-1], precision[-2::-1]                   # the last point, precision 1 at recall 0, was measured by nobody
+
+# %% ../nbs/06_figures.ipynb #b1d5b0b4
+def precision_at(recalls: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    "Precision of the highest threshold that reaches each recall (in 0..1, above 0); NaN without a positive."
+    recall, precision = precision_recall(scores, targets)
+    if not len(recall):
+        return np.full(len(recalls), np.nan)
+    return precision[np.minimum(np.searchsorted(recall, np.asarray(recalls) - 1e-9), len(recall) - 1)]
+
+# %% ../nbs/06_figures.ipynb #08a9970a
+def operating_point(scores: np.ndarray, targets: np.ndarray, threshold: float = 0.5) -> tuple[float, float]:
+    "Recall and precision of calling present what scores above the threshold; precision 0 where nothing does."
+    chosen, there = (scores > threshold) & (targets != -1), targets == 1
+    hits = float((chosen & there).sum())
+    return hits / max(int(there.sum()), 1), hits / max(int(chosen.sum()), 1)
+
+# %% ../nbs/06_figures.ipynb #8c431722
+def spread_classes(targets: np.ndarray, count: int = 3) -> list[int]:
+    "The most frequent class, the rarest that occurs, and those evenly between, in descending frequency."
+    positives = (np.asarray(targets) == 1).sum(0)
+    order = [int(c) for c in np.argsort(-positives, kind="stable") if positives[c]]
+    return list(dict.fromkeys(order[round(place)] for place in np.linspace(0, len(order) - 1, min(count, len(order)))))
+
+# %% ../nbs/06_figures.ipynb #0369160d
+RECALLS = np.linspace(0.005, 1, 200)
+
+def draw_precision_recall(ax, key: tuple, found: Sequence[dict], classes: Sequence[int] | slice) -> None:
+    "Mean curve over a row's runs, the range between them as a band, and the point that threshold 0.5 gives."
+    parts = [(f["scores"][:, classes], f["targets"][:, classes]) for f in found]
+    lines, points = np.stack([precision_at(RECALLS, *part) for part in parts]), np.mean([operating_point(*part) for part in parts], 0)
+    colour = row_colour(key)
+    ax.plot(RECALLS, lines.mean(0), color=colour, label=row_name(key), lw=1)
+    if len(lines) > 1:
+        ax.fill_between(RECALLS, lines.min(0), lines.max(0), color=colour, alpha=0.2, lw=0)
+    ax.plot(*points, "o", ms=3.2, color=colour, mec="white", mew=0.5, zorder=4)
+
+# %% ../nbs/06_figures.ipynb #f0a9af49
+def f1_lines(ax, levels: Sequence[float] = (0.2, 0.4, 0.6, 0.8)) -> None:
+    "Thin lines of equal F1, named at the right edge."
+    for f in levels:
+        recall = np.linspace(f / (2 - f), 1, 100)
+        ax.plot(recall, f * recall / (2 * recall - f), color="0.85", lw=0.5, zorder=0)
+        ax.text(1.01, f / (2 - f), f"{f:.1f}", fontsize=4.5, color=GREY, va="center", clip_on=False)
+
+# %% ../nbs/06_figures.ipynb #aeaa17c5
+def precision_recall_curves(runs: Sequence[RunRecord], classes: Sequence[int] | None = None) -> Picture:
+    "Precision against recall of every row: over all labels together, then for single classes (three spread over the frequencies unless named)."
+    found = {key: [read_scores(r) for r in same] for key, same in by_row(runs).items()}
+    first = found[row_key(runs[0])][0]
+    classes = spread_classes(first["targets"]) if classes is None else list(classes)
+    share = (first["targets"] == 1).mean(0)
+    with house_style():
+        fig = new_figure(PAGE, 2.15)
+        axes = fig.subplots(1, 1 + len(classes), sharey=True, squeeze=False)[0]
+        for ax, where in zip(axes, [slice(None), *([c] for c in classes)]):
+            f1_lines(ax)
+            for key, same in found.items():
+                draw_precision_recall(ax, key, same, where)
+            ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", title="all labels together" if where == slice(None) else f"{short(str(first['classes'][where[0]]), 18)}, {100 * share[where[0]]:.1f} %")
+        axes[0].set_ylabel("precision")
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, handlelength=1.4, columnspacing=1.2)
+        return Picture(fig, f"precision-recall-{runs[0].dataset.get('name', 'runs')}", precision_recall_caption(runs), list(runs))
+
+# %% ../nbs/06_figures.ipynb #a8660ed5
+def precision_recall_caption(runs: Sequence[RunRecord]) -> str:
+    "What the lines, bands and dots are."
+    seeds = max(map(len, by_row(runs).values()))
+    return (f"Precision and recall on the test split of {runs[0].dataset.get('name')}: all labels of all images together, and single classes with their share of test images. "
+            f"Dots: the threshold 0.5 of the tables; thin lines: equal F1. " + (f"Mean and range of up to {seeds} seeds." if seeds > 1 else "One seed."))
 
 # %% ../nbs/06_figures.ipynb #898e61e3
 def conditional(targets: np.ndarray) -> np.ndarray:
@@ -518,3 +658,69 @@ def cooccurrence(record: RunRecord) -> Picture:
         ax.tick_params(labelsize=4 if len(names) > 40 else 5, length=0)
         name = record.dataset.get("name", "run")
         return Picture(fig, f"cooccurrence-{name}", f"Label co-occurrence in the test split of {name}: share of images with the column's label among those with the row's.", [record])
+
+# %% ../nbs/06_figures.ipynb #f0c6efab
+def vector_plane(present: np.ndarray, absent: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Mean label vectors (two of C x k) on their first two principal axes: two of C x 2, and each axis's share of the variance. A class without a vector stays NaN."
+    from sklearn.decomposition import PCA
+
+    both = np.concatenate([present, absent]).astype(float)
+    known = np.isfinite(both).all(1)
+    fitted = PCA(2, svd_solver="full").fit(both[known])
+    flat = np.full((len(both), 2), np.nan)
+    flat[known] = fitted.transform(both[known])
+    return flat[:len(present)], flat[len(present):], fitted.explained_variance_ratio_
+
+# %% ../nbs/06_figures.ipynb #cdcc9fee
+def strongest_pairs(information: np.ndarray, count: int) -> list[tuple[int, int]]:
+    "The pairs j < k of classes with the largest entries of a symmetric C x C matrix (as of pointwise mutual information), above zero only."
+    j, k = np.triu_indices(len(information), 1)
+    order = np.argsort(-information[j, k], kind="stable")[:count]
+    return [(int(j[n]), int(k[n])) for n in order if information[j[n], k[n]] > 0]
+
+# %% ../nbs/06_figures.ipynb #eca780d9
+def place_names(points: np.ndarray, names: Sequence[str], size: float) -> np.ndarray:
+    "Lower left corner of each name, N x 2, beside its point (N x 2, both in typographic points), where it covers the fewest of the points and of the names before it."
+    taken = [(x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in points]
+    corners = []
+    for (x, y), name in zip(points, names):
+        w, h = 0.62 * size * len(name), size
+        near = [(2.5, -h / 2), (-2.5 - w, -h / 2), (-w / 2, 2.5), (-w / 2, -2.5 - h)]
+        around = near + [(dx, dy) for dy in (2, -2 - h, 2 + h, -2 - 2 * h) for dx in (2, -2 - w)]
+        boxes = [(x + dx, y + dy, x + dx + w, y + dy + h) for dx, dy in around]
+        covered = lambda box: sum(box[0] < r and l < box[2] and box[1] < t and b < box[3] for l, b, r, t in taken)
+        best = min(boxes, key=covered)
+        taken.append(best); corners.append(best[:2])
+    return np.array(corners).reshape(-1, 2)
+
+# %% ../nbs/06_figures.ipynb #c490d190
+def vector_panel(ax, found: dict, names: Sequence[str], count: int) -> None:
+    "One run's mean vectors: named and filled over images that show the label, open over the others; lines between the `count` most correlated pairs."
+    present, absent, share = vector_plane(found["vectors_present"], found["vectors_absent"])
+    for j, k in strongest_pairs(found["pmi"], count) if "pmi" in found else ():
+        ax.plot(*present[[j, k]].T, color="#CC79A7", lw=0.6, alpha=0.7, zorder=1)
+    ax.plot(*absent.T, "o", ms=2.6, mfc="white", mec=GREY, mew=0.6, zorder=2)
+    ax.plot(*present.T, "o", ms=3, color="#D55E00", mec="white", mew=0.3, zorder=3)
+    known, both = np.flatnonzero(np.isfinite(present).all(1)), np.concatenate([present, absent])
+    unit = 180 / (np.nanmax(both, 0) - np.nanmin(both, 0)).max()                                # points a data unit, about
+    for c, corner in zip(known, place_names(unit * present[known], [names[c] for c in known], 4.5) / unit):
+        ax.text(*corner, names[c], fontsize=4.5, va="bottom", zorder=4)
+    ax.margins(0.1)
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.set(xlabel=f"first axis, {100 * share[0]:.0f} % of the variance", ylabel=f"second axis, {100 * share[1]:.0f} %")
+
+# %% ../nbs/06_figures.ipynb #7608af34
+def label_vectors(records: Sequence[RunRecord], found: Sequence[dict], pairs: int | None = None) -> Picture:
+    """Mean label vectors of runs (Figure 3, measured), a panel a run, each on its own axes. `found`: for each record the arrays `vectors_present`,
+    `vectors_absent` (C x k) and, for the lines, `pmi` (C x C), as in `evidence.npz`; `pairs`: how many lines (one a class). Raises `ValueError` for other lengths."""
+    if len(records) != len(found) or not records:
+        raise ValueError(f"{len(records)} records and arrays of {len(found)}: one of each for every panel")
+    names = [short(str(c), 14) for c in records[0].dataset["classes"]]
+    with house_style():
+        fig = new_figure(COLUMN if len(records) == 1 else PAGE, 3.2 if len(records) <= 2 else 2.4)
+        for ax, record, arrays in zip(fig.subplots(1, len(records), squeeze=False)[0], records, found):
+            vector_panel(ax, arrays, names, len(names) if pairs is None else pairs)
+            ax.set_title(row_name(row_key(record)) + ("" if record.config["lam"] else ": $f_{embed}$ untrained"))
+        caption = (f"Mean label vectors (Eq. 8) of every class on {records[0].dataset.get('name')}, first two principal axes of each run: filled over the test images that show the label, "
+                   f"open over those that do not; lines: the pairs of labels that co-occur most beyond chance (pointwise mutual information). With λ = 0 nothing trains f_embed.")
+        return Picture(fig, f"label-vectors-{records[0].dataset.get('name', 'run')}", caption, list(records))

@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import WHERE, ConfigError, TrainConfig, checkout_root, config_digest, default_folder, explain, given_parameters
-from .figures import Picture, by_row, cooccurrence, curves, data_uri, figure2, figure4, overlays, per_class, row_colour, row_key, row_name, source
+from .figures import Picture, by_row, class_gains, cooccurrence, curves, data_uri, figure2, figure4, overlays, per_class, precision_recall_curves, row_colour, row_key, row_name, source
 from .files import whole_file, write_json
 from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow
 from .record import RecordError, RunRecord, is_record, load_runs
@@ -35,8 +35,8 @@ __all__ = ['PLANS', 'ROWS', 'COMPARED', 'TEMPLATES', 'TABLE_CSS', 'MAIN', 'PAGE_
            'dataset_blocks', 'environment_of_templates', 'template', 'table_markdown', 'table_data', 'table_csv',
            'save_table', 'TableParameters', 'FigureParameters', 'read_parameters', 'NoRuns', 'find_runs', 'out_folder',
            'pick', 'pair_of_runs', 'choose_each', 'Gain', 'gain', 'gain_interval', 'gain_sentence', 'headline', 'Plate',
-           'plate', 'plates', 'by_setup', 'seconds_text', 'flat', 'run_entry', 'Report', 'all_tables', 'report_html',
-           'text_uri', 'build_report']
+           'plate', 'plates', 'loss_rows', 'by_setup', 'seconds_text', 'flat', 'run_entry', 'Report', 'all_tables',
+           'report_html', 'text_uri', 'build_report']
 
 # %% ../nbs/07_report.ipynb #b3a25495
 @dataclass(frozen=True)
@@ -614,9 +614,17 @@ def plates(dataset: str, runs: Sequence[RunRecord]) -> list[Plate]:
         plate("Figure 4: maps without and with the embedding loss", lambda: figure4(*pair_of_runs(mine, dataset), images=4), mine),
         plate("Maps over the picture", lambda: overlays(chosen(), 0), mine),
         plate("Training curves", lambda: curves([r for r in main if r.history]), mine, "svg"),
+        plate("Precision and recall", lambda: precision_recall_curves(main), mine),
         plate("Average precision by class", lambda: per_class(main), mine, "svg"),
+        plate("What the embedding loss changes, class by class", lambda: class_gains(*loss_rows(mine, dataset)), mine, "svg"),
         plate("Which labels occur together", lambda: cooccurrence(mine[0]), mine),
     ]
+
+def loss_rows(runs: Sequence[RunRecord], dataset: str) -> tuple[list[RunRecord], list[RunRecord]]:
+    "Runs with the embedding loss and without it, of one setup, one a seed. Raises `NoRuns`."
+    same = setup(pair_of_runs(runs, dataset)[1])
+    rows = by_row([r for r in runs if setup(r) == same])
+    return rows["cadm", 0.5], rows["cadm", 0.0]
 
 def by_setup(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     "Runs grouped by setup, as they come."

@@ -191,7 +191,7 @@ def test_a_changed_record_is_not_drawn_and_the_report_goes_on(runs_dir, tmp_path
     lost = next(r for r in load_runs(folder) if row_key(r) == ("baseline", None))
     (lost.folder / "run.json").write_text("{ half")
     page = build_report(folder, tmp_path / "out").path.read_text()
-    assert page.count("is not drawn") == 4 and "differs from the checksum" in page and str(tmp_path) not in page
+    assert page.count("is not drawn") == 6 and "differs from the checksum" in page and str(tmp_path) not in page
     assert build_explorers(load_runs(folder), tmp_path / "out") == {}               # the maps cannot be trusted: no explorer
     assert "its run.json cannot be read" in page and [u.name for u in standing(folder).unfinished] == [lost.name]
 
