@@ -8,7 +8,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: reproduce test test-slow docs sync notebooks clean
+.PHONY: help reproduce test test-slow docs sync lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +42,17 @@ sync: $(STAMP)
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/readme.py
 	$(BIN)/python tools/badges.py
+
+# requirements.lock from pyproject.toml: pins stay as they are where they still fit; `make lock UPGRADE=--upgrade` takes the newest of everything.
+# Its first lines, which say what it is, are kept; no index is named in it.
+lock: $(STAMP)
+	$(BIN)/python -m pip install --quiet uv
+	cp requirements.lock requirements.lock.new
+	$(BIN)/python -m uv pip compile pyproject.toml --extra repro --extra slurm --extra dev --extra docs $(UPGRADE) --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet --output-file requirements.lock.new
+	sed '/^[^#]/,$$d' requirements.lock | cat - requirements.lock.new > requirements.lock.whole
+	mv requirements.lock.whole requirements.lock
+	rm requirements.lock.new
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis

@@ -9,13 +9,20 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TEXT = (ROOT / "requirements.lock").read_text()
-ASKED = [Requirement(r) for r in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["repro"], *PROJECT["optional-dependencies"]["dev"]]]
+EXTRAS = re.findall(r"--extra (\S+)", (ROOT / "Makefile").read_text())
+ASKED = {r.name: r for r in map(Requirement, [*PROJECT["dependencies"], *(p for extra in EXTRAS for p in PROJECT["optional-dependencies"][extra])])}.values()
 
 
 def locked():
     "Pinned requirement and number of hashes of each entry."
     entries = re.split(r"\n(?=[A-Za-z0-9])", re.sub(r"(?m)^\s*#.*\n?", "", TEXT).strip())
     return [(Requirement(e.split("\\\n")[0].strip()), e.count("--hash=sha256:")) for e in entries]
+
+
+def test_it_covers_what_reproducing_and_developing_take():
+    assert {"repro", "dev", "docs"} <= set(EXTRAS)
+    said = re.search(r"the extras ([^\n]*) install", TEXT)[1]
+    assert set(re.findall(r"\w+", said)) - {"and"} == set(EXTRAS)
 
 
 def test_every_entry_has_one_version_and_hashes():

@@ -3,7 +3,7 @@
 The runs are made by a stand-in for train.ipynb that computes nothing but keeps every promise of the real one: a checkpoint after each epoch,
 a record at the end, a result that depends on the whole sequence of epochs.
 """
-import json, os, random, re, shutil, signal, subprocess, sys, time
+import contextlib, json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from cadm_paper import workflow
+from cadm_paper.record import RunRecord, write_record
 from cadm_paper.workflow import WorkflowError, parse_batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,7 @@ SETUP = "before = set(globals())"
 PARAMETERS = """
 preset: str = None
 dataset: str = None
+data_dir: str = None
 method: str = None
 lam: float = None
 seed: int = None
@@ -183,6 +185,42 @@ def test_a_wrong_config_ends_the_command_before_anything_is_done(site):
     assert code == 2 and "did you mean 'seed'" in output and not site.outputs.exists()
 
 
+def test_a_run_made_by_hand_counts_while_its_code_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("CADM_OUTPUTS", str(tmp_path))
+    notebook = write_notebook(tmp_path / "train.ipynb", ("parameters", PARAMETERS), ("", "import cadm_paper.train"))
+    content = dict(defaults=dict(preset="mini"), runs=[dict(lam=0.5)], train_notebook=str(notebook), prepare_data=False)
+    run, = workflow.plan(parse_batch(content))
+    sources = workflow.source_digests(["import cadm_paper.train"])
+    run.folder.mkdir(parents=True)
+    record = lambda sources, mAP=0.5: write_record(run.folder, run.name, run.config, [], metrics={"mAP": mAP}, history=[], dataset={}, environment={"code": {"sources": sources}}, timing={})
+
+    def opened():
+        session = workflow.open_session(content, alone=True)
+        session.held.close()
+        return session
+
+    record({**sources, "cadm_paper.loss": "0" * 64})
+    assert workflow.state(run).reason.endswith("changed since: cadm_paper.loss") and opened().stamps() == [str(run.stamp)] and not run.stamp.exists()
+    record(sources)
+    assert workflow.state(run).word == "finished" and workflow.Session(parse_batch(content), [run], run.folders).stamps() == []     # a dry run of snakemake asks for nothing
+    assert opened().stamps() == [str(run.stamp)] and run.stamp.exists()                                                           # adopted
+    record(sources, mAP=0.75)                                                                                                    # and polished
+    for _ in range(2):
+        assert opened().stamps() == [str(run.stamp)] and not run.stamp.exists() and "changed since it was made" in workflow.state(run).reason
+
+
+def test_a_kernel_is_ended_and_not_interrupted(tmp_path, monkeypatch):
+    from jupyter_client.provisioning import LocalProvisioner
+
+    sent, send = [], LocalProvisioner.send_signal
+    async def noted(self, number):
+        sent.append(number)
+        await send(self, number)
+    monkeypatch.setattr(LocalProvisioner, "send_signal", noted)
+    workflow.papermill(write_notebook(tmp_path / "a.ipynb", ("parameters", "x = 0"), ("", "assert x == 3")), tmp_path / "b.ipynb", {"x": 3})
+    assert sent[0] == signal.SIGKILL                            # an interrupt first would be reported as an error by whoever is quick enough
+
+
 # ---- whole batches
 
 
@@ -287,6 +325,116 @@ def test_two_runs_never_share_a_gpu(site):
     for device in "01":
         spans = sorted((a, b) for d, a, b in used if d == device)
         assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
+
+
+@pytest.mark.slow
+def test_a_batch_on_other_data_keeps_to_itself(site):
+    site.write([dict(method="baseline")])
+    assert site.run()[0] == 0
+    usual = {p: p.read_bytes() for p in site.outputs.rglob("runs/**/*") if p.is_file()}
+    site.write([dict(method="baseline")], data="mine")
+    code, output = site.run()
+    assert code == 0 and len(site.trained()) == 2 and len(set(site.trained())) == 1, output          # the same name, trained again
+    assert {p: p.read_bytes() for p in usual} == usual
+    assert [p.parent.parent.parent.parent.name for p in site.outputs.rglob("run.json")].count("on-mine") == 1
+    code, output = site.run()
+    assert code == 0 and len(site.trained()) == 2, output
+
+
+# ---- the real notebook, in small
+
+
+class RealSite(Site):
+    """A site with the repository's own train.ipynb and small scenes."""
+
+    def __init__(self, folder):
+        from cadm_paper.data import build_scenes
+
+        super().__init__(folder)
+        shutil.copy(ROOT / "nbs" / "experiments" / "train.ipynb", self.train)
+        build_scenes(folder / "data" / "scenes-coco", "coco", train=160, test=64)
+        self.write([dict(method="cadm", lam=0.5)])
+
+    def write(self, runs, **changes):
+        defaults = dict(preset="mini", weights="none", epochs=12)
+        self.config.write_text(yaml.safe_dump(dict(defaults=defaults, runs=runs, notebooks=[], report=False, evidence=True, **changes)))
+
+    def start(self, *more, **environ):
+        return super().start(*more, **{"CADM_DATA": str(self.folder / "data"), "OMP_NUM_THREADS": "1", **environ})
+
+    def record(self):
+        found, = (p.parent for p in self.outputs.glob("runs/*/*/run.json"))
+        return RunRecord.load(found)
+
+    def epochs_done(self):
+        "Epochs in the checkpoint of the batch's only run."
+        import safetensors
+
+        for path in self.outputs.glob("work/runs/*/*/*/checkpoint/last.safetensors"):
+            with contextlib.suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, framework="numpy") as file:
+                return json.loads(file.metadata()["state"])["epoch"]
+        return 0
+
+    def result(self):
+        "All that a run leaves that is to be the same: metrics, history, and the bytes of weights, scores, maps and evidence."
+        import numpy as np
+
+        record = self.record()
+        with np.load(record.folder / "evidence.npz") as file:
+            evidence = {k: v.tobytes() for k, v in file.items() if k != "record"}                     # the record has its own times
+        return record.metrics, record.history, record.files, evidence
+
+
+@pytest.mark.slow
+def test_a_real_training_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path):
+    import psutil
+
+    undisturbed, killed = RealSite(tmp_path / "a"), RealSite(tmp_path / "b")
+    code, output = undisturbed.run()
+    assert code == 0, output
+    process = killed.start()
+    wait_until(lambda: killed.epochs_done() >= 2, process)
+    for p in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess): p.kill()
+    process.stdout.close()
+    process.wait()
+    assert not list(killed.outputs.glob("runs/*/*/run.json")), "it was killed too late to show anything"
+    code, output = killed.run()
+    assert code == 0 and (found := re.search(r"begins after epoch (\d+) of 12", output)) and int(found[1]) >= 2, output
+    assert killed.result() == undisturbed.result()
+
+
+@pytest.mark.slow
+def test_evidence_is_measured_with_the_run_or_later_and_a_run_by_hand_counts(tmp_path):
+    site = RealSite(tmp_path)
+    site.write([dict(method="cadm", lam=0.5, epochs=2), dict(method="baseline", epochs=2)])
+    environ = {"CADM_OUTPUTS": str(site.outputs), "CADM_DATA": str(tmp_path / "data")}
+    line = [sys.executable, "-c", "from cadm_paper.cli import main; main()", "train", "--method", "cadm", "--weights", "none", "--epochs", "2"]
+    done = subprocess.run(line, env={**os.environ, **environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    by_hand = site.record().folder / "run.json"
+    before = by_hand.read_bytes()
+    code, output = site.run()
+    assert code == 0 and "2 runs, 1 to do, 1 to measure" in output and by_hand.read_bytes() == before, output
+    assert [p.parent.name.split("-seed")[0] for p in site.outputs.rglob("evidence.npz")] == ["cadm-lam0.5"]
+    code, output = site.run()
+    assert code == 0 and "2 runs, 0 to do, 2 at a time" in output, output
+    (by_hand.parent / "evidence.npz").unlink()
+    code, output = site.run()
+    assert code == 0 and "0 to do, 1 to measure" in output and (by_hand.parent / "evidence.npz").exists() and by_hand.read_bytes() == before, output
+
+
+@pytest.mark.slow
+def test_scenes_with_independent_labels_are_made_for_a_batch_on_them(tmp_path):
+    from cadm_paper.data.scenes import scenes_info
+
+    site = RealSite(tmp_path)
+    site.write([dict(method="cadm", lam=0.5, epochs=1, limit_train=64, limit_test=32)], data="independent")
+    code, output = site.run()
+    assert code == 0, output
+    assert scenes_info(tmp_path / "data" / "independent" / "scenes-coco")["parameters"]["context"] is False
+    found, = site.outputs.rglob("run.json")
+    assert found.relative_to(site.outputs).parts[:3] == ("on-independent", "runs", "scenes-coco") and (found.parent / "evidence.npz").exists()
 
 
 # ---- a cluster, as far as one machine allows
