@@ -21,15 +21,16 @@ from .record import RecordError, RunRecord
 
 # %% auto #0
 __all__ = ['COLUMN', 'PAGE', 'GREY', 'MAP_COLOURS', 'STYLE', 'ROW_NAMES', 'ROW_COLOURS', 'PITCH', 'RECALLS', 'house_style',
-           'row_key', 'row_name', 'row_colour', 'source', 'Picture', 'picture_bytes', 'settle', 'number_ids',
-           'small_png', 'data_uri', 'new_figure', 'read_maps', 'activation', 'map_ranks', 'map_limit', 'enlarge',
+           'row_key', 'row_name', 'row_colour', 'source', 'new_figure', 'settle', 'number_ids', 'small_png',
+           'picture_bytes', 'data_uri', 'Picture', 'read_maps', 'activation', 'map_ranks', 'map_limit', 'enlarge',
            'overlay', 'short', 'draw_image', 'draw_map', 'block_size', 'sorted_maps', 'choose_images', 'figure2',
-           'colour_bar', 'figure2_caption', 'choose_labels', 'same_draw', 'draw_boxes', 'rank_panel', 'figure4',
-           'figure4_line', 'figure4_numbers', 'figure4_caption', 'overlays', 'by_row', 'series', 'draw_curve', 'curves',
-           'read_scores', 'class_precision', 'per_class', 'class_differences', 'interval_over_seeds', 'class_gains',
-           'class_gains_caption', 'precision_recall', 'precision_at', 'operating_point', 'spread_classes',
-           'draw_precision_recall', 'f1_lines', 'precision_recall_curves', 'precision_recall_caption', 'conditional',
-           'cooccurrence', 'vector_plane', 'strongest_pairs', 'place_names', 'vector_panel', 'label_vectors']
+           'colour_bar', 'figure2_caption', 'choose_labels', 'same_draw', 'draw_boxes', 'rank_panel', 'figure4_line',
+           'figure4_numbers', 'figure4_caption', 'figure4', 'overlays', 'by_row', 'series', 'draw_curve', 'curves',
+           'read_scores', 'class_precision', 'label_share', 'per_class', 'class_differences', 'interval_over_seeds',
+           'class_gains', 'class_gains_caption', 'precision_recall', 'precision_at', 'operating_point',
+           'spread_classes', 'draw_precision_recall', 'f1_lines', 'precision_recall_curves', 'precision_recall_caption',
+           'conditional', 'cooccurrence', 'vector_plane', 'strongest_pairs', 'place_names', 'vector_panel',
+           'label_vectors']
 
 # %% ../nbs/06_figures.ipynb #7b7fde33
 COLUMN, PAGE = 3.35, 7.0  # inches: one column, the page
@@ -78,6 +79,61 @@ def source(record: RunRecord) -> str:
     made_up = " (SYNTHETIC, NOT A RESULT)" if record.extra.get("synthetic") else ""
     return f"{record.dataset.get('name', '?')}/{record.name}{made_up}"
 
+# %% ../nbs/06_figures.ipynb #c18cab3d
+def new_figure(width: float, height: float):
+    "An empty figure of the house, in inches, outside of pyplot's state."
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(rect=(0.02, 0, 0.97, 1))   # type is a little wider at some resolutions than where it was measured
+    return figure
+
+# %% ../nbs/06_figures.ipynb #3a51ac89
+def settle(figure) -> None:
+    "Put everything the layout placed on a grid of 1/10,000 of the figure: its solver's last digits follow memory addresses, and a letter's grey pixels would follow them."
+    for ax in figure.axes:
+        ax.set_position([round(v, 4) for v in ax.get_position(original=True).bounds])
+    for text in filter(None, (figure._suptitle, figure._supxlabel, figure._supylabel)):
+        text.set_position([round(v, 4) for v in text.get_position()])
+
+# %% ../nbs/06_figures.ipynb #3270bf16
+def number_ids(svg: str) -> str:
+    "The same SVG with its made names (some come from memory addresses) numbered in order of appearance."
+    made = dict.fromkeys(re.findall(r'id="([a-z]+[0-9a-f]{10})"', svg))
+    names = {name: f"{name.rstrip('0123456789abcdef') or 'c'}{n}" for n, name in enumerate(made)}
+    return re.sub(r"\b[a-z]+[0-9a-f]{10}\b", lambda m: names.get(m[0], m[0]), svg)
+
+# %% ../nbs/06_figures.ipynb #8a82011e
+def small_png(buffer: io.BytesIO, description: str) -> bytes:
+    "The same picture with a palette of 256 colours, and a description in it."
+    from PIL import Image, PngImagePlugin
+
+    info, out = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_itxt("Description", description)
+    image = Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    image.save(out, format="png", optimize=True, pnginfo=info)
+    return out.getvalue()
+
+# %% ../nbs/06_figures.ipynb #d50eb61a
+def picture_bytes(picture: Picture, form: str, dpi: int) -> bytes:
+    "Render without a date; caption and records become the file's title and description."
+    about = {"svg": {"Date": None, "Title": picture.name, "Description": repr(picture)},
+             "pdf": {"CreationDate": None, "Title": picture.name, "Subject": repr(picture)}, "png": {"Software": None}}
+    if form not in about:
+        raise ValueError(f"form {form!r}: one of {', '.join(about)}")
+    buffer = io.BytesIO()
+    with house_style():
+        picture.figure.savefig(buffer, format=form, dpi=dpi, metadata=about[form])
+    if form == "svg":
+        return number_ids(buffer.getvalue().decode()).encode()
+    return small_png(buffer, repr(picture)) if form == "png" else buffer.getvalue()
+
+# %% ../nbs/06_figures.ipynb #5039b415
+def data_uri(content: bytes, form: str) -> str:
+    "Bytes as an address that needs no file: for a page that stands alone."
+    kind = {"svg": "image/svg+xml", "png": "image/png", "jpeg": "image/jpeg"}[form]
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
 # %% ../nbs/06_figures.ipynb #43ae9b6b
 @dataclass
 class Picture:
@@ -115,58 +171,6 @@ class Picture:
             with whole_file(path) as file:
                 file.write(self.data(form))
         return paths
-
-# %% ../nbs/06_figures.ipynb #8a82011e
-def picture_bytes(picture: Picture, form: str, dpi: int) -> bytes:
-    "Render without a date; caption and records become the file's title and description."
-    about = {"svg": {"Date": None, "Title": picture.name, "Description": repr(picture)},
-             "pdf": {"CreationDate": None, "Title": picture.name, "Subject": repr(picture)}, "png": {"Software": None}}
-    if form not in about:
-        raise ValueError(f"form {form!r}: one of {', '.join(about)}")
-    buffer = io.BytesIO()
-    with house_style():
-        picture.figure.savefig(buffer, format=form, dpi=dpi, metadata=about[form])
-    if form == "svg":
-        return number_ids(buffer.getvalue().decode()).encode()
-    return small_png(buffer, repr(picture)) if form == "png" else buffer.getvalue()
-
-def settle(figure) -> None:
-    "Put everything the layout placed on a grid of 1/10,000 of the figure: its solver's last digits follow memory addresses, and a letter's grey pixels would follow them."
-    for ax in figure.axes:
-        ax.set_position([round(v, 4) for v in ax.get_position(original=True).bounds])
-    for text in filter(None, (figure._suptitle, figure._supxlabel, figure._supylabel)):
-        text.set_position([round(v, 4) for v in text.get_position()])
-
-def number_ids(svg: str) -> str:
-    "The same SVG with its made names (some come from memory addresses) numbered in order of appearance."
-    made = dict.fromkeys(re.findall(r'id="([a-z]+[0-9a-f]{10})"', svg))
-    names = {name: f"{name.rstrip('0123456789abcdef') or 'c'}{n}" for n, name in enumerate(made)}
-    return re.sub(r"\b[a-z]+[0-9a-f]{10}\b", lambda m: names.get(m[0], m[0]), svg)
-
-def small_png(buffer: io.BytesIO, description: str) -> bytes:
-    "The same picture with a palette of 256 colours, and a description in it."
-    from PIL import Image, PngImagePlugin
-
-    info, out = PngImagePlugin.PngInfo(), io.BytesIO()
-    info.add_itxt("Description", description)
-    image = Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    image.save(out, format="png", optimize=True, pnginfo=info)
-    return out.getvalue()
-
-# %% ../nbs/06_figures.ipynb #5039b415
-def data_uri(content: bytes, form: str) -> str:
-    "Bytes as an address that needs no file: for a page that stands alone."
-    kind = {"svg": "image/svg+xml", "png": "image/png", "jpeg": "image/jpeg"}[form]
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-# %% ../nbs/06_figures.ipynb #c18cab3d
-def new_figure(width: float, height: float):
-    "An empty figure of the house, in inches, outside of pyplot's state."
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0.02, 0, 0.97, 1))   # type is a little wider at some resolutions than where it was measured
-    return figure
 
 # %% ../nbs/06_figures.ipynb #a0decc15
 def read_maps(record: RunRecord) -> dict[str, np.ndarray]:
@@ -344,23 +348,6 @@ def rank_panel(ax, names: list[str], before: Sequence[int], after: Sequence[int]
     ax.spines["left"].set_visible(False)
     ax.tick_params(labelsize=5, length=2)
 
-# %% ../nbs/06_figures.ipynb #c20163d6
-def figure4(record_without: RunRecord, record_with: RunRecord, images: int | Sequence[int] = 4, positive: bool = False) -> Picture:
-    "Two labels' maps of several images without (left) and with (right) the embedding loss on one colour scale, with ranks beside (Figure 4)."
-    a, b = same_draw(record_without, record_with)
-    rows = choose_images(a, images)
-    labels = {row: choose_labels(a, row) for row in rows}
-    limit = map_limit(*(m["maps"][row, labels[row]] for m in (a, b) for row in rows))
-    with house_style():
-        fig = new_figure(PAGE, 1.3 * len(rows) + 0.7)
-        axes = fig.subplots(len(rows), 6, squeeze=False, width_ratios=[1, 1, 1, 1, 1, 2.1])
-        for line, row in zip(axes, rows):
-            shown = figure4_line(line, a, b, row, labels[row], limit, positive)
-        axes[0, 5].set_title("rank of the map, 1 the strongest\n○ without   ● with", fontsize=6)
-        colour_bar(fig, shown, list(axes[:, :5].ravel()))
-        name = f"figure4-{record_with.dataset.get('name', 'run')}"
-        return Picture(fig, name, figure4_caption(record_without, record_with, positive), [record_without, record_with])
-
 # %% ../nbs/06_figures.ipynb #a5f2ef6b
 def figure4_line(axes, a: dict, b: dict, row: int, labels: list[int], limit: float, positive: bool):
     "One image of Figure 4: picture, two pairs of maps, ranks. An image with a single label leaves the second pair empty."
@@ -401,6 +388,23 @@ def figure4_caption(record_without: RunRecord, record_with: RunRecord, positive:
             f"embedding loss, on one colour scale; dashed: the label's objects. At the right the rank of each map among all {len(record_with.dataset['classes'])} classes, "
             f"which no rescaling can change. Over all {n['labels']} present labels of the draw, the mean magnitude of their maps changes by a factor of {n['scale_present']:.2f} "
             f"(all classes: {n['scale_all']:.2f}); the rank improves for {n['gained']}, stays for {n['kept']} and worsens for {n['lost']} (mean rank {n['mean_rank_without']:.1f} without, {n['mean_rank_with']:.1f} with).")
+
+# %% ../nbs/06_figures.ipynb #c20163d6
+def figure4(record_without: RunRecord, record_with: RunRecord, images: int | Sequence[int] = 4, positive: bool = False) -> Picture:
+    "Two labels' maps of several images without (left) and with (right) the embedding loss on one colour scale, with ranks beside (Figure 4)."
+    a, b = same_draw(record_without, record_with)
+    rows = choose_images(a, images)
+    labels = {row: choose_labels(a, row) for row in rows}
+    limit = map_limit(*(m["maps"][row, labels[row]] for m in (a, b) for row in rows))
+    with house_style():
+        fig = new_figure(PAGE, 1.3 * len(rows) + 0.7)
+        axes = fig.subplots(len(rows), 6, squeeze=False, width_ratios=[1, 1, 1, 1, 1, 2.1])
+        for line, row in zip(axes, rows):
+            shown = figure4_line(line, a, b, row, labels[row], limit, positive)
+        axes[0, 5].set_title("rank of the map, 1 the strongest\n○ without   ● with", fontsize=6)
+        colour_bar(fig, shown, list(axes[:, :5].ravel()))
+        name = f"figure4-{record_with.dataset.get('name', 'run')}"
+        return Picture(fig, name, figure4_caption(record_without, record_with, positive), [record_without, record_with])
 
 # %% ../nbs/06_figures.ipynb #150fcc3d
 def overlays(record: RunRecord, image: int = 0, labels: Sequence[int] | None = None) -> Picture:
@@ -475,19 +479,28 @@ def read_scores(record: RunRecord) -> dict[str, np.ndarray]:
         raise RecordError(f"{record.name}: this run kept no scores, so there is nothing to draw")
     return found
 
-# %% ../nbs/06_figures.ipynb #2516af3d
+# %% ../nbs/06_figures.ipynb #47f908ee
 def class_precision(record: RunRecord) -> np.ndarray:
-    "Average precision of each class from the record's scores, NaN for a class without a positive test image."
+    "Average precision of each class: the record's own where it holds them, else from its scores; NaN for a class without a positive test image."
     from cadm_paper.metrics import average_precision
 
+    if (kept := record.extra.get("per_class_ap")) is not None:
+        return np.array([np.nan if v is None else v for v in kept], float)
     found = read_scores(record)
     return np.asarray(average_precision(found["scores"], found["targets"]), float)
 
-# %% ../nbs/06_figures.ipynb #95d1aaec
+# %% ../nbs/06_figures.ipynb #f4d31949
+def label_share(record: RunRecord) -> np.ndarray:
+    "Share of test images that have each label: from the record's counts, else from its targets."
+    counts = record.dataset.get("test") or {}
+    if positives := counts.get("positives"):
+        return np.array([positives.get(str(c), 0) for c in record.dataset["classes"]]) / counts["images"]
+    return (read_scores(record)["targets"] == 1).mean(0)
+
+# %% ../nbs/06_figures.ipynb #76d14b39
 def per_class(runs: Sequence[RunRecord]) -> Picture:
     "Average precision of each class, one mark a row (mean over its seeds), classes by frequency in the test split."
-    found = read_scores(runs[0])
-    classes, share = found["classes"], (found["targets"] == 1).mean(0)
+    classes, share = runs[0].dataset["classes"], label_share(runs[0])
     order = np.argsort(share, kind="stable")
     height = max(2.0, 0.13 * len(order) + 0.7)
     with house_style():
@@ -509,9 +522,9 @@ def class_differences(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -
     mine, theirs = ({r.config["seed"]: r for r in some} for some in (runs, against))
     if not (seeds := sorted(mine.keys() & theirs.keys())):
         raise RecordError(f"no seed that {runs[0].name} and {against[0].name} have in common")
-    for what in ("classes", "image_ids"):
-        if any(not np.array_equal(read_scores(mine[s])[what], read_scores(theirs[s])[what]) for s in seeds):
-            raise RecordError(f"{runs[0].name} and {against[0].name} have scores of different {what}: their difference means nothing")
+    for part, what in (("classes", "classes"), ("test", "test images or labels")):
+        if any(mine[s].dataset.get(part) != theirs[s].dataset.get(part) for s in seeds):
+            raise RecordError(f"{runs[0].name} and {against[0].name} were tested on different {what}: their difference means nothing")
     return seeds, np.stack([class_precision(mine[s]) - class_precision(theirs[s]) for s in seeds])
 
 # %% ../nbs/06_figures.ipynb #ca794af7
@@ -527,8 +540,8 @@ def interval_over_seeds(values: np.ndarray, level: float = 0.95) -> tuple[np.nda
 # %% ../nbs/06_figures.ipynb #15e51e1e
 def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Picture:
     "Change of each class's average precision from the row `against` to the row `runs`, in points, sorted; filled: the interval over seeds leaves out zero."
-    found, (seeds, change) = read_scores(runs[0]), class_differences(runs, against)
-    share, (mean, half) = (found["targets"] == 1).mean(0), interval_over_seeds(100 * change)
+    classes, (seeds, change) = runs[0].dataset["classes"], class_differences(runs, against)
+    share, (mean, half) = label_share(runs[0]), interval_over_seeds(100 * change)
     order = [c for c in np.argsort(mean, kind="stable") if np.isfinite(mean[c])]
     with house_style():
         fig = new_figure(COLUMN if len(order) <= 40 else PAGE, min(max(2.0, 0.13 * len(order) + 0.6), 9))
@@ -538,7 +551,7 @@ def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Pict
             colour, sure = "#D55E00" if mean[c] > 0 else "#0072B2", abs(mean[c]) > half[c]
             ax.errorbar(mean[c], y, xerr=None if len(seeds) < 2 else half[c], fmt="o", ms=3.4, color=colour, mfc=colour if sure else "white", elinewidth=0.8)
         ax.set(yticks=range(len(order)), ylim=(-0.6, len(order) - 0.4), xlabel="change of average precision, points")
-        ax.set_yticklabels([f"{short(str(found['classes'][c]), 20)}  {100 * share[c]:.0f} %" for c in order], fontsize=5)
+        ax.set_yticklabels([f"{short(str(classes[c]), 20)}  {100 * share[c]:.0f} %" for c in order], fontsize=5)
         ax.grid(axis="y", color="0.9", lw=0.4); ax.set_axisbelow(True)
         name = f"class-gains-{runs[0].dataset.get('name', 'runs')}"
         return Picture(fig, name, class_gains_caption(runs, against, seeds, mean, half), [*runs, *against])
@@ -648,7 +661,7 @@ def cooccurrence(record: RunRecord) -> Picture:
     "Label co-occurrence of the test split, P(column | row), classes as in the record."
     import seaborn as sns
 
-    found = record.scores()
+    found = read_scores(record)
     table, names = conditional(found["targets"]), [short(str(c), 14) for c in found["classes"]]
     np.fill_diagonal(table, np.nan)                            # always 1, and would set the scale
     with house_style():

@@ -30,11 +30,11 @@ from .record import RecordError, RunRecord, is_record, load_runs
 
 # %% auto #0
 __all__ = ['PLANS', 'ROWS', 'COMPARED', 'TEMPLATES', 'TABLE_CSS', 'MAIN', 'PAGE_CSS', 'TablePlan', 'Line', 'setup', 'block_key',
-           'differs', 'measured_line', 'Unfinished', 'unfinished_runs', 'notebook_error', 'outdated', 'Standing',
-           'run_key', 'standing', 'Block', 'block', 'absent_lines', 'block_warnings', 'ResultTable', 'table',
+           'differs', 'measured_line', 'Unfinished', 'notebook_error', 'unfinished_runs', 'outdated', 'Standing',
+           'run_key', 'standing', 'Block', 'absent_lines', 'block_warnings', 'block', 'ResultTable', 'table',
            'dataset_blocks', 'environment_of_templates', 'template', 'table_markdown', 'table_data', 'table_csv',
            'save_table', 'TableParameters', 'FigureParameters', 'read_parameters', 'NoRuns', 'find_runs', 'out_folder',
-           'pick', 'pair_of_runs', 'choose_each', 'Gain', 'gain', 'gain_interval', 'gain_sentence', 'headline', 'Plate',
+           'pick', 'pair_of_runs', 'choose_each', 'Gain', 'gain_interval', 'gain', 'gain_sentence', 'headline', 'Plate',
            'plate', 'plates', 'loss_rows', 'by_setup', 'seconds_text', 'flat', 'run_entry', 'Report', 'all_tables',
            'report_html', 'text_uri', 'build_report']
 
@@ -123,6 +123,16 @@ class Unfinished:
         found = re.match(r"(?:cadm-lam([\d.e+-]+?)|(baseline_gap|baseline|linear_probe))-seed", self.name)
         return found and (("cadm", float(found[1])) if found[1] else (found[2], None))
 
+# %% ../nbs/07_report.ipynb #dec3b678
+def notebook_error(path: Path) -> str:
+    "The kind of the first error in an executed notebook, or an empty string."
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        errors = [o["ename"] for cell in cells for o in cell.get("outputs", []) if o.get("output_type") == "error"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    return f"failed with {errors[0]}" if errors else ""
+
 # %% ../nbs/07_report.ipynb #e4035cb8
 def unfinished_runs(folder) -> list[Unfinished]:
     "Runs below folder/<data set>/ that left no readable record."
@@ -137,16 +147,6 @@ def unfinished_runs(folder) -> list[Unfinished]:
             why = "its run.json cannot be read"
         found[home] = Unfinished(path.parent.name, name, why or "interrupted, or still running")
     return list(found.values())
-
-# %% ../nbs/07_report.ipynb #dec3b678
-def notebook_error(path: Path) -> str:
-    "The kind of the first error in an executed notebook, or an empty string."
-    try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        errors = [o["ename"] for cell in cells for o in cell.get("outputs", []) if o.get("output_type") == "error"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return ""
-    return f"failed with {errors[0]}" if errors else ""
 
 # %% ../nbs/07_report.ipynb #1e14ac25
 def outdated(record: RunRecord) -> str:
@@ -206,25 +206,6 @@ class Block:
         made_up = " — SYNTHETIC records, not a result" if any(r.extra.get("synthetic") for line in self.lines for r in line.runs) else ""
         return f"{self.dataset}{size}{made_up}"
 
-# %% ../nbs/07_report.ipynb #beb1dd2b
-def block(runs: Sequence[RunRecord], known: Standing = Standing()) -> Block:
-    "The five rows for runs of one data set, size and backbone: measured, stale, failed or missing, and further rows after them."
-    usual = Counter(setup(r) for r in runs).most_common(1)[0][0]
-    groups: dict[tuple, list[RunRecord]] = {}
-    for record in runs:
-        groups.setdefault((row_key(record), setup(record), known.why_stale(record)), []).append(record)
-    lines = []
-    for (_, this, why), same in groups.items():
-        elsewhere = {known.elsewhere.get(run_key(r), "") for r in same}
-        line = measured_line(same, "; ".join(filter(None, [differs(this, usual), *sorted(elsewhere)])))
-        if why:
-            line.state, line.note = "stale", f"{line.note}; stale: {why}"
-        lines.append(line)
-    lines += absent_lines({line.key for line in lines}, [u for u in known.unfinished if u.dataset == block_key(runs[0])[0]])
-    place = {key: n for n, key in enumerate(ROWS)}
-    lines.sort(key=lambda line: (place.get(line.key, 99), line.key[1] or 0, line.state == "stale"))
-    return Block(*block_key(runs[0]), lines, block_warnings(runs))
-
 # %% ../nbs/07_report.ipynb #92c7067b
 def absent_lines(present: set[tuple], unfinished: Iterable[Unfinished]) -> list[Line]:
     "A line for each of the five rows that has no record: what became of it, as far as its folder tells."
@@ -259,6 +240,25 @@ COMPARED = {
     "device": lambda r: r.environment.get("device"),
     "precision": lambda r: r.environment.get("precision"),
 }
+
+# %% ../nbs/07_report.ipynb #beb1dd2b
+def block(runs: Sequence[RunRecord], known: Standing = Standing()) -> Block:
+    "The five rows for runs of one data set, size and backbone: measured, stale, failed or missing, and further rows after them."
+    usual = Counter(setup(r) for r in runs).most_common(1)[0][0]
+    groups: dict[tuple, list[RunRecord]] = {}
+    for record in runs:
+        groups.setdefault((row_key(record), setup(record), known.why_stale(record)), []).append(record)
+    lines = []
+    for (_, this, why), same in groups.items():
+        elsewhere = {known.elsewhere.get(run_key(r), "") for r in same}
+        line = measured_line(same, "; ".join(filter(None, [differs(this, usual), *sorted(elsewhere)])))
+        if why:
+            line.state, line.note = "stale", f"{line.note}; stale: {why}"
+        lines.append(line)
+    lines += absent_lines({line.key for line in lines}, [u for u in known.unfinished if u.dataset == block_key(runs[0])[0]])
+    place = {key: n for n, key in enumerate(ROWS)}
+    lines.sort(key=lambda line: (place.get(line.key, 99), line.key[1] or 0, line.state == "stale"))
+    return Block(*block_key(runs[0]), lines, block_warnings(runs))
 
 # %% ../nbs/07_report.ipynb #ad76f726
 @dataclass
@@ -531,18 +531,6 @@ class Gain:
     printed_on: str
     interval: tuple[float, float] | None = None   # of the mAP difference of a single seed, over test images
 
-# %% ../nbs/07_report.ipynb #6e6e2c7c
-def gain(of: Block, plan: TablePlan) -> Gain | None:
-    "The block's gain over the seeds that both rows have under one setup; None where there is no such seed."
-    lines = {lam: [r for line in of.lines if line.key == ("cadm", lam) and line.state == "measured" for r in line.runs] for lam in (0.0, 0.5)}
-    pairs = sorted(((a.config["seed"], a, b) for a in lines[0.0] for b in lines[0.5] if a.config["seed"] == b.config["seed"] and setup(a) == setup(b)), key=lambda t: t[0])
-    if not pairs:
-        return None
-    each = {m: tuple(100 * (b.metrics[m] - a.metrics[m]) for _, a, b in pairs) for m in MAIN}
-    printed = {row.lam: row.values for row in plan.printed if row.method == "cadm"}
-    return Gain(of.dataset, tuple(seed for seed, _, _ in pairs), {m: float(np.mean(v)) for m, v in each.items()}, each,
-                {m: printed[0.5][m] - printed[0.0][m] for m in MAIN}, plan.data, gain_interval(*pairs[0][1:]) if len(pairs) == 1 else None)
-
 # %% ../nbs/07_report.ipynb #0e4781b8
 def gain_interval(without: RunRecord, with_: RunRecord) -> tuple[float, float] | None:
     "95 % interval over test images of the mAP difference in points (paired bootstrap); None without scores of the same images, or for very many of them."
@@ -556,6 +544,18 @@ def gain_interval(without: RunRecord, with_: RunRecord) -> tuple[float, float] |
         return None
     found = compare_scores(b["scores"], a["scores"], a["targets"]).loc["mAP"]
     return 100 * float(found["difference_low"]), 100 * float(found["difference_high"])
+
+# %% ../nbs/07_report.ipynb #6e6e2c7c
+def gain(of: Block, plan: TablePlan) -> Gain | None:
+    "The block's gain over the seeds that both rows have under one setup; None where there is no such seed."
+    lines = {lam: [r for line in of.lines if line.key == ("cadm", lam) and line.state == "measured" for r in line.runs] for lam in (0.0, 0.5)}
+    pairs = sorted(((a.config["seed"], a, b) for a in lines[0.0] for b in lines[0.5] if a.config["seed"] == b.config["seed"] and setup(a) == setup(b)), key=lambda t: t[0])
+    if not pairs:
+        return None
+    each = {m: tuple(100 * (b.metrics[m] - a.metrics[m]) for _, a, b in pairs) for m in MAIN}
+    printed = {row.lam: row.values for row in plan.printed if row.method == "cadm"}
+    return Gain(of.dataset, tuple(seed for seed, _, _ in pairs), {m: float(np.mean(v)) for m, v in each.items()}, each,
+                {m: printed[0.5][m] - printed[0.0][m] for m in MAIN}, plan.data, gain_interval(*pairs[0][1:]) if len(pairs) == 1 else None)
 
 # %% ../nbs/07_report.ipynb #f2c827c8
 def gain_sentence(of: Gain) -> str:
