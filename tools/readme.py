@@ -35,6 +35,7 @@ def build() -> dict[str, bytes]:
     text = re.sub(r"```python\n\s*```\n", "", text)                      # cells whose code is hidden
     text = re.sub(r"\]\((?!https?:|#|assets/)([\w./-]+\.ipynb)", r"](nbs/\1", text)  # links between notebooks
     text = text.replace("](../", "](")
+    text = re.sub(r"\]\(#([^)]+)\)", lambda m: f"](#{re.sub(r'[^a-z0-9 -]', '', m[1].lower())})", text)  # GitHub's anchors; JupyterLab's keep case and commas
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     return {"README.md": (NOTE + text).encode(), **{str(name): content for name, content in resources["outputs"].items()}}
 
