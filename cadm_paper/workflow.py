@@ -13,10 +13,10 @@ __all__ = ['SETTINGS', 'OURS', 'VARIANTS', 'WorkflowError', 'Batch', 'nearest', 
            'notebook_path', 'told_parameters', 'report_job', 'explorer_job', 'states_on_disk', 'write_status',
            'reporting_digest', 'take_over', 'end_with', 'to_measure', 'Session', 'open_session', 'tidy', 'adopt', 'job',
            'do_job', 'train_and_tell', 'likely_seconds', 'epochs_done', 'progress', 'result_line', 'tell', 'duration',
-           'training_sources', 'said', 'runs_table', 'runs_list', 'find_run', 'run_differences', 'flat_facts',
-           'runs_diff', 'scores_problems', 'labels_fingerprint', 'config_problems', 'record_problems', 'record_file',
-           'runs_submit', 'default_jobs', 'engine_command', 'engine', 'dry_run_text', 'headline', 'reproduce',
-           'conclude']
+           'training_sources', 'said', 'runs_table', 'with_other_data', 'rows_of', 'runs_list', 'find_run',
+           'run_differences', 'flat_facts', 'runs_diff', 'scores_problems', 'labels_fingerprint', 'config_problems',
+           'record_problems', 'record_file', 'runs_submit', 'default_jobs', 'engine_command', 'engine', 'dry_run_text',
+           'headline', 'reproduce', 'conclude']
 
 # %% ../nbs/07b_workflow.ipynb #30896174
 import contextlib
@@ -859,13 +859,21 @@ def said(config: dict) -> dict:
     return {k: v for k, v in config.items() if k not in (*OURS, "preset", "dataset", "method", "lam", "seed") and usual.get(k) != v}
 
 def runs_table(folders: Folders | None = None, sources: dict | None = None) -> list[dict]:
-    "Every run on disk, finished or not: state, reason, configuration that differs from its preset, metrics, seconds, device."
-    folders = folders or Folders()
-    rows = []
-    for found in states_on_disk(folders, training_sources() if sources is None else sources):
+    "Every run on disk, finished or not: state, reason, configuration that differs from its preset, metrics, seconds, device; runs on other data last."
+    sources = training_sources() if sources is None else sources
+    return [row for place in with_other_data(folders or Folders()) for row in rows_of(place, sources)]
+
+def with_other_data(folders: Folders) -> list[Folders]:
+    "An outputs folder, and those of batches on other data in it."
+    return [folders, *(Folders(p, p.name.removeprefix("on-")) for p in sorted(folders.outputs.glob("on-*")) if p.is_dir())]
+
+def rows_of(folders: Folders, sources: dict) -> list[dict]:
+    "`runs_table` of one outputs folder."
+    rows, where = [], f"on-{folders.data}/" if folders.data else ""
+    for found in states_on_disk(folders, sources):
         record = read_json(folders.runs / found["run"] / "run.json") or {}
         config = record.get("config") or found.get("config") or {}
-        rows.append({**found, "config": config, "differs": said(record.get("requested") or config), "metrics": record.get("metrics", {}),
+        rows.append({**found, "run": where + found["run"], "config": config, "differs": said(record.get("requested") or config), "metrics": record.get("metrics", {}),
                      "seconds": record.get("timing", {}).get("wall_s"), "device": record.get("environment", {}).get("device")})
     return rows
 
@@ -890,7 +898,10 @@ def find_run(name: str, folders: Folders | None = None) -> RunRecord:
     folders = folders or Folders()
     if (Path(name) / "run.json").is_file():
         return RunRecord.load(name)
-    known = {p.parent.relative_to(folders.runs).as_posix(): p.parent for p in sorted(folders.runs.rglob("run.json")) if is_record(p)}
+    known = {}
+    for place in with_other_data(folders):
+        where = f"on-{place.data}/" if place.data else ""
+        known |= {where + p.parent.relative_to(place.runs).as_posix(): p.parent for p in sorted(place.runs.rglob("run.json")) if is_record(p)}
     found = [name] if name in known else [k for k in known if name in k]
     if len(found) != 1:
         raise WorkflowError(f"{name!r} is the name of {len(found)} runs" + (f": {', '.join(found)}" if found else nearest(name, known) if known else f"; there are none in {folders.runs}"))
