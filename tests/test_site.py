@@ -1,5 +1,5 @@
 """The documentation: every part of the paper has its place, links resolve, and site, report and explorer work in a real browser."""
-import importlib, json, os, re, shutil, subprocess, sys, urllib.parse
+import configparser, importlib, json, os, re, shutil, subprocess, sys, urllib.parse
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -41,6 +41,18 @@ def test_links_of_notebooks_work_where_they_are_read(path):
 def test_links_of_the_root_work():
     pages = [p for p in ROOT.glob("*.md")]
     assert {p.name: b for p in pages if (b := broken(p.read_text(encoding="utf-8"), ROOT))} == {}
+
+
+def test_binder_and_colab_open_notebooks_of_the_repository_in_the_settings():
+    """One setting names the public address; what the README links there is in this repository."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    url, branch = settings["DEFAULT"]["git_url"], settings["DEFAULT"]["branch"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    repository = url.removeprefix("https://github.com/")
+    found = re.findall(r"https://mybinder\.org/v2/gh/([\w-]+/[\w.-]+)/([\w-]+)\?urlpath=lab/tree/([\w/.]+)", text) + re.findall(r"https://colab\.research\.google\.com/github/([\w-]+/[\w.-]+)/blob/([\w-]+)/([\w/.]+)", text)
+    assert len(found) == 2 and {f[:2] for f in found} == {(repository, branch)} and all((ROOT / f[2]).is_file() for f in found)
+    assert f"git+{url}" in text and "once the repository is public" in text and "environment.yml" in text
 
 
 def test_every_part_of_the_paper_has_its_place():
