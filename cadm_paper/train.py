@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'data_root', 'unlabelled_in_training', 'held_out', 'prepare_data', 'describe', 'training_code',
-           'code_after_resume', 'build_model', 'build_loss', 'parameter_groups', 'build_optimiser', 'NonFiniteLoss',
-           'Trainer', 'check_finite', 'checkpoint_file', 'predict', 'run_metrics', 'mean_ap', 'draw_examples',
-           'compact', 'example_maps', 'relative_boxes', 'save_trainer', 'load_trainer', 'refuse_changes', 'Progress',
-           'epoch_line', 'TextProgress', 'NotebookProgress', 'fit', 'end_epoch', 'pooled_features', 'fit_probe',
+           'code_after_resume', 'build_model', 'build_loss', 'parameter_groups', 'build_optimiser', 'moving_average',
+           'network_of', 'Trainer', 'network_inputs', 'autocast', 'add_gradients', 'update_weights', 'NonFiniteLoss',
+           'check_finite', 'checkpoint_file', 'predict', 'run_metrics', 'mean_ap', 'draw_examples', 'compact',
+           'example_maps', 'relative_boxes', 'save_trainer', 'load_trainer', 'refuse_changes', 'Progress', 'epoch_line',
+           'TextProgress', 'NotebookProgress', 'checkpoint_due', 'fit', 'end_epoch', 'pooled_features', 'fit_probe',
            'predict_probe', 'run_probe', 'run_folder', 'look_at_folder', 'train', 'feeder', 'run', 'finish', 'launch',
            'main', 'TensorBoard']
 
@@ -129,28 +130,38 @@ def build_optimiser(model: CADM, config: TrainConfig) -> torch.optim.SGD:
     "SGD with momentum (Sec. 3.2)."
     return torch.optim.SGD(parameter_groups(model, config), lr=config.lr, momentum=config.momentum, fused=True)
 
-# %% ../nbs/05g_train.ipynb #baec9170
-class NonFiniteLoss(RuntimeError):
-    "The loss became NaN or infinite; the message says where, and which checkpoint is the last good one."
+# %% ../nbs/05g_train.ipynb #271f0ace
+def moving_average(model: nn.Module, decay: float):
+    "An exponential moving average of weights and buffers, in its `.module`; None for a decay of 0."
+    if not decay:
+        return None
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
+# %% ../nbs/05g_train.ipynb #bc6a9372
+def network_of(model: CADM, config: TrainConfig, team: Team) -> nn.Module:
+    "The model as a step calls it. Its parameters are the model's own."
+    network = torch.compile(model) if config.compile else model
+    if team.world == 1:
+        return network
+    # torch regroups the gradients after a process's first step, and with more than two processes another grouping adds in another order: a
+    # resumed run would end in other digits. It does not while it looks for unused parameters, which costs a CPU next to nothing
+    fixed = team.device.type == "cpu" and team.world > 2
+    return DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=fixed)
+
+# %% ../nbs/05g_train.ipynb #e03612e7
 class Trainer:
     "Model, optimiser and position of one run; `step` is one update."
 
     def __init__(self, config: TrainConfig, model: CADM, team: Team, steps_per_epoch: int):
         self.config, self.team, self.steps_per_epoch = config, team, steps_per_epoch
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(team.device, memory_format=layout)
+        self.model = model.to(team.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
         if config.sync_bn:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.loss, self.optimiser = build_loss(config), build_optimiser(self.model, config)
         self.scaler = torch.amp.GradScaler(team.device.type, enabled=config.precision == "fp16")
-        self.ema = None
-        if config.ema_decay:
-            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
-        self.network = torch.compile(self.model) if config.compile else self.model
-        if team.world > 1:
-            self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
+        self.ema = moving_average(self.model, config.ema_decay)
+        self.network = network_of(self.model, config, team)
         self.epoch = self.done = 0                                     # epochs finished, steps done in this one
         self.sums = torch.zeros(4, dtype=torch.float64, device=team.device)   # over this epoch's images: loss, its two terms, images
         self.history, self.best, self.seconds, self.recent = [], None, 0.0, []
@@ -161,51 +172,67 @@ class Trainer:
         "The model whose numbers count: the moving average where there is one."
         return self.ema.module if self.ema else self.model
 
-    def autocast(self):
-        "The number format of forward and backward passes."
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
-        return torch.autocast(self.team.device.type, half, enabled=half is not None)
-
-    def inputs(self, images: Tensor, indices, train: bool = True) -> Tensor:
-        "Normalised images on the device; in training cut and flipped as seed, epoch and image index say."
-        c = self.config
-        if train and c.crops == "multiscale":
-            images = cut_boxes(images.to(self.team.device), crop_boxes(indices, c.seed, self.epoch), c.image_size)
-        flip = flip_mask(indices, c.seed, self.epoch) if train and c.flip else None
-        return prepare(images, normalise=c.normalise, flip=flip, channels_last=c.channels_last, device=self.team.device)
-
     def step(self, batch, global_images: int) -> None:
         "One update from this process's share of a global batch."
-        config, parts = self.config, min(self.config.accumulate, len(batch.indices))
-        rate = learning_rate(config, self.epoch + self.done / self.steps_per_epoch)
+        rate = learning_rate(self.config, self.epoch + self.done / self.steps_per_epoch)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["mult"]
-        statistics = MeanOverParts(self.model, parts, self.team)
-        terms = torch.zeros(3, dtype=torch.float64, device=self.team.device)
-        images, targets = self.inputs(batch.images, batch.indices), batch.targets.to(self.team.device)
-        for i, (x, y) in enumerate(zip(images.chunk(parts), targets.chunk(parts)), 1):
-            exchange_later = self.network.no_sync() if self.team.world > 1 and i < parts else contextlib.nullcontext()
-            with exchange_later:
-                with self.autocast():
-                    output = self.network(x, config.lam > 0)
-                now = self.loss.terms(output, y, num_images=global_images)
-                self.scaler.scale(now.total * self.team.world).backward()    # the processes' gradients are averaged
-            statistics.part_done()
-            terms += torch.stack(now).detach()
-        if config.clip_grad:
-            self.scaler.unscale_(self.optimiser)
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        self.optimiser.zero_grad(set_to_none=True)
-        statistics.finish()
-        if self.ema:
-            self.ema.update_parameters(self.model)
+        terms = add_gradients(self, batch, global_images)
+        update_weights(self)
         self.sums += torch.cat([terms * global_images, terms.new_tensor([global_images / self.team.world])])
         self.recent.append(terms[0])
         self.done += 1
 
+# %% ../nbs/05g_train.ipynb #ecd1a23a
+def network_inputs(trainer: Trainer, images: Tensor, indices, train: bool = True) -> Tensor:
+    "Normalised images on the device; in training cut and flipped as seed, epoch and image index say."
+    config, device = trainer.config, trainer.team.device
+    if train and config.crops == "multiscale":
+        images = cut_boxes(images.to(device), crop_boxes(indices, config.seed, trainer.epoch), config.image_size)
+    flip = flip_mask(indices, config.seed, trainer.epoch) if train and config.flip else None
+    return prepare(images, normalise=config.normalise, flip=flip, channels_last=config.channels_last, device=device)
+
+def autocast(trainer: Trainer):
+    "The number format of forward and backward passes."
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.config.precision)
+    return torch.autocast(trainer.team.device.type, half, enabled=half is not None)
+
+# %% ../nbs/05g_train.ipynb #baec9170
+def add_gradients(trainer: Trainer, batch, global_images: int) -> Tensor:
+    "Gradients of this process's share, added up part by part; returns its share of the loss and of both terms, float64 of 3."
+    team, network = trainer.team, trainer.network
+    parts = min(trainer.config.accumulate, len(batch.indices))
+    statistics = MeanOverParts(trainer.model, parts, team)
+    terms = torch.zeros(3, dtype=torch.float64, device=team.device)
+    images, targets = network_inputs(trainer, batch.images, batch.indices), batch.targets.to(team.device)
+    for i, (x, y) in enumerate(zip(images.chunk(parts), targets.chunk(parts)), 1):
+        exchange_later = network.no_sync() if team.world > 1 and i < parts else contextlib.nullcontext()
+        with exchange_later:
+            with autocast(trainer):
+                output = network(x, trainer.config.lam > 0)
+            now = trainer.loss.terms(output, y, num_images=global_images)
+            trainer.scaler.scale(now.total * team.world).backward()    # the processes' gradients are averaged
+        statistics.part_done()
+        terms += torch.stack(now).detach()
+    statistics.finish()
+    return terms
+
+# %% ../nbs/05g_train.ipynb #df8a9dfc
+def update_weights(trainer: Trainer) -> None:
+    "One step of the optimiser along the gradients (clipped if asked), and of the moving average after it."
+    if trainer.config.clip_grad:
+        trainer.scaler.unscale_(trainer.optimiser)
+        nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.config.clip_grad)
+    trainer.scaler.step(trainer.optimiser)
+    trainer.scaler.update()
+    trainer.optimiser.zero_grad(set_to_none=True)
+    if trainer.ema:
+        trainer.ema.update_parameters(trainer.model)
+
 # %% ../nbs/05g_train.ipynb #a7908867
+class NonFiniteLoss(RuntimeError):
+    "The loss became NaN or infinite; the message says where, and which checkpoint is the last good one."
+
 def check_finite(trainer: Trainer, folder: Path) -> None:
     "Raise `NonFiniteLoss` if any loss since the last look, or any weight, is not finite."
     losses = torch.stack(trainer.recent) if trainer.recent else torch.zeros(0)
@@ -230,8 +257,8 @@ def predict(trainer: Trainer, feeder: Feeder) -> dict[str, np.ndarray] | None:
     with torch.inference_mode():
         for batch in feeder.epoch(size, rank=team.rank, world=team.world):
             if len(batch.indices):
-                with trainer.autocast():
-                    output = model(trainer.inputs(batch.images, batch.indices, train=False))
+                with autocast(trainer):
+                    output = model(network_inputs(trainer, batch.images, batch.indices, train=False))
                 found.append(torch.stack(output[:3]).float().sigmoid().cpu().numpy())
                 rows.append(batch.indices.numpy())
     parts = team.gather((rows, found))
@@ -278,8 +305,8 @@ def example_maps(trainer: Trainer, split: Split, config: TrainConfig) -> dict[st
     batch = next(iter(feeder(some, config.image_size, config).epoch(max(len(rows), 1))), None)
     if batch is None:
         return {}
-    with torch.inference_mode(), trainer.autocast():
-        output = trainer.evaluated.eval()(trainer.inputs(batch.images, batch.indices, train=False))
+    with torch.inference_mode(), autocast(trainer):
+        output = trainer.evaluated.eval()(network_inputs(trainer, batch.images, batch.indices, train=False))
     scores = {name: logits.float().sigmoid().cpu().numpy() for name, logits in zip(("scores", "scores_fcls", "scores_scls"), output)}
     found = dict(indices=rows, image_ids=np.array(some.image_ids, dtype=str), classes=np.array(split.classes, dtype=str), targets=some.labels,
                  maps=compact(output.maps.float().cpu().numpy()), **scores)
@@ -300,7 +327,7 @@ def relative_boxes(split: Split) -> np.ndarray:
 def save_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
     "Write the run's checkpoint (main process), after a look at what is about to be kept."
     check_finite(trainer, folder)
-    sums = trainer.team.total(trainer.sums.clone())
+    sums = trainer.team.rows(trainer.sums)
     if not trainer.team.main:
         return
     broken = [name for name, value in trainer.model.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
@@ -311,6 +338,7 @@ def save_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
         "config": portable(config), "epoch": trainer.epoch, "done": trainer.done, "sums": sums.tolist(), "history": trainer.history,
         "best": trainer.best, "scaler": trainer.scaler.state_dict(), "seconds": trainer.seconds, "code": trainer.code})
 
+# %% ../nbs/05g_train.ipynb #89fac8b2
 def load_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
     "Go back to where the checkpoint was written. Raises `CheckpointError` if the configuration is another one."
     tensors, state = load_checkpoint(checkpoint_file(folder))
@@ -322,9 +350,10 @@ def load_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.epoch, trainer.done, trainer.history = state["epoch"], state["done"], state["history"]
     trainer.best, trainer.seconds = state["best"], state["seconds"]
-    if trainer.team.main:                                          # the others' share of the sums is in there
+    sums = torch.tensor(state["sums"], dtype=torch.float64, device=trainer.team.device).view(-1, 4)
+    trainer.sums = sums[trainer.team.rank].clone() if trainer.team.rank < len(sums) else torch.zeros_like(sums[0])
+    if trainer.team.main:
         trainer.code = code_after_resume(state.get("code"), trainer.code)
-        trainer.sums = torch.tensor(state["sums"], dtype=torch.float64, device=trainer.team.device)
 
 # %% ../nbs/05g_train.ipynb #ff4e920b
 def refuse_changes(old: dict, config: TrainConfig, where: Path) -> None:
@@ -349,6 +378,7 @@ def epoch_line(row: dict) -> str:
     return (f"epoch {row['epoch']:>3}: loss {row['loss']:.4f} (classification {row['loss_cls']:.4f}, label correlation {row['loss_lce']:.4f}), "
             f"lr {row['lr']:.2g}{mean_ap}")
 
+# %% ../nbs/05g_train.ipynb #357193f4
 class TextProgress(Progress):
     "A bar on the terminal and one line an epoch."
     def start(self, config, total, done):
@@ -399,6 +429,11 @@ class NotebookProgress(Progress):
         self._say("done" if self.done == self.total else "stopped")
 
 # %% ../nbs/05g_train.ipynb #9de2ced9
+def checkpoint_due(team: Team, saved: float, minutes: float) -> bool:
+    "Whether the last checkpoint, at `saved` on `time.monotonic()`, is too old by the main process's clock; the same answer on every process."
+    return team.agree(time.monotonic() - saved > 60 * minutes)
+
+# %% ../nbs/05g_train.ipynb #0e007018
 def fit(trainer: Trainer, train: Feeder, test: Feeder, folder: Path, config: TrainConfig, progress: Progress) -> dict | None:
     "Train from wherever the trainer stands to the last epoch; returns the last evaluation's scores (main process)."
     scores, team, started, saved = None, trainer.team, time.monotonic(), time.monotonic()
@@ -410,10 +445,10 @@ def fit(trainer: Trainer, train: Feeder, test: Feeder, folder: Path, config: Tra
         for batch in islice(batches, trainer.steps_per_epoch - trainer.done):
             trainer.step(batch, size)
             progress.step(None)
-            if every_step or trainer.done % 50 == 0:
-                check_finite(trainer, folder)
-            # several processes would have to agree on the time; they keep to one checkpoint an epoch
-            if time.monotonic() - saved > 60 * config.checkpoint_minutes and team.world == 1 and trainer.done < trainer.steps_per_epoch:
+            if not (every_step or trainer.done % 50 == 0):
+                continue
+            check_finite(trainer, folder)
+            if trainer.done < trainer.steps_per_epoch and checkpoint_due(team, saved, config.checkpoint_minutes):
                 trainer.seconds = already + time.monotonic() - started
                 save_trainer(trainer, folder, config)
                 saved = time.monotonic()
@@ -451,6 +486,7 @@ def pooled_features(model: CADM, trainer_inputs, feeder: Feeder, batch_size: int
         maps = (model.backbone(trainer_inputs(b.images, b.indices)) for b in feeder.epoch(batch_size))
         return np.concatenate([torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1).float().cpu().numpy() for x in maps])
 
+# %% ../nbs/05g_train.ipynb #10af93fe
 def fit_probe(features, targets, strength: float):
     "Logistic regression per class on standardised features; scores by `predict_probe`."
     from sklearn.linear_model import LogisticRegression
@@ -464,6 +500,7 @@ def fit_probe(features, targets, strength: float):
         models.append(LogisticRegression(C=strength, max_iter=300).fit(x[known], y[known]) if both else float(y[known].mean() if known.any() else 0))
     return scale, models
 
+# %% ../nbs/05g_train.ipynb #1604fe23
 def predict_probe(probe, features) -> np.ndarray:
     "Scores N x C in 0..1."
     scale, models = probe
@@ -474,7 +511,7 @@ def predict_probe(probe, features) -> np.ndarray:
 # %% ../nbs/05g_train.ipynb #c189f75f
 def run_probe(trainer: Trainer, train: Feeder, test: Feeder) -> tuple[dict, float]:
     "Scores of the linear probe on the test images, and the strength chosen on a held-out fifth of the training images."
-    inputs = lambda images, indices: trainer.inputs(images, indices, train=False)
+    inputs = lambda images, indices: network_inputs(trainer, images, indices, train=False)
     x, y = pooled_features(trainer.model, inputs, train), train.split.labels
     kept, aside = held_out(len(y), 0.2)
     quality = {c: mean_ap(predict_probe(fit_probe(x[kept], y[kept], c), x[aside]), y[aside]) for c in (1e-3, 1e-2, 1e-1, 1.0)}

@@ -1,5 +1,5 @@
 """Training from outside: kills, two processes, other machines' settings, what is refused. The scenes are small and made once."""
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from cadm_paper.checkpoint import CheckpointError, load_checkpoint
 from cadm_paper.config import ConfigError, TrainConfig
 from cadm_paper.data import build_scenes
 from cadm_paper.files import FolderLocked, folder_lock
+from cadm_paper.machine import Team
 from cadm_paper.record import RunRecord
 from cadm_paper.sources import notebook_sources
 from cadm_paper.train import NonFiniteLoss, Progress, checkpoint_file, train
@@ -154,7 +155,7 @@ def test_a_run_resumed_with_other_code_says_so(config, monkeypatch):
 def test_maps_beyond_half_precision_are_kept_whole(config, recwarn):
     given = config()
     _, test = module.prepare_data(given)
-    trainer = module.Trainer(given, module.build_model(given, test.classes), module.Team(), 1)
+    trainer = module.Trainer(given, module.build_model(given, test.classes), Team(), 1)
     usual = module.example_maps(trainer, test, given)["maps"]
     recwarn.clear()
     with torch.no_grad():
@@ -183,6 +184,77 @@ def test_two_processes_and_two_parts_agree(config):
     assert list(one.scores()["image_ids"]) == list(two.scores()["image_ids"])
     for a, b in zip(one.history, two.history):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["mAP"] == pytest.approx(b["mAP"], abs=5e-3)
+
+
+class OneOfTwo(Team):
+    """What one of two processes sees, the other being made up: its sums are sevens, and it always wants a checkpoint."""
+    def rows(self, values): return torch.stack([values, torch.full_like(values, 7)])
+    def agree(self, decision): return decision if self.main else True
+
+
+def test_each_process_gets_its_own_sums_back(config, tmp_path):
+    given = config()
+    trainer = module.Trainer(given, module.build_model(given, range(3)), Team(), 3)
+    trainer.sums += torch.tensor([0.1, 0.2, 0.3, 4], dtype=torch.float64)
+    trainer.done, trainer.team = 2, OneOfTwo(0, 2)
+    module.save_trainer(trainer, tmp_path, given)
+    for rank, expected in [(0, [0.1, 0.2, 0.3, 4]), (1, [7, 7, 7, 7])]:
+        trainer.team, trainer.sums = OneOfTwo(rank, 2), torch.zeros(4, dtype=torch.float64)
+        module.load_trainer(trainer, tmp_path, given)
+        assert trainer.sums.tolist() == expected and trainer.done == 2
+
+
+def test_a_checkpoint_with_one_total_of_the_sums_can_be_gone_on_with(config, tmp_path):
+    """As earlier versions wrote it."""
+    given = config()
+    trainer = module.Trainer(given, module.build_model(given, range(3)), Team(), 3)
+    module.save_trainer(trainer, tmp_path, given)
+    tensors, state = load_checkpoint(checkpoint_file(tmp_path))
+    module.save_checkpoint(checkpoint_file(tmp_path), tensors, {**state, "sums": [1, 2, 3, 4]})
+    for rank, expected in [(0, [1, 2, 3, 4]), (1, [0, 0, 0, 0])]:
+        trainer.team = OneOfTwo(rank, 2)
+        module.load_trainer(trainer, tmp_path, given)
+        assert trainer.sums.tolist() == expected
+
+
+WORKER = """
+import json, os, signal, sys
+from cadm_paper.config import TrainConfig
+from cadm_paper.train import Progress, train
+
+class Killed(Progress):
+    left = int(sys.argv[2])
+    def step(self, loss):
+        self.left -= 1
+        if self.left < 0: os.kill(os.getpid(), signal.SIGKILL)
+
+train(TrainConfig(**json.loads(sys.argv[1])), resume=True, progress=Killed())
+"""
+
+
+def run_workers(configs, steps=10**6):
+    """One process per configuration, as torchrun would start them; each is killed in step `steps` + 1. Their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(configs))}
+    started = [subprocess.Popen([sys.executable, "-c", WORKER, c.model_dump_json(exclude_none=True), str(steps)], cwd=ROOT,
+                                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank, c in enumerate(configs)]
+    return [process.wait() for process in started]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2])
+def test_processes_killed_within_an_epoch_go_on_to_the_bit(config, n):
+    """Only the main process's clock calls for checkpoints. Killed in the last step of the second epoch, the run goes on after its middle one."""
+    how = dict(processes=n, batch_size=30, ema_decay=0.9, flip=True)
+    assert run_workers([config("whole", **how)] * n) == [0] * n
+    team = [config("killed", checkpoint_minutes=1e9 if rank else 1e-9, **how) for rank in range(n)]
+    assert run_workers(team, steps=5) == [-signal.SIGKILL] * n
+    state = load_checkpoint(checkpoint_file(team[0].out_dir))[1]
+    assert (state["epoch"], state["done"], len(state["sums"])) == (1, 2, n) and all(sum(row) > 0 for row in state["sums"])
+    assert run_workers(team) == [0] * n
+    same_run(RunRecord.load(config("whole").out_dir), RunRecord.load(team[0].out_dir))
 
 
 def test_parts_differ_from_a_whole_batch_only_through_batch_norm(config, monkeypatch):
