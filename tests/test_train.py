@@ -244,7 +244,7 @@ def run_workers(configs, steps=10**6):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [2])
+@pytest.mark.parametrize("n", [2, 3])
 def test_processes_killed_within_an_epoch_go_on_to_the_bit(config, n):
     """Only the main process's clock calls for checkpoints. Killed in the last step of the second epoch, the run goes on after its middle one."""
     how = dict(processes=n, batch_size=30, ema_decay=0.9, flip=True)
