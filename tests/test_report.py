@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from cadm_paper.config import TrainConfig, config_digest
 from cadm_paper.explorer import build_explorers
-from cadm_paper.figures import class_precision, conditional, figure2, figure4, figure4_numbers, map_ranks, overlays, row_key
+from cadm_paper.figures import class_precision, conditional, figure2, figure4, figure4_numbers, map_ranks, operating_point, overlays, place_names, precision_at, precision_recall, row_key, spread_classes, vector_plane
 from cadm_paper.paper import COLUMNS, TABLE1, TABLE2
 from cadm_paper.record import RecordError, RunRecord, load_runs, portable
 from cadm_paper.report import PLANS, ROWS, build_report, standing, table
@@ -140,6 +140,50 @@ def test_cooccurrence_against_counting(images, classes, seed):
         given_i = targets[targets[:, i] == 1]
         for j in range(classes):
             assert found[i, j] == pytest.approx(np.mean(given_i[:, j] == 1) if len(given_i) else np.nan, nan_ok=True)
+
+
+@given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_the_area_under_precision_and_recall_is_the_average_precision(images, levels, seed):
+    """With ties (few levels of scores) and ignored labels; and the point at a threshold is one of the curve's."""
+    from cadm_paper.metrics import average_precision
+
+    rng = np.random.default_rng(seed)
+    scores, targets = rng.integers(0, levels, images) / levels, rng.integers(-1, 2, images)
+    positives = int((targets == 1).sum())
+    if not positives:
+        assert np.isnan(precision_at(np.array([0.5, 1]), scores, targets)).all() and not len(precision_recall(scores, targets)[0])
+        return
+    middles = (np.arange(positives) + 0.5) / positives
+    assert precision_at(middles, scores, targets).mean() == pytest.approx(float(average_precision(scores[:, None], targets[:, None])[0]))
+    recall, precision = operating_point(scores, targets, 0.5)
+    if (scores > 0.5)[targets != -1].any():
+        assert any(np.allclose([recall, precision], point) for point in zip(*precision_recall(scores, targets)))
+
+
+@given(st.integers(2, 12), st.integers(2, 9), st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_a_plane_of_label_vectors_only_shortens_distances(classes, dim, seed):
+    """Principal axes are a projection; classes without a vector stay without a place, and every name gets one."""
+    rng = np.random.default_rng(seed)
+    present, absent = rng.normal(size=(2, classes, dim))
+    present[rng.random(classes) < 0.2] = np.nan
+    a, b, share = vector_plane(present, absent)
+    assert (np.isnan(a).all(1) == np.isnan(present).all(1)).all() and 0 < share.sum() <= 1 + 1e-9
+    flat, full = (np.linalg.norm(x[:, None] - y, axis=2) for x, y in ((a, b), (present, absent)))
+    assert not (flat > full + 1e-9).any()
+    assert np.isfinite(place_names(b, ["name"] * classes, 4.5)).all()
+
+
+@given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 5), st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_chosen_classes_occur_and_go_from_frequent_to_rare(images, classes, count, seed):
+    targets = np.random.default_rng(seed).integers(-1, 2, (images, classes))
+    positives = (targets == 1).sum(0)
+    chosen = spread_classes(targets, count)
+    assert len(set(chosen)) == len(chosen) == min(count, (positives > 0).sum()) and (np.diff(positives[chosen]) <= 0).all()
+    if chosen:
+        assert positives[chosen[0]] == positives.max() and (positives[chosen] > 0).all()
 
 
 def test_figures_of_photographs_that_the_record_does_not_hold(tmp_path):

@@ -129,6 +129,17 @@ def short_gain(of) -> str:
     return f"{of.dataset}, λ = 0.5 against 0: mAP {signed(of.points['mAP'])} points ({sure}{over}); printed {signed(of.printed['mAP'])} on {of.printed_on}."
 
 
+def verdict_counts() -> str:
+    """How many of the paper's claims hold, from the committed records of the studies; empty without them."""
+    from cadm_paper.evidence import study_records, verdicts
+
+    if not any(study_records().values()):
+        return ""
+    found = verdicts().verdict
+    words = {"holds": "hold", "holds in part": "holds in part", "does not": "do not", "not run": "not run yet"}
+    return f"Of {len(found)} claims put to the test here: " + ", ".join(f"{(found == word).sum()} {said}" for word, said in words.items() if (found == word).any()) + "."
+
+
 def claims() -> list[tuple[str, list[float]]]:
     """The paper's mAP of baseline, lambda 0 and lambda 0.5, as printed."""
     from cadm_paper.paper import TABLE1, TABLE2
@@ -155,7 +166,7 @@ def sources(runs, explorers: dict[str, str]) -> dict[str, str]:
     tutorials = sorted((p for p in pages if p.startswith("nbs/tutorials/")), key=lambda p: order.index(Path(p).name) if Path(p).name in order else len(order))
     landing = jinja2.Template((ROOT / "docs" / "index.md.j2").read_text(encoding="utf-8"), trim_blocks=False)
     files["index.md"] = landing.render(
-        claims=claims(), measured=measured(runs), explorers=explorers, tutorials=tutorials, changelog=(ROOT / "CHANGELOG.md").is_file(),
+        claims=claims(), verdicts=verdict_counts(), measured=measured(runs), explorers=explorers, tutorials=tutorials, changelog=(ROOT / "CHANGELOG.md").is_file(),
         experiments=[p for p in pages if p.startswith("nbs/experiments/")],
         modules=[p for p in pages if p.count("/") == 1 and p != "nbs/index"])
     files["elsewhere.md"] = elsewhere(pages)
