@@ -1066,7 +1066,7 @@ def dry_run_text(batch: Batch, runs: list[Run], force: bool = False) -> str:
     what = ["run" if w else "measure" if m else "keep" for w, m in zip(will, lack)]
     lines = [f"{w:<7}  {s.word:<11} {r.key:<50} {s.reason}{'; its evidence is not there' * m}" for w, m, r, s in zip(what, lack, runs, now)]
     then = ", ".join([*batch.notebooks, *["report"] * batch.report])
-    return "\n".join([*lines, f"{sum(will)} of {len(runs)} runs would be run" + (f", {sum(lack)} measured" if batch.evidence else "") + (f"; then: {then}" if then else "")])
+    return "\n".join([*lines, f"{sum(will)} of {len(runs)} runs would be run" + (f", {sum(lack)} measured" if any(lack) else "") + (f"; then: {then}" if then else "")])
 
 def headline(runs: list[Run]) -> str:
     "Mean mAP, CF1 and OF1 of each row over its finished seeds, in percent."
@@ -1087,8 +1087,8 @@ def reproduce(config: str = "mini", jobs: int | None = None, dry_run: bool = Fal
     again = shlex.join(["cadm", "reproduce", *(["--config", config] if config != "mini" else []), *(["--jobs", str(jobs)] if jobs else []), *(["--profile", profile] if profile else [])])
     try:
         path, batch = config_path(config), load_batch(config)
-        runs = plan(batch)
-        folders = batch_folders(batch)
+        runs, folders = plan(batch), batch_folders(batch)
+        for name in batch.notebooks: told_parameters(name, batch, folders)        # a wrong name is found before the first job
         if not dry_run: take_over(folders.work).close()      # refused here, and not by Snakemake, while another workflow is at work
     except WorkflowError as error:
         print(error, file=sys.stderr)

@@ -108,7 +108,11 @@ class Site:
 
     def run(self, *more, **kwargs):
         process = self.start(*more, **kwargs)
-        output = process.communicate(timeout=300)[0]
+        try:
+            output = process.communicate(timeout=600)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()                                      # the rest notices
+            raise
         return process.returncode, output
 
     def trained(self):
@@ -425,16 +429,21 @@ def test_evidence_is_measured_with_the_run_or_later_and_a_run_by_hand_counts(tmp
 
 
 @pytest.mark.slow
-def test_scenes_with_independent_labels_are_made_for_a_batch_on_them(tmp_path):
+def test_a_batch_on_scenes_with_independent_labels(tmp_path, monkeypatch):
     from cadm_paper.data.scenes import scenes_info
 
     site = RealSite(tmp_path)
-    site.write([dict(method="cadm", lam=0.5, epochs=1, limit_train=64, limit_test=32)], data="independent")
+    site.write([dict(method="cadm", lam=0.5, epochs=1)], data="independent", prepare_data=False)
+    monkeypatch.setenv("CADM_DATA", str(tmp_path / "data"))
+    assert workflow.VARIANTS["independent"] == dict(context=False)
+    monkeypatch.setitem(workflow.VARIANTS, "independent", dict(context=False, train=96, test=32))        # what the job of the workflow makes, in small
+    workflow.data_job("scenes-coco", tmp_path / "ready.json", "independent")
+    assert scenes_info(tmp_path / "data" / "independent" / "scenes-coco")["parameters"]["context"] is False
     code, output = site.run()
     assert code == 0, output
-    assert scenes_info(tmp_path / "data" / "independent" / "scenes-coco")["parameters"]["context"] is False
     found, = site.outputs.rglob("run.json")
     assert found.relative_to(site.outputs).parts[:3] == ("on-independent", "runs", "scenes-coco") and (found.parent / "evidence.npz").exists()
+    assert json.loads(found.read_text())["dataset"]["test"]["images"] == 32
 
 
 # ---- a cluster, as far as one machine allows
