@@ -27,6 +27,7 @@ from .figures import Picture, by_row, class_gains, cooccurrence, curves, data_ur
 from .files import whole_file, write_json
 from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow
 from .record import RecordError, RunRecord, is_record, load_runs
+from .sources import joint_digest
 
 # %% auto #0
 __all__ = ['PLANS', 'ROWS', 'COMPARED', 'TEMPLATES', 'TABLE_CSS', 'MAIN', 'PAGE_CSS', 'TablePlan', 'Line', 'setup', 'block_key',
@@ -35,8 +36,8 @@ __all__ = ['PLANS', 'ROWS', 'COMPARED', 'TEMPLATES', 'TABLE_CSS', 'MAIN', 'PAGE_
            'dataset_blocks', 'environment_of_templates', 'template', 'table_markdown', 'table_data', 'table_csv',
            'save_table', 'TableParameters', 'FigureParameters', 'read_parameters', 'NoRuns', 'find_runs', 'out_folder',
            'pick', 'pair_of_runs', 'choose_each', 'Gain', 'gain_interval', 'gain', 'gain_sentence', 'headline', 'Plate',
-           'plate', 'plates', 'loss_rows', 'by_setup', 'seconds_text', 'flat', 'run_entry', 'Report', 'all_tables',
-           'report_html', 'text_uri', 'build_report']
+           'plate', 'plates', 'loss_rows', 'by_setup', 'seconds_text', 'flat', 'shown_environment', 'run_entry',
+           'Report', 'all_tables', 'report_html', 'text_uri', 'build_report']
 
 # %% ../nbs/07_report.ipynb #b3a25495
 @dataclass(frozen=True)
@@ -652,6 +653,14 @@ def flat(value, name: str = "") -> list[tuple[str, str]]:
     return [(name, text)]
 
 # %% ../nbs/07_report.ipynb #946d9f8d
+def shown_environment(environment: dict) -> dict:
+    "The environment of a record with the digests of its modules, one a line, drawn together into one."
+    code = environment.get("code")
+    if not isinstance(code, dict) or not code.get("sources"):
+        return environment
+    return {**environment, "code": {**code, "sources": f"{len(code['sources'])} modules, together {joint_digest(code['sources'])[:12]}"}}
+
+# %% ../nbs/07_report.ipynb #0bfb0d36
 def run_entry(record: RunRecord, why: str = "") -> dict:
     "What the page says of a run: name, row, times, and its configuration, data, environment and numbers as name-value pairs."
     asked = record.extra.get("requested", {})
@@ -660,7 +669,7 @@ def run_entry(record: RunRecord, why: str = "") -> dict:
     return {"name": source(record), "row": row_name(row_key(record)), "seed": record.config["seed"], "epochs": len(record.history) or "–",
             "time": seconds_text(record.timing.get("wall_s")), "training": seconds_text(record.timing.get("training_s")), "stale": why,
             "device": record.environment.get("device"), "config": config, "metrics": flat(record.metrics), "dataset": flat(record.dataset),
-            "environment": flat(record.environment), "others": flat(others), "digest": record.digest, "timing": flat(record.timing)}
+            "environment": flat(shown_environment(record.environment)), "others": flat(others), "digest": record.digest, "timing": flat(record.timing)}
 
 # %% ../nbs/07_report.ipynb #b5fada32
 PAGE_CSS = """
