@@ -199,7 +199,7 @@ def learning_rate(config: TrainConfig, epoch: float) -> float:
 
 # %% ../nbs/05a_config.ipynb #a9e56f58
 WHERE = ("data_dir", "out_dir", "pack_dir", "workers", "checkpoint_minutes", "tensorboard")  # where and how, not what
-LATER = ("center",)                                                                             # fields that older records lack
+LATER = {"center": "present"}                                                                   # fields that older records lack, and the value that they had
 
 def portable(config: BaseModel) -> dict:
     "The configuration as plain values; of folders and files only the last part of the name is kept."
@@ -211,8 +211,7 @@ def portable(config: BaseModel) -> dict:
 
 def config_digest(config: BaseModel) -> str:
     "SHA-256 over every field that can change a number."
-    default = {name: type(config).model_fields[name].default for name in LATER if name in type(config).model_fields}
-    what = {k: v for k, v in portable(config).items() if k not in WHERE and not (k in default and v == default[k])}
+    what = {k: v for k, v in portable(config).items() if k not in WHERE and (k not in LATER or v != LATER[k])}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 def run_name(config: TrainConfig) -> str:

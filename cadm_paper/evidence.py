@@ -422,9 +422,9 @@ def gains_apart(records: Sequence[RunRecord], independent: Sequence[RunRecord]) 
     images = np.hypot(gains[0].se_images, gains[1].se_images)          # other test images: independent
     return *gains, difference(less, images * np.array([-1.0, 1.0]))
 
-def presence_control(records: Sequence[RunRecord]) -> Difference:
+def presence_control(records: Sequence[RunRecord], control: Sequence[RunRecord]) -> Difference:
     "mAP with Eq. 12 less mAP with the control that measures distances to the origin, lambda = 0.5, seeds that both have."
-    rows = by_row(records, "scenes-coco", ["cadm-0.5", "cadm-0.5 center=origin"])
+    rows = by_row([*records, *control], "scenes-coco", ["cadm-0.5", "cadm-0.5 center=origin"])
     return compare_rows(rows["cadm-0.5"], rows["cadm-0.5 center=origin"])
 
 def pair_shift(without: Mapping[int, Mapping], with_: Mapping[int, Mapping]) -> tuple[Difference, float, float] | None:
@@ -437,8 +437,8 @@ def pair_shift(without: Mapping[int, Mapping], with_: Mapping[int, Mapping]) -> 
     return mean_difference(np.subtract(a, b)), float(np.mean(a, 0)[0]), float(np.mean(b, 0)[0])
 
 # %% ../nbs/07d_evidence.ipynb #136d719e
-def correlation_claims(records: Sequence[RunRecord], independent: Sequence[RunRecord] = ()) -> list[Evidence]:
-    "Study 4: label vectors and PMI, pairs of scenes, independent labels."
+def correlation_claims(records: Sequence[RunRecord], independent: Sequence[RunRecord] = (), control: Sequence[RunRecord] = ()) -> list[Evidence]:
+    "Study 4: label vectors and PMI, pairs of scenes, independent labels, the control that knows presence alone."
     rows, lines = by_row(records, "scenes-coco", ["cadm-0", "cadm-0.5"]), []
     without, with_ = (measured(rows[row]) for row in ("cadm-0", "cadm-0.5"))
     apart_too = measured(by_row(independent, "scenes-coco", ["cadm-0", "cadm-0.5"])["cadm-0.5"])
@@ -456,9 +456,9 @@ def correlation_claims(records: Sequence[RunRecord], independent: Sequence[RunRe
     if apart := gains_apart(records, independent):
         text = f"gain with context {apart[0]}; with independent labels {apart[1]}; more with context by {apart[2]}: {shown(apart[2])}"
         lines.append(Evidence("What the loss gains, it gains from correlation", "Sec. 1, 2.4", text, verdict_of(apart[2]), apart[2].n))
-    if (control := presence_control(records)).n > 1:
-        text = f"Eq. 12 less the same loss around the origin, which knows presence alone (lambda = 0.5 both): {control}: {shown(control)}"
-        lines.append(Evidence("What the loss gains over mere presence is label correlation", "Sec. 2.4", text, verdict_of(control), control.n))
+    if (less := presence_control(records, control)).n > 1:
+        text = f"Eq. 12 less the same loss around the origin, which knows presence alone (lambda = 0.5 both): {less}: {shown(less)}"
+        lines.append(Evidence("The loss gains more than one that knows mere presence", "Sec. 2.4", text, verdict_of(less), less.n))
     return lines or [Evidence("It is label correlation (study 4)", "Sec. 1, 2.4", "not run here: cadm reproduce --config studies", "not run")]
 
 # %% ../nbs/07d_evidence.ipynb #302d9136
@@ -501,7 +501,7 @@ def not_run(rate: float = 1e14) -> list[Evidence]:
     return [Evidence("Tables 1 and 2 on MS-COCO and NUS-WIDE themselves", "mAP 82.3 and 62.8", text, "not run")]
 
 # %% ../nbs/07d_evidence.ipynb #b14a5177
-PARTS = ("confirm", "explore", "independent", "photographs")
+PARTS = ("confirm", "control", "explore", "independent", "photographs")
 
 def study_records(folder=None) -> dict[str, list[RunRecord]]:
     "Records of the studies by part, see `PARTS`: the committed ones, or those of a folder of runs such as outputs/runs."
@@ -512,12 +512,12 @@ def study_records(folder=None) -> dict[str, list[RunRecord]]:
     return parts_of(load_runs(folder)) | {"independent": load_runs(apart) if apart.is_dir() else []}
 
 def parts_of(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
-    "Runs sorted into the parts of the studies: held-out images explore, the rest confirms; seed 0 belongs to neither."
+    "Runs sorted into the parts of the studies: held-out images explore, other readings control, the rest confirms; seed 0 belongs to none."
     found = {part: [] for part in PARTS}
     for run in runs:
         scenes, held = run.dataset["name"].startswith("scenes-"), run.config.get("holdout")
         if run.config["seed"]:
-            found["explore" if scenes and held else "confirm" if scenes else "photographs"].append(run)
+            found["photographs" if not scenes else "explore" if held else "control" if readings(run) else "confirm"].append(run)
     return found
 
 def verdicts(records: Mapping[str, Sequence[RunRecord]] | None = None) -> "pd.DataFrame":
@@ -525,5 +525,5 @@ def verdicts(records: Mapping[str, Sequence[RunRecord]] | None = None) -> "pd.Da
     import pandas as pd
     found = study_records() if records is None else records
     confirm = found.get("confirm", ())
-    lines = [*not_run(), *step_claims(confirm), *map_claims(confirm), *photograph_claims(found.get("photographs", ())), *reading_claims(found.get("explore", ())), *correlation_claims(confirm, found.get("independent", ()))]
+    lines = [*not_run(), *step_claims(confirm), *map_claims(confirm), *photograph_claims(found.get("photographs", ())), *reading_claims(found.get("explore", ())), *correlation_claims(confirm, found.get("independent", ()), found.get("control", ()))]
     return pd.DataFrame([vars(line) for line in lines]).rename(columns={"paper": "the paper", "measured": "measured here"})

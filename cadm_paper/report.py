@@ -22,7 +22,7 @@ from urllib.parse import quote
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .config import WHERE, ConfigError, TrainConfig, checkout_root, config_digest, default_folder, explain, given_parameters
+from .config import LATER, WHERE, ConfigError, TrainConfig, checkout_root, config_digest, default_folder, explain, given_parameters
 from .figures import Picture, by_row, class_gains, cooccurrence, curves, data_uri, figure2, figure4, overlays, per_class, precision_recall_curves, row_colour, row_key, row_name, source
 from .files import whole_file, write_json
 from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow
@@ -81,7 +81,7 @@ class Line:
 # %% ../nbs/07_report.ipynb #3d6e0ad8
 def setup(record: RunRecord) -> tuple:
     "Everything in the configuration that must be equal for two runs to differ by row or seed only."
-    return tuple(sorted((k, v) for k, v in record.config.items() if k not in (*WHERE, "seed", "method", "lam", "preset")))
+    return tuple(sorted((k, v) for k, v in {**LATER, **record.config}.items() if k not in (*WHERE, "seed", "method", "lam", "preset")))
 
 def block_key(record: RunRecord) -> tuple:
     "Data set, image size and backbone."
