@@ -131,16 +131,13 @@ def short_gain(of) -> str:
 
 def verdict_counts() -> str:
     """How many of the paper's claims hold, from the committed records of the studies; empty without them."""
-    from cadm_paper.evidence import study_records, verdicts
+    from cadm_paper.evidence import count_verdicts, loss_gains, study_records, verdicts
 
-    if not any(study_records().values()):
+    records = study_records()
+    if not any(records.values()):
         return ""
-    table = verdicts()
-    found, loss = table.verdict, table[table.claim.str.startswith("The label correlation loss helps")]
-    gains = [(claim.split("; ", 1)[1].split(" (")[0], re.search(r"[-+][\d.]+ points \[[^]]*\]", said)) for claim, said in zip(loss.claim, loss["measured here"])]
-    words = {"holds": "hold", "holds in part": "holds in part", "does not": "do not", "not run": "not run yet"}
-    return f"Of {len(found)} claims put to the test here: " + ", ".join(f"{(found == word).sum()} {said}" for word, said in words.items() if (found == word).any()) + "." + (
-        " The embedding loss (λ = 0.5 less 0), over all seeds: " + "; ".join(f"{where} {gain[0]}" for where, gain in gains if gain).replace("-", "−").replace("NUS−WIDE", "NUS-WIDE") + "." if any(g for _, g in gains) else "")
+    table, gains = verdicts(records), "; ".join(f"{dataset} {gain}" for dataset, gain in loss_gains(records).items())
+    return f"Of {len(table)} claims put to the test here: {count_verdicts(table)}." + (f" The embedding loss (λ = 0.5 less 0), over all seeds: {gains}." if gains else "")
 
 
 def claims() -> list[tuple[str, list[float]]]:
