@@ -31,13 +31,13 @@ from .sources import joint_digest
 
 # %% auto #0
 __all__ = ['PLANS', 'ROWS', 'COMPARED', 'TEMPLATES', 'TABLE_CSS', 'MAIN', 'PAGE_CSS', 'TablePlan', 'Line', 'setup', 'block_key',
-           'differs', 'measured_line', 'Unfinished', 'notebook_error', 'unfinished_runs', 'outdated', 'Standing',
-           'run_key', 'standing', 'Block', 'absent_lines', 'block_warnings', 'block', 'ResultTable', 'table',
-           'dataset_blocks', 'environment_of_templates', 'template', 'table_markdown', 'table_data', 'table_csv',
-           'save_table', 'TableParameters', 'FigureParameters', 'read_parameters', 'NoRuns', 'find_runs', 'out_folder',
-           'pick', 'pair_of_runs', 'choose_each', 'Gain', 'gain_interval', 'gain', 'gain_sentence', 'headline', 'Plate',
-           'plate', 'plates', 'loss_rows', 'by_setup', 'seconds_text', 'flat', 'shown_environment', 'run_entry',
-           'Report', 'all_tables', 'report_html', 'text_uri', 'build_report']
+           'usual_setup', 'differs', 'measured_line', 'Unfinished', 'notebook_error', 'unfinished_runs', 'outdated',
+           'Standing', 'run_key', 'standing', 'Block', 'absent_lines', 'block_warnings', 'block', 'ResultTable',
+           'table', 'dataset_blocks', 'environment_of_templates', 'template', 'table_markdown', 'table_data',
+           'table_csv', 'save_table', 'TableParameters', 'FigureParameters', 'read_parameters', 'NoRuns', 'find_runs',
+           'out_folder', 'pick', 'pair_of_runs', 'choose_each', 'Gain', 'gain_interval', 'gain', 'gain_sentence',
+           'headline', 'Plate', 'plate', 'plates', 'loss_rows', 'seconds_text', 'flat', 'shown_environment',
+           'run_entry', 'Report', 'all_tables', 'report_html', 'text_uri', 'build_report']
 
 # %% ../nbs/07_report.ipynb #b3a25495
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ def setup(record: RunRecord) -> tuple:
 def block_key(record: RunRecord) -> tuple:
     "Data set, image size and backbone."
     return (record.dataset.get("name"), record.config.get("image_size"), record.config.get("backbone"))
+
+
+def usual_setup(runs: Sequence[RunRecord]) -> tuple:
+    "The setup that most of the runs have; of equally many, the first one's."
+    return Counter(map(setup, runs)).most_common(1)[0][0]
 
 # %% ../nbs/07_report.ipynb #4589611f
 def differs(one: tuple, usual: tuple) -> str:
@@ -245,7 +250,7 @@ COMPARED = {
 # %% ../nbs/07_report.ipynb #beb1dd2b
 def block(runs: Sequence[RunRecord], known: Standing = Standing()) -> Block:
     "The five rows for runs of one data set, size and backbone: measured, stale, failed or missing, and further rows after them."
-    usual = Counter(setup(r) for r in runs).most_common(1)[0][0]
+    usual = usual_setup(runs)
     groups: dict[tuple, list[RunRecord]] = {}
     for record in runs:
         groups.setdefault((row_key(record), setup(record), known.why_stale(record)), []).append(record)
@@ -489,13 +494,14 @@ def out_folder(out_dir: str | None, kind: str) -> Path:
 
 # %% ../nbs/07_report.ipynb #12275858
 def pick(runs: Sequence[RunRecord], method: str, lam: float | None = None, dataset: str | None = None, seed: int | None = None) -> RunRecord:
-    "The run of a row with the lowest seed (or with `seed`), an outdated one last. Raises `NoRuns` naming what to train."
-    key = (method, lam if method == "cadm" else None)
-    found = [r for r in runs if row_key(r) == key and dataset in (None, r.dataset.get("name")) and seed in (None, r.config["seed"])]
+    "The run of a row with the lowest seed (or with `seed`), outdated ones and then other setups than the usual one last. Raises `NoRuns` naming what to train."
+    key, there = (method, lam if method == "cadm" else None), [r for r in runs if dataset in (None, r.dataset.get("name"))]
+    found = [r for r in there if row_key(r) == key and seed in (None, r.config["seed"])]
     if not found:
         what = " ".join(filter(None, [f"--dataset {dataset}" if dataset else "", f"--method {method}", f"--lam {lam:g}" if method == "cadm" else "", f"--seed {seed or 0}"]))
         raise NoRuns(f"no finished run of {row_name(key)}{' on ' + dataset if dataset else ''}: `cadm train --preset mini {what}`, or `cadm reproduce`")
-    return min(found, key=lambda r: (bool(outdated(r)), r.config["seed"], r.name))
+    usual = usual_setup(there)
+    return min(found, key=lambda r: (bool(outdated(r)), setup(r) != usual, r.config["seed"], r.name))
 
 # %% ../nbs/07_report.ipynb #c69ba2c4
 def pair_of_runs(runs: Sequence[RunRecord], dataset: str, lam: float = 0.5, seed: int | None = None) -> tuple[RunRecord, RunRecord]:
@@ -609,7 +615,7 @@ def plates(dataset: str, runs: Sequence[RunRecord]) -> list[Plate]:
     "All pictures of a data set's runs."
     mine = [r for r in runs if r.dataset.get("name") == dataset]
     chosen = lambda: pick(mine, "cadm", 0.5, dataset)
-    main = max(by_setup(mine), key=len)                        # curves of one setup, or they compare recipes
+    main = [r for r in mine if setup(r) == usual_setup(mine)]  # curves of one setup, or they compare recipes
     return [
         plate("Figure 2: the maps of all classes, sorted by activation", lambda: figure2(chosen(), images=4), mine),
         plate("Figure 4: maps without and with the embedding loss", lambda: figure4(*pair_of_runs(mine, dataset), images=4), mine),
@@ -626,13 +632,6 @@ def loss_rows(runs: Sequence[RunRecord], dataset: str) -> tuple[list[RunRecord],
     same = setup(pair_of_runs(runs, dataset)[1])
     rows = by_row([r for r in runs if setup(r) == same])
     return rows["cadm", 0.5], rows["cadm", 0.0]
-
-def by_setup(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    "Runs grouped by setup, as they come."
-    groups: dict[tuple, list] = {}
-    for record in runs:
-        groups.setdefault(setup(record), []).append(record)
-    return list(groups.values())
 
 # %% ../nbs/07_report.ipynb #4243db84
 def seconds_text(seconds: float | None) -> str:
