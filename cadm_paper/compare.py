@@ -376,7 +376,7 @@ def format_evaluation(found: Mapping) -> str:
     """The row (or rows) of an evaluation as Tables 1 and 2 print them: percent, one decimal; below each, where its intervals begin and end."""
     names, k = metric_names(found["k"]), found["k"]
     rows = [("", [name.removesuffix(f"_top{k}") for name in names])]
-    blocks = [(side["file"], side["metrics"], side["intervals"], "") for side in [found] + [found["against"]] * ("against" in found)]
+    blocks = [(side["file"], side["metrics"], side["intervals"], "") for side in (found, found.get("against")) if side]
     if "difference" in found:
         blocks.append(("difference", found["difference"], found["difference_intervals"], "+"))
     for label, values, spans, sign in blocks:

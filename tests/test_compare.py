@@ -120,6 +120,13 @@ def test_evaluate_files_writes_what_it_returns(files, capsys):
     assert rows[-1] == "from, to: 95 % intervals, 30 bootstrap replicates over images"
 
 
+def test_one_file_alone_is_evaluated(files, capsys):
+    folder, a, _, y = files
+    assert evaluate_files(folder / "a.npz", replicates=20)["metrics"] == multilabel_metrics(a, y)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a.npz", "from", "to"] == [row[0] for row in rows[2:5]] and not any(row[0] == "difference" for row in rows)
+
+
 def test_swapped_files_give_the_opposite_difference(files):
     folder = files[0]
     ab, ba = (evaluation(folder / f"{x}.npz", folder / f"{y}.npz", replicates=30) for x, y in ("ab", "ba"))
