@@ -396,12 +396,11 @@ def pointing(found: Mapping[int, Mapping]) -> tuple[Difference, dict[str, float]
     return mean_difference([e["own_less_other"] for e in each]), {k: float(np.mean([e[k][0] for e in each])) for k in each[0]}
 
 def strengthened(without: Mapping[int, Mapping], with_: Mapping[int, Mapping], column: str) -> tuple[Difference, float, float] | None:
-    "Change of weak labels with the loss less the change to another seed without it; and both changes."
+    "Change of weak labels to another seed's model with the loss, less the change to that seed's model without it; and both changes."
     seeds = sorted(set(without) & set(with_))
     if len(seeds) < 2: return None
     weights = image_weights(1 + max(int(f["lines"][:, 0].max()) for f in without.values()))
-    with_loss = [weak_change(without[s]["lines"], with_[s]["lines"], column, weights) for s in seeds]
-    control = [weak_change(without[s]["lines"], without[t]["lines"], column, weights) for s, t in zip(seeds, np.roll(seeds, -1))]
+    with_loss, control = ([weak_change(without[s]["lines"], other[t]["lines"], column, weights) for s, t in zip(seeds, np.roll(seeds, -1))] for other in (with_, without))
     return mean_difference(np.subtract(with_loss, control)), float(np.mean(with_loss, 0)[0]), float(np.mean(control, 0)[0])
 
 # %% ../nbs/07d_evidence.ipynb #0d117cd2
@@ -424,8 +423,9 @@ def map_claims(records: Sequence[RunRecord]) -> list[Evidence]:
     for form, (_, name) in FORMS.items():
         if change := strengthened(*have[form], "standardised"):
             d, with_loss, control = change
-            text = (f"standardised maximum of the weakest third of present labels: {with_loss:+.2f} from lambda = 0 to 0.5, {control:+.2f} from one seed of lambda = 0 to another; "
-                    f"difference {d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}] (n = {d.n}): {shown(d)}")
+            rank = strengthened(*have[form], "rank")[0]
+            text = (f"standardised maximum of the weakest third of present labels: {with_loss:+.2f} from lambda = 0 to another seed of 0.5, {control:+.2f} to that seed of lambda = 0; "
+                    f"difference {d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}] (n = {d.n}): {shown(d)}. Their rank, where more is worse: {rank.mean:+.2f} [{rank.low:+.2f}, {rank.high:+.2f}]")
             lines.append(Evidence(f"The loss strengthens weak present labels; {name}'s form", "Fig. 4: three images", text, verdict_of(d), d.n))
     return lines or [Evidence("What the maps show (study 5)", "Fig. 2, 4", missing, "not run")]
 
