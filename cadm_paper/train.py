@@ -201,11 +201,13 @@ def autocast(trainer: Trainer):
 def add_gradients(trainer: Trainer, batch, global_images: int) -> Tensor:
     "Gradients of this process's share, added up part by part; returns its share of the loss and of both terms, float64 of 3."
     team, network = trainer.team, trainer.network
-    parts = min(trainer.config.accumulate, len(batch.indices))
+    most = min(trainer.config.accumulate, len(batch.indices))
+    images, targets = network_inputs(trainer, batch.images, batch.indices), batch.targets.to(team.device)
+    pairs = list(zip(images.chunk(most), targets.chunk(most)))
+    parts = len(pairs)                                                 # chunk(4) of five images gives three
     statistics = MeanOverParts(trainer.model, parts, team)
     terms = torch.zeros(3, dtype=torch.float64, device=team.device)
-    images, targets = network_inputs(trainer, batch.images, batch.indices), batch.targets.to(team.device)
-    for i, (x, y) in enumerate(zip(images.chunk(parts), targets.chunk(parts)), 1):
+    for i, (x, y) in enumerate(pairs, 1):
         exchange_later = network.no_sync() if team.world > 1 and i < parts else contextlib.nullcontext()
         with exchange_later:
             with autocast(trainer):
@@ -581,7 +583,7 @@ def run(asked: TrainConfig, config: TrainConfig, ours: Team, folder: Path, resum
         scores = fit(trainer, train, test, folder, config, progress)
     finally:
         progress.close()
-    if scores is None and ours.main or config.report_epoch == "best":
+    if ours.agree(scores is None) or config.report_epoch == "best":       # all processes predict together, or none
         if config.report_epoch == "best":
             trainer.evaluated.load_state_dict(CADM.from_pretrained(folder / "checkpoint" / "best").state_dict())
         scores = predict(trainer, test)

@@ -270,6 +270,12 @@ def test_parts_differ_from_a_whole_batch_only_through_batch_norm(config, monkeyp
     np.testing.assert_allclose(whole.scores()["scores"], parts.scores()["scores"], atol=1e-5)
 
 
+def test_five_images_in_four_parts_are_three_parts(config):
+    """Five images cut into at most four parts come back as three (2, 2, 1), as with three; weights and batch-norm statistics must know."""
+    four, three = (train(config(str(parts), accumulate=parts, batch_size=12, limit_train=5, epochs=2)) for parts in (4, 3))
+    for name, values in four.scores().items(): np.testing.assert_array_equal(values, three.scores()[name])
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 def test_processes_by_parameter(config):
