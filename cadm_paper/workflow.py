@@ -34,10 +34,12 @@ import sys
 import threading
 import time
 import uuid
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .config import ConfigError, TrainConfig, checkout_root, config_digest, default_folder, run_name
+from .data.datasets import DATASETS
 from .files import FolderLocked, folder_lock, sha256_file, write_json
 from .record import RecordError, RunRecord, is_record, portable
 from .sources import changed_parts, joint_digest, notebook_sources, source_digests
@@ -972,7 +974,9 @@ def config_problems(record: RunRecord, others: list[RunRecord]) -> list[str]:
         config = TrainConfig(**asked)
     except ConfigError as error:
         return [f"config: {error}"]
-    problems = []
+    problems, names = [], {config.dataset, record.config["dataset"], record.dataset.get("name")}
+    if names != {config.dataset} or config.dataset not in DATASETS:       # the name becomes a folder
+        problems.append(f"dataset: {', '.join(sorted(map(repr, names)))}: not one known data set; DATASETS names those there are")
     if config_digest(config) != record.digest and not str(asked.get("weights", "")).endswith((".pth", ".pt", ".safetensors")):
         problems.append("config: its digest is not the one in run.json")
     like = lambda r: (r.dataset.get("name"), *(r.config.get(k) for k in ("unlabelled_test", "missing", "limit_test", "difficult", "crowd", "holdout")))
@@ -989,7 +993,7 @@ def record_problems(folder, folders: Folders | None = None) -> list[str]:
         record = RunRecord.load(folder)
         for name in record.files: record_file(record, name)
         return config_problems(record, load_runs((folders or Folders()).runs)) + scores_problems(record)
-    except (RecordError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (RecordError, KeyError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
         return [f"{type(error).__name__}: {error}" if not isinstance(error, RecordError) else str(error)]
 
 def record_file(record: RunRecord, name: str) -> Path:
