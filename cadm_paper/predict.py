@@ -8,6 +8,7 @@ __all__ = ['PICTURES', 'Predictor', 'pictures', 'labels_above', 'sentence', 'sav
 # %% ../nbs/08a_predict.ipynb #87cc6307
 import csv
 import io
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,8 @@ def sentence(found: dict, threshold: float = 0.5) -> str:
     return f"{found['image']}: {said}"
 
 # %% ../nbs/08a_predict.ipynb #7203de30
-def save_overlays(found: dict, folder: Path, threshold: float = 0.5, top: int = 3) -> Path:
-    "Write the picture with the maps of its labels laid over it (those above the threshold, else the `top` strongest) as a PNG."
+def save_overlays(found: dict, folder: Path, threshold: float = 0.5, top: int = 3, name: str | None = None) -> Path:
+    "Write the picture with the maps of its labels laid over it (those above the threshold, else the `top` strongest) as `name`-maps.png (the picture's name)."
     import matplotlib.pyplot as plt
     from cadm_paper.figures import house_style, overlay
 
@@ -87,7 +88,7 @@ def save_overlays(found: dict, folder: Path, threshold: float = 0.5, top: int = 
     names = [c for c, _ in labels_above(found["scores"], threshold)][:8] or ranked[:top]
     order = list(found["scores"])
     limit = float(max(found["maps"][order.index(c)].max() for c in names)) or 1.0
-    path = Path(folder) / f"{Path(found['image']).stem}-maps.png"
+    path = Path(folder) / f"{name or Path(found['image']).stem}-maps.png"
     with house_style():
         figure, axes = plt.subplots(1, len(names) + 1, figsize=(2 * (len(names) + 1), 2.3), layout="constrained")
         axes[0].imshow(found["picture"]); axes[0].set_title("input")
@@ -105,8 +106,9 @@ def save_overlays(found: dict, folder: Path, threshold: float = 0.5, top: int = 
 def predict_files(images: list[Path], checkpoint: Path, *, threshold: float = 0.5, maps: Path | None = None, json_file: Path | None = None,
                   csv_file: Path | None = None) -> tuple[list[dict], list[str]]:
     "Predict pictures and folders; writes maps, JSON and CSV where asked. Returns the answers and the errors of unreadable pictures."
-    predictor, answers, errors = Predictor.load(checkpoint), [], []
+    predictor, answers, errors, taken = Predictor.load(checkpoint), [], [], set()
     for path in pictures(images):
+        if maps and path.name.endswith("-maps.png") and Path(maps).resolve() in path.resolve().parents: continue      # overlays of an earlier call
         try:
             found = predictor(path)
         except ImageError as error:
@@ -114,7 +116,9 @@ def predict_files(images: list[Path], checkpoint: Path, *, threshold: float = 0.
             continue
         answer = {"image": found["image"], "labels": [c for c, _ in labels_above(found["scores"], threshold)], "scores": found["scores"]}
         if maps:
-            answer["maps"] = str(save_overlays(found, maps, threshold))
+            name = next(n for k in itertools.count(1) if (n := path.stem + (f"-{k}" if k > 1 else "")) not in taken)   # a/x.jpg and b/x.png
+            taken.add(name)
+            answer["maps"] = str(save_overlays(found, maps, threshold, name=name))
         answers.append(answer)
     if json_file:
         write_json(json_file, answers)
