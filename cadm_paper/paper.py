@@ -364,7 +364,7 @@ MODEL_DECISIONS = (
     Decision("Maps of another size than f_embed was made for?", "one image size only", {"interpolate": "bilinear, to f_embed's size", "pool": "adaptive average", "error": "refuse"},
              "interpolate", "a position keeps its meaning", "embed_resize", _BOTH),
     Decision("How far does Eq. 12's gradient reach?", "\"end-to-end\"; Eq. 9 minimises over θ_embed alone", {"none": "through the maps to classifier and backbone", "weights": "to the backbone, not into the shared weights",
-             "all": "f_embed only"}, "none", "\"end-to-end\"; with \"all\", λ could not change a prediction, since f_embed is not used for it", "detach_embed_maps", _BOTH),
+             "all": "f_embed only"}, "none", "\"end-to-end\"; with \"all\", λ could not change a prediction, since f_embed is not used for it (but for clip_grad, which takes one norm over all gradients)", "detach_embed_maps", _BOTH),
     Decision("Which ImageNet weights?", "\"pre-trained model based on ImageNet\"", {"imagenet": "torchvision's first version", "imagenet-v2": "its later, better one"}, "imagenet", "what existed in 2019", "weights", _BOTH),
     Decision("How do new layers start?", "not said", {"torch": "torch's default for linear layers"}, "torch", "nothing to go by"),
 )
