@@ -26,8 +26,8 @@ NORMALISATION = {"imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "ha
 
 def preprocessing(record: RunRecord) -> dict:
     """`preprocessor_config.json`: size in pixels, mean and standard deviation of pixels in 0..1."""
-    side, (mean, std) = record.config["image_size"], NORMALISATION[record.config["normalise"]]
-    whole = record.config["resize"] == "squash"
+    seen = record.seen_at()
+    side, whole, (mean, std) = seen["image_size"], seen["resize"] == "squash", NORMALISATION[seen["normalise"]]
     return {"image_processor_type": "CADM", "do_resize": True, "size": {"height": side, "width": side} if whole else {"shortest_edge": side}, "resample": 2,
             "do_center_crop": not whole, **({} if whole else {"crop_size": {"height": side, "width": side}}),
             "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std}

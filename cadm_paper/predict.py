@@ -35,8 +35,7 @@ class Predictor:
         "From a run's folder or a `save_pretrained` folder. Raises `FileNotFoundError` when it is neither."
         folder = Path(checkpoint)
         if (folder / "run.json").is_file():
-            config = RunRecord.load(folder).config
-            preprocessing = {name: config[name] for name in ("image_size", "resize", "normalise")} | preprocessing
+            preprocessing = RunRecord.load(folder).seen_at() | preprocessing
             folder = folder / "checkpoint" / "model"
         elif not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: neither a finished run (run.json) nor a saved model (config.json)")

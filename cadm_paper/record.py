@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import cadm_paper
-from .config import TrainConfig, config_digest, portable
+from .config import ConfigError, TrainConfig, config_digest, portable
 from .files import checkout_root, sha256_file, whole_file, write_json
 
 # %% ../nbs/05b_record.ipynb #38a6cf78
@@ -117,15 +117,27 @@ class RunRecord(RunParts):
 
     @classmethod
     def from_dict(cls, content: dict, folder) -> "RunRecord":
-        "Check the schema and the presence of every part."
+        "Check the schema, and that every part is there and of its kind."
         path = Path(folder) / "run.json"
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise RecordError(f"{path}: schema {SCHEMA!r} expected")
         parts = [p for p in cls.__dataclass_fields__ if p not in ("folder", "extra")]
         if lacking := [p for p in parts if p not in content]:
             raise RecordError(f"{path}: lacks {', '.join(lacking)}")
+        kind = {p: cls.__dataclass_fields__[p].type for p in parts}
+        if wrong := [f"{p} is not a {kind[p].__name__}" for p in parts if not isinstance(content[p], kind[p])]:
+            raise RecordError(f"{path}: {', '.join(wrong)}")
         extra = {k: v for k, v in content.items() if k not in parts}
         return cls(folder=Path(folder), extra=extra, **{p: content[p] for p in parts})
+
+    def seen_at(self) -> dict:
+        "How its model sees a picture: image_size, resize, normalise. Raises `RecordError` for a setting that is missing or wrong."
+        names = ("image_size", "resize", "normalise")
+        try:
+            config = TrainConfig(**{name: self.config[name] for name in names})
+        except (KeyError, ConfigError) as error:
+            raise RecordError(f"{self.folder / 'run.json'}: config: {f'lacks {error}' if isinstance(error, KeyError) else error}") from None
+        return {name: getattr(config, name) for name in names}
 
     def scores(self) -> dict | None:
         "image_ids, classes, targets N x C and scores, scores_fcls, scores_scls N x C."
