@@ -166,6 +166,7 @@ class Trainer:
         self.sums = torch.zeros(4, dtype=torch.float64, device=team.device)   # over this epoch's images: loss, its two terms, images
         self.history, self.best, self.seconds, self.recent = [], None, 0.0, []
         self.code = {"sources": training_code()} if team.main else {}
+        self.origin: dict[str, str | None] = {}                       # fingerprints of what it is trained from, for a later resume
 
     @property
     def evaluated(self) -> CADM:
@@ -338,13 +339,15 @@ def save_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
     tensors = flat(model=trainer.model.state_dict(), optimiser=optimiser_tensors(trainer.optimiser), ema=trainer.ema.state_dict() if trainer.ema else {})
     save_checkpoint(checkpoint_file(folder), tensors, {
         "config": portable(config), "epoch": trainer.epoch, "done": trainer.done, "sums": sums.tolist(), "history": trainer.history,
-        "best": trainer.best, "scaler": trainer.scaler.state_dict(), "seconds": trainer.seconds, "code": trainer.code})
+        "best": trainer.best, "scaler": trainer.scaler.state_dict(), "seconds": trainer.seconds, "code": trainer.code, "origin": trainer.origin})
 
 # %% ../nbs/05g_train.ipynb #89fac8b2
 def load_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
-    "Go back to where the checkpoint was written. Raises `CheckpointError` if the configuration is another one."
+    "Go back to where the checkpoint was written. Raises `CheckpointError` if the configuration, the data or the first weights are others."
     tensors, state = load_checkpoint(checkpoint_file(folder))
     refuse_changes(state["config"], config, checkpoint_file(folder))
+    if other := [what for what, mark in state.get("origin", {}).items() if trainer.origin.get(what, mark) != mark]:
+        raise CheckpointError(f"{checkpoint_file(folder)} was trained from other {' and '.join(other)}: give the old data and weights, or choose another out_dir")
     trainer.model.load_state_dict(part(tensors, "model"))
     load_optimiser_tensors(trainer.optimiser, part(tensors, "optimiser"))
     if trainer.ema:
@@ -573,6 +576,7 @@ def run(asked: TrainConfig, config: TrainConfig, ours: Team, folder: Path, resum
     train, test = (feeder(s, size, config) for s, size in zip(splits, sizes))
     steps = max(len(splits[0]) // config.batch_size, 1)
     trainer = Trainer(config, build_model(config, splits[0].classes), ours, steps)
+    trainer.origin = {"training labels": splits[0].summary()["fingerprint"], "test labels": splits[1].summary()["fingerprint"], "first weights": trainer.model.provenance.get("sha256")}
     if config.method == "linear_probe":
         scores, strength = run_probe(trainer, train, test)
         return finish(trainer, asked, splits, scores, folder, started, {"probe_strength": strength})

@@ -1,5 +1,6 @@
 """Training from outside: kills, two processes, other machines' settings, what is refused. The scenes are small and made once."""
 import json, os, re, shutil, signal, socket, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,22 @@ def test_resuming_with_a_changed_configuration_is_refused_with_the_difference(co
     train(config(), resume=True)
     with pytest.raises(CheckpointError, match=r"lr: 0\.01 -> 0\.5"):
         train(config(lr=0.5))                   # another run's finished folder is not written over
+
+
+def test_resuming_on_other_data_is_refused(config, monkeypatch):
+    """data_dir is where, not what, and so in no digest; what lies there is."""
+    with pytest.raises(KeyboardInterrupt):
+        train(config(checkpoint_minutes=1e-9), progress=StopAt(1))
+    prepare = module.prepare_data
+
+    def other(config):
+        train_split, test_split = prepare(config)
+        return replace(train_split, labels=1 - train_split.labels), test_split
+    monkeypatch.setattr(module, "prepare_data", other)
+    with pytest.raises(CheckpointError, match="from other training labels: give the old data"):
+        train(config(), resume=True)
+    monkeypatch.undo()
+    assert train(config(), resume=True).metrics
 
 
 def test_a_second_process_cannot_write_the_folder(config):
