@@ -26,8 +26,13 @@ reproduce: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n 2
 
-test-slow: $(STAMP)
+# what takes longer: kills, browsers (a Chromium on the machine, or CADM_CHROMIUM), wheels; what the machine lacks is skipped with its reason
+test-slow: $(VENV)/.installed-slow
 	$(BIN)/python -m pytest -m slow
+
+$(VENV)/.installed-slow: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[repro,slurm,dev,docs,browser]'
+	touch $@
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python tools/docs.py
