@@ -147,7 +147,7 @@ def data_check(name: tyro.conf.Positional[str], root: Path | None = None, deep: 
     Args:
         name: of the dataset.
         root: its folder; by default its place below data/.
-        deep: look into the photographs too (dead links' placeholders).
+        deep: decode every photograph too.
     """
     from cadm_paper.data.check import data_check as check
     report = check(name, root_of(name, root), deep=deep)
@@ -225,7 +225,7 @@ def runs_diff(a: tyro.conf.Positional[str], b: tyro.conf.Positional[str]) -> int
     """What differs between two runs.
 
     Args:
-        a: a run's folder, or the beginning of its name.
+        a: a run's folder, or a part of its name.
         b: another.
     """
     from cadm_paper.workflow import runs_diff as diff_runs

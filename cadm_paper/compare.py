@@ -327,8 +327,10 @@ def evaluation(scores: str | Path, against: str | Path | None = None, *, thresho
     Raises ScoreFileError for files that cannot be read or do not belong together, ValueError for options without a meaning.
     """
     checked_rule(threshold, k)
-    if unlabelled not in ("keep", "drop") or replicates < 0:
-        raise ValueError(f"unlabelled is keep or drop, not {unlabelled!r}; replicates is 0 (no intervals) or more, not {replicates}")
+    if unlabelled not in ("keep", "drop"):
+        raise ValueError(f"unlabelled is keep or drop, not {unlabelled!r}")
+    if min(replicates, seed) < 0:
+        raise ValueError(f"replicates (0: no intervals) and seed are 0 or more, not {replicates} and {seed}")
     files = [in_order(read_score_file(path, array)) for path in (scores, against) if path is not None]
     files[1:] = [match(files[0], other) for other in files[1:]]
     if unlabelled == "drop":

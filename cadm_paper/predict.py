@@ -61,6 +61,8 @@ def pictures(paths) -> list[Path]:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
         found += sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+    if not found and not list(paths):
+        raise FileNotFoundError("no picture given: name files, or folders to search")
     if not found:
         raise FileNotFoundError(f"no pictures ({', '.join(sorted(PICTURES))}) in {', '.join(map(str, paths))}")
     return found

@@ -237,7 +237,7 @@ class NonFiniteLoss(RuntimeError):
     "The loss became NaN or infinite; the message says where, and which checkpoint is the last good one."
 
 def check_finite(trainer: Trainer, folder: Path) -> None:
-    "Raise `NonFiniteLoss` if any loss since the last look, or any weight, is not finite."
+    "Raise `NonFiniteLoss` if any loss since the last look is not finite (`save_trainer` looks at the weights)."
     losses = torch.stack(trainer.recent) if trainer.recent else torch.zeros(0)
     trainer.recent = []
     bad = (~losses.isfinite()).nonzero()
