@@ -13,15 +13,18 @@ from the profiler's record of every allocation and release, which is exact and d
     python benchmarks/head_overhead.py                      # ResNet-101, 448 px, batch 2 on a CPU, 16 on a GPU
     python benchmarks/head_overhead.py --batch 32 --precision bf16 --out benchmarks/results/head_overhead-gpu.json
 """
-import argparse, json, statistics
+
+import argparse
+import json
+import statistics
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measure import in_turn, peak_bytes, setting, spread, write
 
 from cadm_paper.loss import CADMLoss
 from cadm_paper.model import CADM
-from measure import in_turn, peak_bytes, setting, spread, write
 
 
 def arguments() -> argparse.Namespace:
@@ -45,14 +48,19 @@ def make_steps(a: argparse.Namespace) -> dict:
     model = CADM(a.classes, a.backbone, None, quiet=True, image_size=a.size).to(a.device)
     plain_head = torch.nn.Linear(model.head.classifier.in_features, a.classes).to(a.device)
     images = torch.randn(a.batch, 3, a.size, a.size, device=a.device)
-    targets = (torch.rand(a.batch, a.classes, device=a.device) < 2.9 / a.classes).float()  # COCO's labels an image
+    targets = (
+        torch.rand(a.batch, a.classes, device=a.device) < 2.9 / a.classes
+    ).float()  # COCO's labels an image
     loss = CADMLoss(lam=0.5)
     half = lambda: torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=a.precision == "bf16")
     with torch.no_grad(), half():
         features = model.backbone(images)
 
     def plain(x):
-        return F.binary_cross_entropy_with_logits(plain_head(x.mean((2, 3))).float(), targets, reduction="sum") / a.batch
+        return (
+            F.binary_cross_entropy_with_logits(plain_head(x.mean((2, 3))).float(), targets, reduction="sum")
+            / a.batch
+        )
 
     def cadm(x):
         return loss(model.head(x), targets)
@@ -67,8 +75,13 @@ def make_steps(a: argparse.Namespace) -> dict:
             head(make_features()).backward()
 
     whole, ready = lambda: model.backbone(images), lambda: features.detach().requires_grad_()
-    return {"clear": clear, "plain": lambda: step(whole, plain), "cadm": lambda: step(whole, cadm),
-            "plain_head": lambda: step(ready, plain), "cadm_head": lambda: step(ready, cadm)}
+    return {
+        "clear": clear,
+        "plain": lambda: step(whole, plain),
+        "cadm": lambda: step(whole, cadm),
+        "plain_head": lambda: step(ready, plain),
+        "cadm_head": lambda: step(ready, cadm),
+    }
 
 
 def main() -> None:
@@ -89,7 +102,8 @@ def main() -> None:
     result = {
         "what": "CADM head and loss over a plain ResNet, forward and backward",
         "settings": {k: v for k, v in vars(a).items() if k != "out"},
-        "time_ratio_whole": spread([c / p for p, c in zip(plain, cadm)]) | {"of_fastest": min(cadm) / min(plain)},
+        "time_ratio_whole": spread([c / p for p, c in zip(plain, cadm)])
+        | {"of_fastest": min(cadm) / min(plain)},
         "time_ratio_parts": spread([1 + e / statistics.median(plain) for e in extra]),
         "peak_memory_ratio": peaks["cadm"] / peaks["plain"],
         "clock": "wall" if a.device.startswith("cuda") else "CPU time of the process",

@@ -10,12 +10,21 @@ As yardsticks in the same run: pycocotools on the same JSON file, and NumPy's `l
 
     python benchmarks/index.py --out benchmarks/results/index.json        # minutes, 2 GB of temporary disk
 """
-import argparse, json, os, platform, statistics, subprocess, sys, tempfile, time
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 
-COCO = dict(images=82_783, labelled=82_081, objects=604_907, categories=80)   # instances_train2014.json
+COCO = dict(images=82_783, labelled=82_081, objects=604_907, categories=80)  # instances_train2014.json
 NUS = dict(Train=161_789, Test=107_859, concepts=81)
 
 LOAD = """
@@ -39,7 +48,9 @@ print(json.dumps(dict(load=time.perf_counter() - start, cpu=time.process_time() 
 def new_process(code: str, *args) -> dict:
     """Run a piece of Python in a new process; its one line of JSON, and the time of the whole process."""
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True
+    )
     return {**json.loads(done.stdout.splitlines()[-1]), "process": time.perf_counter() - start}
 
 
@@ -59,19 +70,44 @@ def make_coco(root: Path) -> Path:
     """COCO's training file at full size: ids with gaps, outlines of about 20 points, so that the file is as large as the real one."""
     g = np.random.default_rng(0)
     ids = np.sort(g.choice(581_921, COCO["images"], replace=False)).tolist()
-    carrying = g.permutation(COCO["images"])[:COCO["labelled"]]
+    carrying = g.permutation(COCO["images"])[: COCO["labelled"]]
     owner = np.concatenate([carrying, g.choice(carrying, COCO["objects"] - len(carrying))]).tolist()
     category = (np.minimum(g.zipf(1.3, COCO["objects"]), COCO["categories"])).tolist()
     outline = [[round(float(v), 2) for v in g.uniform(0, 640, 2 * 26)] for _ in range(1000)]
     names = [f"COCO_train2014_{i:012d}.jpg" for i in ids]
-    images = [dict(license=5, file_name=n, coco_url=f"http://images.example.org/train2014/{n}", height=480, width=640,
-                   date_captured="2013-11-14 16:28:13", flickr_url=f"http://example.org/{i}_z.jpg", id=i) for i, n in zip(ids, names)]
-    objects = [dict(segmentation=[outline[k % 1000]], area=702.1, iscrowd=int(k % 77 == 0), image_id=ids[o], bbox=[473.07, 395.93, 38.65, 28.67], category_id=c, id=k + 1)
-               for k, (o, c) in enumerate(zip(owner, category))]
-    categories = [dict(supercategory="thing", id=c, name=f"class {c}") for c in range(1, COCO["categories"] + 1)]
+    images = [
+        dict(
+            license=5,
+            file_name=n,
+            coco_url=f"http://images.example.org/train2014/{n}",
+            height=480,
+            width=640,
+            date_captured="2013-11-14 16:28:13",
+            flickr_url=f"http://example.org/{i}_z.jpg",
+            id=i,
+        )
+        for i, n in zip(ids, names)
+    ]
+    objects = [
+        dict(
+            segmentation=[outline[k % 1000]],
+            area=702.1,
+            iscrowd=int(k % 77 == 0),
+            image_id=ids[o],
+            bbox=[473.07, 395.93, 38.65, 28.67],
+            category_id=c,
+            id=k + 1,
+        )
+        for k, (o, c) in enumerate(zip(owner, category))
+    ]
+    categories = [
+        dict(supercategory="thing", id=c, name=f"class {c}") for c in range(1, COCO["categories"] + 1)
+    ]
     path = root / "annotations" / "instances_train2014.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(dict(info={}, licenses=[], images=images, annotations=objects, categories=categories)))
+    path.write_text(
+        json.dumps(dict(info={}, licenses=[], images=images, annotations=objects, categories=categories))
+    )
     stand_ins(root, [f"train2014/{n}" for n in names])
     return path
 
@@ -87,12 +123,20 @@ def make_nus(root: Path) -> None:
     for kind in ("Train", "Test"):
         n = NUS[kind]
         names = [f"folder{k % 704:03d}\\{k:04d}_{g.integers(10**9)}{k}.jpg" for k in range(n)]
-        (root / "ImageList" / f"{kind}Imagelist.txt").write_text("".join(f"{s}\r\n" for s in names), newline="")
+        (root / "ImageList" / f"{kind}Imagelist.txt").write_text(
+            "".join(f"{s}\r\n" for s in names), newline=""
+        )
         for c, concept in enumerate(concepts):
             lines = np.full((n, 3), (48, 13, 10), np.uint8)
             lines[:, 0] += g.random(n) < rate[c]
-            (root / "Groundtruth" / "TrainTestLabels" / f"Labels_{concept}_{kind}.txt").write_bytes(lines.tobytes())
-        stand_ins(root / "Flickr", [s.replace("\\", "/") for s in names], g.lognormal(np.log(60_000), 0.6, n).clip(5_000, 400_000))
+            (root / "Groundtruth" / "TrainTestLabels" / f"Labels_{concept}_{kind}.txt").write_bytes(
+                lines.tobytes()
+            )
+        stand_ins(
+            root / "Flickr",
+            [s.replace("\\", "/") for s in names],
+            g.lognormal(np.log(60_000), 0.6, n).clip(5_000, 400_000),
+        )
 
 
 def measure(name: str, root: Path, splits, repeats: int) -> dict:
@@ -101,13 +145,20 @@ def measure(name: str, root: Path, splits, repeats: int) -> dict:
     for split in splits:
         first = new_process(LOAD, name, root, split, False)
         new_process(LOAD, name, root, split, True)
-        time.sleep(2.2)   # an index younger than this does not trust the times of files yet
+        time.sleep(2.2)  # an index younger than this does not trust the times of files yet
         new_process(LOAD, name, root, split, True)
         cached = [new_process(LOAD, name, root, split, True) for _ in range(repeats)]
         assert {c["fingerprint"] for c in cached} == {first["fingerprint"]}
-        result[split] = dict(images=first["images"], labelled=first["labelled"], first_load_s=first["load"], first_cpu_s=first["cpu"],
-                             cached_load_s=statistics.median(c["load"] for c in cached), cached_load_all_s=sorted(c["load"] for c in cached),
-                             cached_cpu_s=statistics.median(c["cpu"] for c in cached), cached_process_s=statistics.median(c["process"] for c in cached))
+        result[split] = dict(
+            images=first["images"],
+            labelled=first["labelled"],
+            first_load_s=first["load"],
+            first_cpu_s=first["cpu"],
+            cached_load_s=statistics.median(c["load"] for c in cached),
+            cached_load_all_s=sorted(c["load"] for c in cached),
+            cached_cpu_s=statistics.median(c["cpu"] for c in cached),
+            cached_process_s=statistics.median(c["process"] for c in cached),
+        )
     return result
 
 
@@ -116,22 +167,44 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=7)
     p.add_argument("--out", type=Path)
     a = p.parse_args()
-    result = dict(command="python benchmarks/index.py", python=platform.python_version(), machine=platform.machine(), cores=os.cpu_count())
+    result = dict(
+        command="python benchmarks/index.py",
+        python=platform.python_version(),
+        machine=platform.machine(),
+        cores=os.cpu_count(),
+    )
     with tempfile.TemporaryDirectory() as tmp:
         path = make_coco(Path(tmp) / "coco")
         result["coco2014"] = measure("coco2014", path.parents[1], ["train2014"], a.repeats)
-        plain = new_process("import json, sys, time; from pycocotools.coco import COCO; t, c = time.perf_counter(), time.process_time(); COCO(sys.argv[1]); print(json.dumps(dict(load=time.perf_counter() - t, cpu=time.process_time() - c)))", path)
+        plain = new_process(
+            "import json, sys, time; from pycocotools.coco import COCO; t, c = time.perf_counter(), time.process_time(); COCO(sys.argv[1]); print(json.dumps(dict(load=time.perf_counter() - t, cpu=time.process_time() - c)))",
+            path,
+        )
         train = result["coco2014"]["train2014"]
-        result["coco2014"].update(json_bytes=path.stat().st_size, pycocotools_load_s=plain["load"], pycocotools_cpu_s=plain["cpu"],
-                                  first_over_pycocotools_cpu=train["first_cpu_s"] / plain["cpu"], pycocotools_over_cached_cpu=plain["cpu"] / train["cached_cpu_s"])
+        result["coco2014"].update(
+            json_bytes=path.stat().st_size,
+            pycocotools_load_s=plain["load"],
+            pycocotools_cpu_s=plain["cpu"],
+            first_over_pycocotools_cpu=train["first_cpu_s"] / plain["cpu"],
+            pycocotools_over_cached_cpu=plain["cpu"] / train["cached_cpu_s"],
+        )
     with tempfile.TemporaryDirectory() as tmp:
         root = Path(tmp) / "nuswide"
         make_nus(root)
         result["nuswide"] = measure("nuswide", root, ["train", "test"], a.repeats)
-        plain = new_process("import glob, json, sys, time, numpy; t, c = time.perf_counter(), time.process_time(); [numpy.loadtxt(f, dtype=numpy.int8) for f in glob.glob(sys.argv[1])]; print(json.dumps(dict(load=time.perf_counter() - t, cpu=time.process_time() - c)))",
-                            root / "Groundtruth" / "TrainTestLabels" / "*.txt")
+        plain = new_process(
+            "import glob, json, sys, time, numpy; t, c = time.perf_counter(), time.process_time(); [numpy.loadtxt(f, dtype=numpy.int8) for f in glob.glob(sys.argv[1])]; print(json.dumps(dict(load=time.perf_counter() - t, cpu=time.process_time() - c)))",
+            root / "Groundtruth" / "TrainTestLabels" / "*.txt",
+        )
         both = [new_process(READ, root, split) for split in ("train", "test")]
-        result["nuswide"].update({f"both_splits_first_{k}_s": sum(result["nuswide"][s][f"first_{k}_s"] for s in ("train", "test")) for k in ("load", "cpu")})
+        result["nuswide"].update(
+            {
+                f"both_splits_first_{k}_s": sum(
+                    result["nuswide"][s][f"first_{k}_s"] for s in ("train", "test")
+                )
+                for k in ("load", "cpu")
+            }
+        )
         result["nuswide"].update({f"label_files_{k}_s": sum(r[k] for r in both) for k in ("load", "cpu")})
         result["nuswide"].update(loadtxt_load_s=plain["load"], loadtxt_cpu_s=plain["cpu"])
         result["load_average"] = os.getloadavg()[2]

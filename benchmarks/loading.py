@@ -12,11 +12,22 @@ and what decoding large photographs at reduced size saves and changes.
 
     python benchmarks/loading.py --out benchmarks/results/loading.json
 """
-import argparse, json, os, random, shutil, statistics, subprocess, sys, tempfile, time
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from measure import setting, spread, write
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -25,7 +36,6 @@ from cadm_paper.data.feed import PIXELS, DeviceFeeder, Feeder, flip_mask, prepar
 from cadm_paper.data.images import load_image
 from cadm_paper.data.pack import Pack, pack
 from cadm_paper.data.split import Split
-from measure import setting, spread, write
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("CADM_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -33,19 +43,32 @@ SHARED = Path(os.environ.get("CADM_SHARED_DATA", ROOT.parent / "shared" / "data"
 
 class Usual(Dataset):
     """What most multi-label code does with one photograph."""
+
     def __init__(self, split: Split, size: int, flip: float = 0.5):
         self.split = split
-        self.steps = transforms.Compose([transforms.Resize((size, size)), transforms.RandomHorizontalFlip(flip), transforms.ToTensor(), transforms.Normalize(*PIXELS["imagenet"])])
+        self.steps = transforms.Compose(
+            [
+                transforms.Resize((size, size)),
+                transforms.RandomHorizontalFlip(flip),
+                transforms.ToTensor(),
+                transforms.Normalize(*PIXELS["imagenet"]),
+            ]
+        )
 
-    def __len__(self): return len(self.split)
+    def __len__(self):
+        return len(self.split)
 
     def __getitem__(self, i):
-        return self.steps(Image.open(self.split.paths[i]).convert("RGB")), torch.from_numpy(self.split.labels[i])
+        return self.steps(Image.open(self.split.paths[i]).convert("RGB")), torch.from_numpy(
+            self.split.labels[i]
+        )
 
 
 class UsualLoader:
     def __init__(self, split, size, batch, workers):
-        self.loader = DataLoader(Usual(split, size), batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+        self.loader = DataLoader(
+            Usual(split, size), batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+        )
 
     def __call__(self, epoch):
         for images, _ in self.loader:
@@ -63,11 +86,13 @@ class OurLoader:
         for batch in self.feeder.epoch(self.batch, seed=0, epoch=epoch, shuffle=True):
             yield prepare(batch.images, flip=flip_mask(batch.indices, 0, epoch))
 
-    def processes(self): return []
+    def processes(self):
+        return []
 
 
 class GpuLoader(OurLoader):
     """Decoding on the GPU. The other ways leave their tensors on the CPU, so its ratio is a lower bound."""
+
     def __init__(self, split, size, batch, workers):
         self.feeder, self.batch = DeviceFeeder(split, size, "cuda", workers=workers), batch
 
@@ -76,11 +101,21 @@ def copies(folder: Path, times: int) -> Split:
     """coco-tiny's photographs, `times` times each, as files of their own."""
     originals = sorted((SHARED / "coco-tiny").glob("*/*.jpg"))
     if not originals:
-        sys.exit(f"{SHARED / 'coco-tiny'}: no photographs; set CADM_SHARED_DATA to the folder that holds coco-tiny/")
+        sys.exit(
+            f"{SHARED / 'coco-tiny'}: no photographs; set CADM_SHARED_DATA to the folder that holds coco-tiny/"
+        )
     paths = [folder / f"{k:02}-{p.name}" for k in range(times) for p in originals]
     for k, path in enumerate(paths):
         shutil.copyfile(originals[k % len(originals)], path)
-    return Split("coco-tiny", "copies", folder, tuple(map(str, range(80))), tuple(p.stem for p in paths), paths, np.zeros((len(paths), 80), np.int8))
+    return Split(
+        "coco-tiny",
+        "copies",
+        folder,
+        tuple(map(str, range(80))),
+        tuple(p.stem for p in paths),
+        paths,
+        np.zeros((len(paths), 80), np.int8),
+    )
 
 
 def drop_from_cache(paths) -> None:
@@ -121,21 +156,30 @@ def rounds(ways: dict, count: int, images: int, before=lambda name: None) -> dic
     """Epochs of all ways in turn, the order reversed every other time; images/s and ratios to `usual`."""
     times = {name: [] for name in ways}
     for r in range(count):
-        for name in (list(ways) if r % 2 == 0 else reversed(ways)):
+        for name in list(ways) if r % 2 == 0 else reversed(ways):
             before(name)
             times[name].append(one_epoch(ways[name], r + 1, images))
     result = {}
     for name, own in times.items():
-        result[name] = dict(images_per_s=spread([images / t["wall"] for t in own]), cpu_ms_per_image=spread([1000 * t["cpu"] / images for t in own]))
+        result[name] = dict(
+            images_per_s=spread([images / t["wall"] for t in own]),
+            cpu_ms_per_image=spread([1000 * t["cpu"] / images for t in own]),
+        )
         if name != "usual":
             for kind in ("wall", "cpu"):
-                result[name][f"{kind}_ratio"] = spread([u[kind] / t[kind] for u, t in zip(times["usual"], own)])
+                result[name][f"{kind}_ratio"] = spread(
+                    [u[kind] / t[kind] for u, t in zip(times["usual"], own)]
+                )
     return result
 
 
 def memory_over_epochs(way, epochs: int, images: int) -> dict:
     """Memory in MB (of the worker processes where there are any, else of this process) after each of some epochs."""
-    return dict(after_epoch_mb=[round(resident_megabytes(way.processes()), 1) for e in range(epochs) if one_epoch(way, e, images)])
+    return dict(
+        after_epoch_mb=[
+            round(resident_megabytes(way.processes()), 1) for e in range(epochs) if one_epoch(way, e, images)
+        ]
+    )
 
 
 FIRST = """
@@ -158,9 +202,25 @@ print(imported - began, start - imported, time.perf_counter() - start)
 
 def first_batch(folder: Path, which: str, a) -> dict:
     """New processes: seconds for importing, for opening split and pack, and from there to the first prepared batch."""
-    command = [sys.executable, "-c", FIRST, str(ROOT / "benchmarks"), str(folder), which, str(a.size), str(a.batch), str(a.workers)]
-    done = [list(map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())) for _ in range(a.starts)]
-    return {name: spread(list(values)) for name, values in zip(("import_s", "open_s", "first_batch_s"), zip(*done))}
+    command = [
+        sys.executable,
+        "-c",
+        FIRST,
+        str(ROOT / "benchmarks"),
+        str(folder),
+        which,
+        str(a.size),
+        str(a.batch),
+        str(a.workers),
+    ]
+    done = [
+        list(map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
+        for _ in range(a.starts)
+    ]
+    return {
+        name: spread(list(values))
+        for name, values in zip(("import_s", "open_s", "first_batch_s"), zip(*done))
+    }
 
 
 def largest_difference(split, size: int) -> float:
@@ -168,7 +228,12 @@ def largest_difference(split, size: int) -> float:
     usual = Usual(split, size, flip=0.0)
     batch = next(iter(Feeder(split, size, in_memory=False).epoch(32)))
     theirs = torch.stack([usual[i][0] for i in batch.indices.tolist()])
-    return ((prepare(batch.images) - theirs) * torch.tensor(PIXELS["imagenet"][1]).view(1, 3, 1, 1) * 255).abs().max().item()
+    return (
+        ((prepare(batch.images) - theirs) * torch.tensor(PIXELS["imagenet"][1]).view(1, 3, 1, 1) * 255)
+        .abs()
+        .max()
+        .item()
+    )
 
 
 def draft_on_large(split, size: int, repeats: int) -> dict:
@@ -184,14 +249,22 @@ def draft_on_large(split, size: int, repeats: int) -> dict:
             images[draft] = [load_image(path, size, draft=draft) for path in paths]
             times[draft].append(time.process_time() - start)
         change = [(a.float() - b.float()).abs().mean().item() for a, b in zip(images[False], images[True])]
-        return dict(cpu_ratio=spread([full / fast for full, fast in zip(times[False], times[True])]), mean_absolute_change=statistics.mean(change))
+        return dict(
+            cpu_ratio=spread([full / fast for full, fast in zip(times[False], times[True])]),
+            mean_absolute_change=statistics.mean(change),
+        )
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--size", type=int, default=448)
     p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="worker processes of the usual loader, threads of ours")
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="worker processes of the usual loader, threads of ours",
+    )
     p.add_argument("--copies", type=int, default=6, help="of each of the hundred photographs")
     p.add_argument("--rounds", type=int, default=7, help="warm rounds; cold ones are half as many")
     p.add_argument("--starts", type=int, default=5, help="new processes for the first batch")
@@ -202,25 +275,54 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         (photographs := Path(tmp) / "photographs").mkdir()
         split = copies(photographs, a.copies)
-        packs = {kind: pack(split, Path(tmp) / kind, a.size, encoding=kind, workers=a.workers) for kind in ("jpeg", "raw")}
-        ways = dict(usual=UsualLoader(split, a.size, a.batch, a.workers), files=OurLoader(split, a.size, a.batch, a.workers),
-                    packed_jpeg=OurLoader(split, a.size, a.batch, a.workers, packs["jpeg"]), packed_raw=OurLoader(split, a.size, a.batch, a.workers, packs["raw"]))
-        files = dict(usual=split.paths, files=split.paths, packed_jpeg=list(packs["jpeg"].glob("*.bin")), packed_raw=list(packs["raw"].glob("*.bin")))
+        packs = {
+            kind: pack(split, Path(tmp) / kind, a.size, encoding=kind, workers=a.workers)
+            for kind in ("jpeg", "raw")
+        }
+        ways = dict(
+            usual=UsualLoader(split, a.size, a.batch, a.workers),
+            files=OurLoader(split, a.size, a.batch, a.workers),
+            packed_jpeg=OurLoader(split, a.size, a.batch, a.workers, packs["jpeg"]),
+            packed_raw=OurLoader(split, a.size, a.batch, a.workers, packs["raw"]),
+        )
+        files = dict(
+            usual=split.paths,
+            files=split.paths,
+            packed_jpeg=list(packs["jpeg"].glob("*.bin")),
+            packed_raw=list(packs["raw"].glob("*.bin")),
+        )
         if torch.cuda.is_available():
-            ways["files_on_gpu"], files["files_on_gpu"] = GpuLoader(split, a.size, a.batch, a.workers), split.paths
+            ways["files_on_gpu"], files["files_on_gpu"] = (
+                GpuLoader(split, a.size, a.batch, a.workers),
+                split.paths,
+            )
         n = len(split)
         for way in ways.values():
             one_epoch(way, 0, n)
-        result = dict(command=f"python benchmarks/loading.py --size {a.size} --batch {a.batch} --workers {a.workers} --copies {a.copies} --rounds {a.rounds} --starts {a.starts}",
-                      photographs=f"coco-tiny, 100 originals x {a.copies}", size=a.size, batch=a.batch, workers=a.workers,
-                      largest_difference_to_usual=largest_difference(split, a.size), setting=setting("cpu"))
+        result = dict(
+            command=f"python benchmarks/loading.py --size {a.size} --batch {a.batch} --workers {a.workers} --copies {a.copies} --rounds {a.rounds} --starts {a.starts}",
+            photographs=f"coco-tiny, 100 originals x {a.copies}",
+            size=a.size,
+            batch=a.batch,
+            workers=a.workers,
+            largest_difference_to_usual=largest_difference(split, a.size),
+            setting=setting("cpu"),
+        )
         result["warm"] = rounds(ways, a.rounds, n)
         result["cold"] = rounds(ways, -(-a.rounds // 2), n, before=lambda name: drop_from_cache(files[name]))
         result["memory"] = {name: memory_over_epochs(way, 4, n) for name, way in ways.items()}
-        result["first_batch"] = {name: first_batch(photographs, which, a) for name, which in
-                                 dict(usual="usual", files="files", packed_jpeg=str(packs["jpeg"]), packed_raw=str(packs["raw"])).items()}
+        result["first_batch"] = {
+            name: first_batch(photographs, which, a)
+            for name, which in dict(
+                usual="usual", files="files", packed_jpeg=str(packs["jpeg"]), packed_raw=str(packs["raw"])
+            ).items()
+        }
         result["draft"] = draft_on_large(split, a.size, 3)
-        result["packs"] = {kind: Pack(path).loss | dict(bytes_per_image=sum(f.stat().st_size for f in path.glob("*.bin")) / n) for kind, path in packs.items()}
+        result["packs"] = {
+            kind: Pack(path).loss
+            | dict(bytes_per_image=sum(f.stat().st_size for f in path.glob("*.bin")) / n)
+            for kind, path in packs.items()
+        }
         result["setting"]["load_5min_after"] = round(os.getloadavg()[1], 1)
     print(json.dumps(result, indent=1))
     write(result, a.out)

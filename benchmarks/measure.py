@@ -1,5 +1,9 @@
 """What the benchmarks of the model and the loss share: the time of one step, its peak memory, the spread over repetitions."""
-import ctypes, os, statistics, time
+
+import ctypes
+import os
+import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -20,7 +24,11 @@ def keep_freed_memory() -> bool:
 
 def seconds(step, device: str) -> float:
     """Time of one step: wall clock on a GPU, CPU time elsewhere (what other programs take of the machine is not counted)."""
-    sync, clock = (torch.cuda.synchronize, time.perf_counter) if device.startswith("cuda") else (lambda: None, time.process_time)
+    sync, clock = (
+        (torch.cuda.synchronize, time.perf_counter)
+        if device.startswith("cuda")
+        else (lambda: None, time.process_time)
+    )
     sync()
     start = clock()
     step()
@@ -32,7 +40,7 @@ def in_turn(steps: dict, repeats: int, device: str) -> dict[str, list[float]]:
     """Times of several steps taken in turn, in the opposite order every other time."""
     times = {name: [] for name in steps}
     for i in range(repeats):
-        for name in (list(steps) if i % 2 == 0 else reversed(steps)):
+        for name in list(steps) if i % 2 == 0 else reversed(steps):
             times[name].append(seconds(steps[name], device))
     return times
 
@@ -40,13 +48,18 @@ def in_turn(steps: dict, repeats: int, device: str) -> dict[str, list[float]]:
 def peak_bytes(step, device: str) -> int:
     """The most that one step holds at a time on top of what was there before: CUDA's allocator counts it, on a CPU the profiler's record of every allocation."""
     if device.startswith("cuda"):
-        torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    changes = sorted(
+        (e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"
+    )
     held = peak = 0
     for _, change in changes:
         held += change
@@ -57,12 +70,20 @@ def peak_bytes(step, device: str) -> int:
 def spread(values: list[float]) -> dict:
     """Median, quartiles and extremes."""
     low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
-    return {"median": statistics.median(values), "quartiles": [low, high], "extremes": [min(values), max(values)], "n": len(values)}
+    return {
+        "median": statistics.median(values),
+        "quartiles": [low, high],
+        "extremes": [min(values), max(values)],
+        "n": len(values),
+    }
 
 
 def setting(device: str, precision: str = "float32", threads: int = 1) -> dict:
     """The environment of a measurement, with the load of the machine over the last five minutes (processes that want a CPU)."""
-    return environment(device, precision, threads) | {"cpus": os.cpu_count(), "load_5min": round(os.getloadavg()[1], 1)}
+    return environment(device, precision, threads) | {
+        "cpus": os.cpu_count(),
+        "load_5min": round(os.getloadavg()[1], 1),
+    }
 
 
 def write(result: dict, path: Path | None) -> None:

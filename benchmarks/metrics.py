@@ -8,6 +8,7 @@ plus a gain for present labels. Ratios are given in CPU time of the process, whi
 
     python benchmarks/metrics.py --out benchmarks/results/metrics.json
 """
+
 import argparse
 import gc
 import os
@@ -29,7 +30,9 @@ SHARED = Path(os.environ.get("CADM_SHARED_DATA", Path(__file__).resolve().parent
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--labels", type=Path, default=SHARED / "coco2014_labels80.npz", help="an .npz with labels, N x C")
+    p.add_argument(
+        "--labels", type=Path, default=SHARED / "coco2014_labels80.npz", help="an .npz with labels, N x C"
+    )
     p.add_argument("--images", type=int, default=40_137)
     p.add_argument("--classes", type=int, default=80, help="without a label file")
     p.add_argument("--rounds", type=int, default=7)
@@ -43,19 +46,27 @@ def arguments() -> argparse.Namespace:
 def make_labels(a: argparse.Namespace) -> tuple[np.ndarray, dict]:
     """Labels N x C (int8) and where they come from."""
     if a.labels.is_file():
-        y = np.load(a.labels, allow_pickle=False)["labels"][-a.images:].astype(np.int8)
+        y = np.load(a.labels, allow_pickle=False)["labels"][-a.images :].astype(np.int8)
         origin = {"labels": a.labels.name, "sha256": sha256_file(a.labels)}
     else:
         frequency = np.r_[0.54, np.geomspace(0.13, 0.0017, a.classes - 1)]
         y = (np.random.default_rng(a.seed).random((a.images, a.classes)) < frequency).astype(np.int8)
         origin = {"labels": "drawn with frequencies 0.54 and 0.13 to 0.0017, geometrically"}
-    return y, origin | {"images": len(y), "classes": y.shape[1], "labels_per_image": round(float(y.sum(1).mean()), 3),
-                        "class_frequencies": [round(float(f), 5) for f in (y.mean(0).min(), np.median(y.mean(0)), y.mean(0).max())]}
+    return y, origin | {
+        "images": len(y),
+        "classes": y.shape[1],
+        "labels_per_image": round(float(y.sum(1).mean()), 3),
+        "class_frequencies": [
+            round(float(f), 5) for f in (y.mean(0).min(), np.median(y.mean(0)), y.mean(0).max())
+        ],
+    }
 
 
 def make_scores(y: np.ndarray, seed: int) -> np.ndarray:
     """Scores float32: sigmoid of normal noise of width 1.5 around -3, and 4 more where the label is present."""
-    return (1 / (1 + np.exp(3 - 4 * y - 1.5 * np.random.default_rng(seed).normal(size=y.shape)))).astype(np.float32)
+    return (1 / (1 + np.exp(3 - 4 * y - 1.5 * np.random.default_rng(seed).normal(size=y.shape)))).astype(
+        np.float32
+    )
 
 
 def seconds(work) -> tuple[float, float]:
@@ -77,7 +88,11 @@ def in_turn(works: dict, rounds: int) -> dict[str, list[tuple[float, float]]]:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 5), "min": round(min(values), 5), "max": round(max(values), 5)}
+    return {
+        "median": round(statistics.median(values), 5),
+        "min": round(min(values), 5),
+        "max": round(max(values), 5),
+    }
 
 
 def ratios(times: dict, name: str, against: str) -> dict[str, dict]:
@@ -92,22 +107,58 @@ def main() -> None:
     y, origin = make_labels(a)
     s = make_scores(y, a.seed)
     sklearn = lambda: [average_precision_score(y[:, c], s[:, c]) for c in range(y.shape[1])]
-    agreement = float(np.abs(average_precision(s.astype(np.float64), y) - [average_precision_score(y[:, c], s[:, c].astype(np.float64)) for c in range(y.shape[1])]).max())
-    works = {"argsort": lambda: np.argsort(s, axis=0), "multilabel_metrics": lambda: multilabel_metrics(s, y), "scikit-learn AP": sklearn}
+    agreement = float(
+        np.abs(
+            average_precision(s.astype(np.float64), y)
+            - [average_precision_score(y[:, c], s[:, c].astype(np.float64)) for c in range(y.shape[1])]
+        ).max()
+    )
+    works = {
+        "argsort": lambda: np.argsort(s, axis=0),
+        "multilabel_metrics": lambda: multilabel_metrics(s, y),
+        "scikit-learn AP": sklearn,
+    }
     times = in_turn(works, a.rounds)
-    long = in_turn({"multilabel_metrics": works["multilabel_metrics"], "bootstrap": lambda: bootstrap(s, y, a.replicates, a.seed)}, a.bootstrap_rounds)
+    long = in_turn(
+        {
+            "multilabel_metrics": works["multilabel_metrics"],
+            "bootstrap": lambda: bootstrap(s, y, a.replicates, a.seed),
+        },
+        a.bootstrap_rounds,
+    )
     result = {
-        "data": origin, "score_dtype": str(s.dtype), "threads": 1, "rounds": a.rounds, "bootstrap_rounds": a.bootstrap_rounds, "replicates": a.replicates,
-        "seconds": {name: {clock: spread([x[i] for x in measured]) for i, clock in enumerate(("cpu", "wall"))} for name, measured in [*times.items(), ("bootstrap", long["bootstrap"])]},
-        "ratios": {"multilabel_metrics / argsort (at most 2.5)": ratios(times, "multilabel_metrics", "argsort"),
-                   "scikit-learn AP / multilabel_metrics (at least 3)": ratios(times, "scikit-learn AP", "multilabel_metrics"),
-                   f"bootstrap of {a.replicates} / multilabel_metrics (at most 100)": ratios(long, "bootstrap", "multilabel_metrics")},
+        "data": origin,
+        "score_dtype": str(s.dtype),
+        "threads": 1,
+        "rounds": a.rounds,
+        "bootstrap_rounds": a.bootstrap_rounds,
+        "replicates": a.replicates,
+        "seconds": {
+            name: {clock: spread([x[i] for x in measured]) for i, clock in enumerate(("cpu", "wall"))}
+            for name, measured in [*times.items(), ("bootstrap", long["bootstrap"])]
+        },
+        "ratios": {
+            "multilabel_metrics / argsort (at most 2.5)": ratios(times, "multilabel_metrics", "argsort"),
+            "scikit-learn AP / multilabel_metrics (at least 3)": ratios(
+                times, "scikit-learn AP", "multilabel_metrics"
+            ),
+            f"bootstrap of {a.replicates} / multilabel_metrics (at most 100)": ratios(
+                long, "bootstrap", "multilabel_metrics"
+            ),
+        },
         "largest difference of an AP from scikit-learn's, float64": agreement,
-        "numbers": {name: value for name, value in multilabel_metrics(s, y).items() if name in metric_names()},
+        "numbers": {
+            name: value for name, value in multilabel_metrics(s, y).items() if name in metric_names()
+        },
         "environment": environment(),
     }
     for name, value in result["ratios"].items():
-        print(f"{name}: " + "; ".join(f"{clock} {v['median']:.2f} ({v['min']:.2f} to {v['max']:.2f})" for clock, v in value.items()))
+        print(
+            f"{name}: "
+            + "; ".join(
+                f"{clock} {v['median']:.2f} ({v['min']:.2f} to {v['max']:.2f})" for clock, v in value.items()
+            )
+        )
     for name, value in result["seconds"].items():
         print(f"{name}: {value['cpu']['median']:.3f} s of CPU, {value['wall']['median']:.3f} s of wall time")
     print(f"largest difference of an AP from scikit-learn's: {agreement:.1e}")

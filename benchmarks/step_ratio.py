@@ -5,40 +5,63 @@ Ours: `Trainer.step` of `cadm_paper.train` for each row of the tables. Steps are
 
     python benchmarks/step_ratio.py [--rounds 30] [--out benchmarks/results/step_ratio.json]
 """
+
 import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measure import in_turn, keep_freed_memory, setting, spread, write
 
 from cadm_paper.config import TrainConfig
 from cadm_paper.data.feed import Batch, prepare
 from cadm_paper.machine import Team, machine_settings, resolve_machine
 from cadm_paper.model import narrow_resnet
 from cadm_paper.train import Trainer, build_model
-from measure import in_turn, keep_freed_memory, setting, spread, write
 
-ROWS = {"baseline_gap": {}, "baseline": {}, "cadm lam 0": {"method": "cadm", "lam": 0.0}, "cadm lam 0.5": {"method": "cadm", "lam": 0.5}}
+ROWS = {
+    "baseline_gap": {},
+    "baseline": {},
+    "cadm lam 0": {"method": "cadm", "lam": 0.0},
+    "cadm lam 0.5": {"method": "cadm", "lam": 0.5},
+}
 
 
 def made_batch(config: TrainConfig, classes: int) -> Batch:
     g = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (config.batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=g)
-    return Batch(images.contiguous(memory_format=torch.channels_last), (torch.rand(config.batch_size, classes, generator=g) < 0.15).to(torch.int8), torch.arange(config.batch_size))
+    images = torch.randint(
+        0, 256, (config.batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=g
+    )
+    return Batch(
+        images.contiguous(memory_format=torch.channels_last),
+        (torch.rand(config.batch_size, classes, generator=g) < 0.15).to(torch.int8),
+        torch.arange(config.batch_size),
+    )
 
 
 def bare_step(config: TrainConfig, batch: Batch):
     """The same number format and layout, and nothing else of ours."""
     backbone = narrow_resnet().to(memory_format=torch.channels_last)
     head = torch.nn.Linear(backbone(torch.zeros(1, 3, 80, 80)).shape[1], batch.targets.shape[1])
-    sgd = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+    sgd = torch.optim.SGD(
+        [*backbone.parameters(), *head.parameters()],
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
     def step():
         x = prepare(batch.images, normalise=config.normalise)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
             logits = head(backbone(x).mean((2, 3)))
-        (F.binary_cross_entropy_with_logits(logits.float(), batch.targets.float(), reduction="sum") / len(x)).backward()
-        sgd.step(); sgd.zero_grad(set_to_none=True)
+        (
+            F.binary_cross_entropy_with_logits(logits.float(), batch.targets.float(), reduction="sum")
+            / len(x)
+        ).backward()
+        sgd.step()
+        sgd.zero_grad(set_to_none=True)
+
     return step
 
 
@@ -50,7 +73,9 @@ def main() -> None:
     keep_freed_memory()
     ratios = {}
     for name, row in ROWS.items():
-        config = resolve_machine(TrainConfig(preset="mini", weights="none", lr=1e-4, **{"method": name, **row}))
+        config = resolve_machine(
+            TrainConfig(preset="mini", weights="none", lr=1e-4, **{"method": name, **row})
+        )
         with machine_settings(config):
             batch = made_batch(config, 20)
             trainer = Trainer(config, build_model(config, range(20)), Team(), 10**6)
@@ -59,14 +84,20 @@ def main() -> None:
             def ours():
                 trainer.step(batch, config.batch_size)
                 trainer.recent.clear()
+
             bare = bare_step(config, batch)
             steps = {"bare": bare, "ours": ours}
             in_turn(steps, 3, "cpu")
             times = in_turn(steps, a.rounds, "cpu")
         ratios[name] = spread([ours / bare for ours, bare in zip(times["ours"], times["bare"])])
         print(f"{name}: {ratios[name]['median']:.3f} times the bare backbone's step")
-    result = {"what": "one training step of the mini preset over its bare backbone's step, CPU time", "ratios": ratios,
-              "precision": config.precision, "batch_size": config.batch_size, "setting": setting("cpu", config.precision)}
+    result = {
+        "what": "one training step of the mini preset over its bare backbone's step, CPU time",
+        "ratios": ratios,
+        "precision": config.precision,
+        "batch_size": config.batch_size,
+        "setting": setting("cpu", config.precision),
+    }
     write(result, a.out)
 
 

@@ -10,6 +10,7 @@ epoch of made photographs from a pack with the loader in the loop, as a share of
     python benchmarks/train_step.py --out benchmarks/results/train_step-gpu.json             # a GPU
     python benchmarks/train_step.py --small                                                  # a CPU: that it works, not how fast
 """
+
 import argparse
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import in_turn, peak_bytes, seconds, setting, spread, write
 
 from cadm_paper.config import TrainConfig
 from cadm_paper.data.feed import Batch, Feeder
@@ -24,7 +26,6 @@ from cadm_paper.data.pack import pack
 from cadm_paper.machine import Team, machine_settings, resolve_machine
 from cadm_paper.model import CADM
 from cadm_paper.train import Trainer, build_model
-from measure import in_turn, peak_bytes, seconds, setting, spread, write
 
 CLASSES = 80
 
@@ -34,8 +35,19 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--small", action="store_true", help="resnet18, 64 px, batch 4: to see that it works")
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--rounds", type=int, default=10)
-    p.add_argument("--memory", type=int, nargs="*", default=[16, 32, 64, 128], help="batch sizes whose peak memory is measured")
-    p.add_argument("--loader-images", type=int, default=2048, help="made photographs for the epoch with the loader; 0: skip")
+    p.add_argument(
+        "--memory",
+        type=int,
+        nargs="*",
+        default=[16, 32, 64, 128],
+        help="batch sizes whose peak memory is measured",
+    )
+    p.add_argument(
+        "--loader-images",
+        type=int,
+        default=2048,
+        help="made photographs for the epoch with the loader; 0: skip",
+    )
     p.add_argument("--no-compile", action="store_true")
     p.add_argument("--out", type=Path)
     return p.parse_args()
@@ -43,9 +55,17 @@ def arguments() -> argparse.Namespace:
 
 def made_batch(config: TrainConfig, device) -> Batch:
     g = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (config.batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=g)
-    targets = (torch.rand(config.batch_size, CLASSES, generator=g) < 2.9 / CLASSES).to(torch.int8)       # COCO's labels an image
-    return Batch(images.contiguous(memory_format=torch.channels_last).to(device), targets.to(device), torch.arange(config.batch_size))
+    images = torch.randint(
+        0, 256, (config.batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=g
+    )
+    targets = (torch.rand(config.batch_size, CLASSES, generator=g) < 2.9 / CLASSES).to(
+        torch.int8
+    )  # COCO's labels an image
+    return Batch(
+        images.contiguous(memory_format=torch.channels_last).to(device),
+        targets.to(device),
+        torch.arange(config.batch_size),
+    )
 
 
 def plain_step(config: TrainConfig, batch: Batch, device, compiled: bool, usual: bool = False):
@@ -56,14 +76,22 @@ def plain_step(config: TrainConfig, batch: Batch, device, compiled: bool, usual:
     head = torch.nn.Linear(backbone(x[:1]).shape[1], CLASSES).to(device)
     run = lambda x: head(backbone(x).mean((2, 3)))
     run = torch.compile(run) if compiled and not usual else run
-    sgd = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=1e-6, momentum=0.9, weight_decay=1e-4, **({"foreach": True} if usual else {"fused": True}))
+    sgd = torch.optim.SGD(
+        [*backbone.parameters(), *head.parameters()],
+        lr=1e-6,
+        momentum=0.9,
+        weight_decay=1e-4,
+        **({"foreach": True} if usual else {"fused": True}),
+    )
     y = batch.targets.float()
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=not usual and config.precision == "bf16"):
             logits = run(x)
         (F.binary_cross_entropy_with_logits(logits.float(), y, reduction="sum") / len(x)).backward()
-        sgd.step(); sgd.zero_grad(set_to_none=True)
+        sgd.step()
+        sgd.zero_grad(set_to_none=True)
+
     return step
 
 
@@ -75,6 +103,7 @@ def our_step(config: TrainConfig, batch: Batch, device):
     def step():
         trainer.step(batch, config.batch_size)
         trainer.recent.clear()
+
     return step
 
 
@@ -85,7 +114,9 @@ def tf32(on: bool):
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = on
             step()
             torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
         return run
+
     return switch
 
 
@@ -97,8 +128,10 @@ def device_limits(device, small: bool) -> dict:
     kind = device.type
     for f in (lambda: a @ a, lambda: x.clone()):
         seconds(f, kind)
-    return {"matmul_flops": 2 * n**3 / min(seconds(lambda: a @ a, kind) for _ in range(10)),
-            "copy_bytes_per_s": 2 * x.numel() / min(seconds(lambda: x.clone(), kind) for _ in range(10))}
+    return {
+        "matmul_flops": 2 * n**3 / min(seconds(lambda: a @ a, kind) for _ in range(10)),
+        "copy_bytes_per_s": 2 * x.numel() / min(seconds(lambda: x.clone(), kind) for _ in range(10)),
+    }
 
 
 def roofline(config: TrainConfig, device, limits: dict) -> dict:
@@ -113,10 +146,18 @@ def roofline(config: TrainConfig, device, limits: dict) -> dict:
         if isinstance(module, torch.nn.Conv2d):
             work = 2 * b * output[0].numel() * module.weight[0].numel()
             flops += 3 * work
-            time_ += 3 * max(work / limits["matmul_flops"], (moved + half * module.weight.numel()) / limits["copy_bytes_per_s"])
+            time_ += 3 * max(
+                work / limits["matmul_flops"],
+                (moved + half * module.weight.numel()) / limits["copy_bytes_per_s"],
+            )
         else:
             time_ += 2 * moved / limits["copy_bytes_per_s"]
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.ReLU))]
+
+    hooks = [
+        m.register_forward_hook(count)
+        for m in model.modules()
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.ReLU))
+    ]
     with torch.no_grad():
         model.eval()(torch.zeros(1, 3, config.image_size, config.image_size, device=device))
     for hook in hooks:
@@ -126,17 +167,25 @@ def roofline(config: TrainConfig, device, limits: dict) -> dict:
 
 class MadePhotographs:
     """Enough of a split for the feeder: noise of photograph-like smoothness, written as JPEGs."""
+
     def __init__(self, folder: Path, count: int, size: int):
         from PIL import Image
+
         rng = np.random.default_rng(0)
         self.image_ids = [f"{i:06}" for i in range(count)]
         self.paths = [folder / f"{i}.jpg" for i in self.image_ids]
-        self.labels, self.classes = (rng.random((count, CLASSES)) < 2.9 / CLASSES).astype(np.int8), [str(c) for c in range(CLASSES)]
+        self.labels, self.classes = (
+            (rng.random((count, CLASSES)) < 2.9 / CLASSES).astype(np.int8),
+            [str(c) for c in range(CLASSES)],
+        )
         self.dataset, self.split, self.fingerprint = "made", "train", "made"
         for path in self.paths:
-            Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), dtype=np.uint8)).resize((size, size), Image.Resampling.BICUBIC).save(path, quality=90)
+            Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), dtype=np.uint8)).resize(
+                (size, size), Image.Resampling.BICUBIC
+            ).save(path, quality=90)
 
-    def __len__(self): return len(self.paths)
+    def __len__(self):
+        return len(self.paths)
 
 
 def loader_share(config: TrainConfig, device, step_seconds: float, count: int, workers: int) -> dict:
@@ -148,7 +197,7 @@ def loader_share(config: TrainConfig, device, step_seconds: float, count: int, w
         trainer = Trainer(config, build_model(config, range(CLASSES)), Team(device=device), 10**6)
         trainer.network.train()
         batches = feeder.epoch(config.batch_size, seed=0, shuffle=True)
-        trainer.step(next(batches), config.batch_size)                   # warm
+        trainer.step(next(batches), config.batch_size)  # warm
         done = 0
 
         def rest():
@@ -157,8 +206,13 @@ def loader_share(config: TrainConfig, device, step_seconds: float, count: int, w
                 if len(batch.indices) == config.batch_size:
                     trainer.step(batch, config.batch_size)
                     done += 1
+
         taken = seconds(rest, device.type)
-    return {"share_of_step_rate": done * step_seconds / taken, "images_per_second": done * config.batch_size / taken, "workers": workers}
+    return {
+        "share_of_step_rate": done * step_seconds / taken,
+        "images_per_second": done * config.batch_size / taken,
+        "workers": workers,
+    }
 
 
 def main() -> None:
@@ -166,15 +220,39 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compiled = not a.no_compile and device.type == "cuda"
     size = dict(backbone="resnet18", image_size=64, batch_size=4) if a.small else dict(batch_size=a.batch)
-    config = resolve_machine(TrainConfig(preset="paper", weights="none", lr=1e-6, lam=0.5, compile=compiled, device=device.type, threads=0, **size))
-    result = {"what": "training step at the paper's setting, ratios of images per second", "small": a.small, "compiled": compiled,
-              "setting": setting(str(device), config.precision, config.threads), "batch_size": config.batch_size, "image_size": config.image_size, "backbone": config.backbone}
+    config = resolve_machine(
+        TrainConfig(
+            preset="paper",
+            weights="none",
+            lr=1e-6,
+            lam=0.5,
+            compile=compiled,
+            device=device.type,
+            threads=0,
+            **size,
+        )
+    )
+    result = {
+        "what": "training step at the paper's setting, ratios of images per second",
+        "small": a.small,
+        "compiled": compiled,
+        "setting": setting(str(device), config.precision, config.threads),
+        "batch_size": config.batch_size,
+        "image_size": config.image_size,
+        "backbone": config.backbone,
+    }
     import warnings
-    warnings.filterwarnings("ignore", message=".*random weights")        # speed does not care
+
+    warnings.filterwarnings("ignore", message=".*random weights")  # speed does not care
     with machine_settings(config):
         batch = made_batch(config, device)
         usual = plain_step(config, batch, device, False, usual=True)
-        steps = {"plain": plain_step(config, batch, device, compiled), "ours": our_step(config, batch, device), "usual_tf32": tf32(True)(usual), "usual_float32": tf32(False)(usual)}
+        steps = {
+            "plain": plain_step(config, batch, device, compiled),
+            "ours": our_step(config, batch, device),
+            "usual_tf32": tf32(True)(usual),
+            "usual_float32": tf32(False)(usual),
+        }
         in_turn(steps, 1 if a.small else 3, device.type)
         times = in_turn(steps, 3 if a.small else a.rounds, device.type)
         mid = {name: spread(t)["median"] for name, t in times.items()}
@@ -198,8 +276,13 @@ def main() -> None:
             except torch.cuda.OutOfMemoryError:
                 result.setdefault("peak_bytes", {})[b] = None
     for name in ("ours_over_plain", "ours_over_usual_tf32", "ours_over_usual_float32"):
-        print(f"{name}: {result[name]['median']:.3f} (quartiles {result[name]['quartiles'][0]:.3f} to {result[name]['quartiles'][1]:.3f})")
-    print(f"share of the roofline: {result['roofline']['share']:.3f}; images/s: " + ", ".join(f"{k} {v:.1f}" for k, v in result["images_per_second"].items()))
+        print(
+            f"{name}: {result[name]['median']:.3f} (quartiles {result[name]['quartiles'][0]:.3f} to {result[name]['quartiles'][1]:.3f})"
+        )
+    print(
+        f"share of the roofline: {result['roofline']['share']:.3f}; images/s: "
+        + ", ".join(f"{k} {v:.1f}" for k, v in result["images_per_second"].items())
+    )
     write(result, a.out)
 
 

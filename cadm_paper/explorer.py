@@ -9,26 +9,52 @@ import base64
 import functools
 import io
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .figures import MAP_COLOURS, data_uri, map_limit, map_ranks, row_key, row_name, same_draw, source
+from cadm_paper.figures import (
+    MAP_COLOURS,
+    data_uri,
+    map_limit,
+    map_ranks,
+    row_key,
+    row_name,
+    same_draw,
+    source,
+)
 from .files import whole_file
 from .record import RecordError, RunRecord
 from .report import pair_of_runs
 
 # %% auto #0
-__all__ = ['EXPLORER_CSS', 'EXPLORER_BODY', 'DRAW_JS', 'PANEL_JS', 'CHOOSE_JS', 'START_JS', 'eight_bits', 'picture_uri',
-           'image_entry', 'side_by_side', 'explorer_data', 'colour_table', 'explorer_html', 'build_explorer',
-           'explorer_pairs', 'explorer_names', 'build_explorers']
+__all__ = [
+    "EXPLORER_CSS",
+    "EXPLORER_BODY",
+    "DRAW_JS",
+    "PANEL_JS",
+    "CHOOSE_JS",
+    "START_JS",
+    "eight_bits",
+    "picture_uri",
+    "image_entry",
+    "side_by_side",
+    "explorer_data",
+    "colour_table",
+    "explorer_html",
+    "build_explorer",
+    "explorer_pairs",
+    "explorer_names",
+    "build_explorers",
+]
+
 
 # %% ../nbs/07c_explorer.ipynb #131c7a49
 def eight_bits(maps: np.ndarray, step: float) -> str:
     """Map values in steps, rounded to whole ones in -127..127, as base64 of signed bytes in C order."""
     return base64.b64encode(np.clip(np.rint(maps / step), -127, 127).astype(np.int8).tobytes()).decode()
+
 
 # %% ../nbs/07c_explorer.ipynb #346b6f6e
 def picture_uri(maps: dict, row: int) -> str | None:
@@ -41,24 +67,45 @@ def picture_uri(maps: dict, row: int) -> str | None:
     Image.fromarray(maps["thumbnails"][row]).save(out, format="png", optimize=True)
     return data_uri(out.getvalue(), "png")
 
+
 # %% ../nbs/07c_explorer.ipynb #59c24948
 def image_entry(pair: tuple[dict, dict], row: int, step: float) -> dict:
     """One drawn image for the page: picture, labels, boxes and, for each of two runs, maps, confidences (0..1: prediction, first, second stream) and ranks."""
     first = pair[0]
-    boxes = [[int(c), *(round(float(v), 4) for v in place)] for r, c, *place in first.get("boxes", ()) if int(r) == row]
+    boxes = [
+        [int(c), *(round(float(v), 4) for v in place)]
+        for r, c, *place in first.get("boxes", ())
+        if int(r) == row
+    ]
     runs = []
     for maps in pair:
         scores = np.stack([maps[name][row] for name in ("scores", "scores_fcls", "scores_scls")], axis=1)
-        runs.append({"maps": eight_bits(maps["maps"][row], step), "ranks": map_ranks(maps["maps"][row]).tolist(), "scores": [[round(float(v), 4) for v in line] for line in scores]})
-    return {"id": str(first["image_ids"][row]), "picture": picture_uri(first, row), "targets": first["targets"][row].tolist(), "boxes": boxes, "runs": runs}
+        runs.append(
+            {
+                "maps": eight_bits(maps["maps"][row], step),
+                "ranks": map_ranks(maps["maps"][row]).tolist(),
+                "scores": [[round(float(v), 4) for v in line] for line in scores],
+            }
+        )
+    return {
+        "id": str(first["image_ids"][row]),
+        "picture": picture_uri(first, row),
+        "targets": first["targets"][row].tolist(),
+        "boxes": boxes,
+        "runs": runs,
+    }
+
 
 # %% ../nbs/07c_explorer.ipynb #098b2791
 def side_by_side(record_without: RunRecord, record_with: RunRecord) -> tuple[dict, dict]:
     """The maps of both runs. Raises `RecordError` when a run has none, or the two are of other images, classes or sizes."""
     pair = same_draw(record_without, record_with)
     if pair[0]["maps"].shape != pair[1]["maps"].shape:
-        raise RecordError(f"{record_without.name} and {record_with.name} have maps of different sizes: they cannot stand side by side")
+        raise RecordError(
+            f"{record_without.name} and {record_with.name} have maps of different sizes: they cannot stand side by side"
+        )
     return pair
+
 
 # %% ../nbs/07c_explorer.ipynb #874c2423
 def explorer_data(record_without: RunRecord, record_with: RunRecord) -> dict:
@@ -66,9 +113,17 @@ def explorer_data(record_without: RunRecord, record_with: RunRecord) -> dict:
     pair = side_by_side(record_without, record_with)
     step = max(float(np.abs(maps["maps"]).max()) for maps in pair) / 127 or 1.0
     records = (record_without, record_with)
-    return {"dataset": str(record_with.dataset.get("name")), "synthetic": any(r.extra.get("synthetic") for r in records), "classes": [str(c) for c in pair[0]["classes"]],
-            "runs": [{"row": row_name(row_key(r)), "source": source(r)} for r in records], "size": list(pair[0]["maps"].shape[2:]), "step": round(step, 7),
-            "limit": round(map_limit(*(maps["maps"] for maps in pair)), 4), "images": [image_entry(pair, row, round(step, 7)) for row in range(len(pair[0]["maps"]))]}
+    return {
+        "dataset": str(record_with.dataset.get("name")),
+        "synthetic": any(r.extra.get("synthetic") for r in records),
+        "classes": [str(c) for c in pair[0]["classes"]],
+        "runs": [{"row": row_name(row_key(r)), "source": source(r)} for r in records],
+        "size": list(pair[0]["maps"].shape[2:]),
+        "step": round(step, 7),
+        "limit": round(map_limit(*(maps["maps"] for maps in pair)), 4),
+        "images": [image_entry(pair, row, round(step, 7)) for row in range(len(pair[0]["maps"]))],
+    }
+
 
 # %% ../nbs/07c_explorer.ipynb #c91f7aaa
 @functools.cache
@@ -77,6 +132,7 @@ def colour_table() -> str:
     import matplotlib as mpl
 
     return base64.b64encode(mpl.colormaps[MAP_COLOURS](np.arange(256), bytes=True)[:, :3].tobytes()).decode()
+
 
 # %% ../nbs/07c_explorer.ipynb #f43b5d34
 EXPLORER_CSS = """
@@ -271,14 +327,20 @@ const asked = new URLSearchParams(location.hash.slice(1)), number = (name, size)
 Promise.all(pictures.map(p => p && p.decode().catch(() => null))).then(() => { chooseImage(number("image", D.images.length) ?? 0, number("label", C)); document.body.dataset.ready = "1"; });
 """
 
+
 # %% ../nbs/07c_explorer.ipynb #4c10b458
 def explorer_html(data: dict) -> str:
     """The page as text, from `explorer_data`."""
-    content = json.dumps({**data, "colours": colour_table()}, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    content = json.dumps(
+        {**data, "colours": colour_table()}, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    ).replace("<", "\\u003c")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>CADM, reproduced: explorer of maps</title><link rel="icon" href="data:,">'
     script = "\n".join(part.strip() for part in (DRAW_JS, PANEL_JS, CHOOSE_JS, START_JS))
-    return (f'<!doctype html>\n<html lang="en"><head>{head}\n<style>{EXPLORER_CSS}</style></head>\n<body>{EXPLORER_BODY}'
-            f'<script type="application/json" id="data">{content}</script>\n<script>\n{script}\n</script></body></html>\n')
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}\n<style>{EXPLORER_CSS}</style></head>\n<body>{EXPLORER_BODY}'
+        f'<script type="application/json" id="data">{content}</script>\n<script>\n{script}\n</script></body></html>\n'
+    )
+
 
 # %% ../nbs/07c_explorer.ipynb #1e327dec
 def build_explorer(record_without: RunRecord, record_with: RunRecord, out: str | Path) -> Path:
@@ -288,6 +350,7 @@ def build_explorer(record_without: RunRecord, record_with: RunRecord, out: str |
         file.write(page)
     return Path(out)
 
+
 # %% ../nbs/07c_explorer.ipynb #e2d9d55b
 def explorer_pairs(runs: Sequence[RunRecord]) -> dict[str, tuple[RunRecord, RunRecord]]:
     """For each data set, in the order of `runs`, the two runs that its page shows; a data set without them, or without readable maps, is left out."""
@@ -296,16 +359,20 @@ def explorer_pairs(runs: Sequence[RunRecord]) -> dict[str, tuple[RunRecord, RunR
         try:
             pair = pair_of_runs(runs, dataset)
             side_by_side(*pair)
-        except RecordError:                    # no such runs, no maps, changed maps: the report's Figure 4 says which
+        except RecordError:  # no such runs, no maps, changed maps: the report's Figure 4 says which
             continue
         found[dataset] = pair
     return found
 
+
 # %% ../nbs/07c_explorer.ipynb #e5f752a3
 def explorer_names(datasets: Iterable[str]) -> dict[str, str]:
     """File name of each data set's page: the first is `explorer.html`, further ones carry their data set's name."""
-    name = lambda n, dataset: f"explorer-{re.sub(r'[^0-9A-Za-z_.-]+', '-', dataset)}.html" if n else "explorer.html"
+    name = lambda n, dataset: (
+        f"explorer-{re.sub(r'[^0-9A-Za-z_.-]+', '-', dataset)}.html" if n else "explorer.html"
+    )
     return {dataset: name(n, dataset) for n, dataset in enumerate(datasets)}
+
 
 # %% ../nbs/07c_explorer.ipynb #2ea7ee40
 def build_explorers(runs: Sequence[RunRecord], folder: str | Path) -> dict[str, str]:

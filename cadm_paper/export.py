@@ -18,29 +18,76 @@ from .paper import COLUMNS
 from .record import RecordError, RunRecord
 
 # %% auto #0
-__all__ = ['NORMALISATION', 'LIMITS', 'USE', 'EXPORTED', 'preprocessing', 'card_facts', 'card_limits', 'pairs_table',
-           'model_card', 'model_files', 'export_run']
+__all__ = [
+    "NORMALISATION",
+    "LIMITS",
+    "USE",
+    "EXPORTED",
+    "preprocessing",
+    "card_facts",
+    "card_limits",
+    "pairs_table",
+    "model_card",
+    "model_files",
+    "export_run",
+]
 
 # %% ../nbs/08c_export.ipynb #a39d0511
 NORMALISATION = {"imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "half": ([0.5] * 3, [0.5] * 3)}
 
+
+# %% ../nbs/08c_export.ipynb #3da534ba
 def preprocessing(record: RunRecord) -> dict:
     """`preprocessor_config.json`: size in pixels, mean and standard deviation of pixels in 0..1."""
     seen = record.seen_at()
-    side, whole, (mean, std) = seen["image_size"], seen["resize"] == "squash", NORMALISATION[seen["normalise"]]
-    return {"image_processor_type": "CADM", "do_resize": True, "size": {"height": side, "width": side} if whole else {"shortest_edge": side}, "resample": 2,
-            "do_center_crop": not whole, **({} if whole else {"crop_size": {"height": side, "width": side}}),
-            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std}
+    side, whole, (mean, std) = (
+        seen["image_size"],
+        seen["resize"] == "squash",
+        NORMALISATION[seen["normalise"]],
+    )
+    return {
+        "image_processor_type": "CADM",
+        "do_resize": True,
+        "size": {"height": side, "width": side} if whole else {"shortest_edge": side},
+        "resample": 2,
+        "do_center_crop": not whole,
+        **({} if whole else {"crop_size": {"height": side, "width": side}}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+
 
 # %% ../nbs/08c_export.ipynb #07cf9c96
 def card_facts(record: RunRecord) -> dict:
     """The card's front matter: licence, library, tags, and the 13 numbers of Section 3.1 in percent."""
     data = str(record.dataset["name"])
-    metrics = [{"type": name, "name": name, "value": round(100 * record.metrics[name], 2)} for name in COLUMNS if record.metrics.get(name) is not None]
-    return {"license": "apache-2.0" if data.startswith("scenes") else "other", "library_name": "cadm-paper", "pipeline_tag": "image-classification",
-            "tags": ["multi-label-classification", "class-activation-maps", "cadm", record.config["backbone"]],
-            "model-index": [{"name": record.name, "results": [{"task": {"type": "image-classification", "name": "multi-label image recognition"},
-                            "dataset": {"name": data, "type": data, "split": "test"}, "metrics": metrics}]}]}
+    metrics = [
+        {"type": name, "name": name, "value": round(100 * record.metrics[name], 2)}
+        for name in COLUMNS
+        if record.metrics.get(name) is not None
+    ]
+    return {
+        "license": "apache-2.0" if data.startswith("scenes") else "other",
+        "library_name": "cadm-paper",
+        "pipeline_tag": "image-classification",
+        "tags": ["multi-label-classification", "class-activation-maps", "cadm", record.config["backbone"]],
+        "model-index": [
+            {
+                "name": record.name,
+                "results": [
+                    {
+                        "task": {"type": "image-classification", "name": "multi-label image recognition"},
+                        "dataset": {"name": data, "type": data, "split": "test"},
+                        "metrics": metrics,
+                    }
+                ],
+            }
+        ],
+    }
+
 
 # %% ../nbs/08c_export.ipynb #0a6113c8
 LIMITS = """- It knows the labels listed below and no others, and gives each a confidence of its own; a photograph without any of them still gets a number for each.
@@ -48,15 +95,25 @@ LIMITS = """- It knows the labels listed below and no others, and gives each a c
 - The maps show where a label's evidence was found by this network. They are not segmentations, and their scale is not comparable between models.
 - Confidences are not calibrated. Choose the threshold on data of your own."""
 
+
+# %% ../nbs/08c_export.ipynb #ea7e52dc
 def card_limits(record: RunRecord) -> str:
     """What a user must not expect of this model."""
     data, lines = str(record.dataset["name"]), [LIMITS]
     if record.extra.get("synthetic"):
-        lines.insert(0, "- **The record is synthetic: its numbers are made up for demonstration, and this model is no result.**")
+        lines.insert(
+            0,
+            "- **The record is synthetic: its numbers are made up for demonstration, and this model is no result.**",
+        )
     if data.startswith("scenes"):
-        lines.append("- It was trained on DigitScenes, an embedded benchmark of handwritten digits pasted on crops of two photographs. It is of no use on photographs of anything else.")
-    lines.append(f"- One seed ({record.config['seed']}): another may differ by more than the rows of a table do.")
+        lines.append(
+            "- It was trained on DigitScenes, an embedded benchmark of handwritten digits pasted on crops of two photographs. It is of no use on photographs of anything else."
+        )
+    lines.append(
+        f"- One seed ({record.config['seed']}): another may differ by more than the rows of a table do."
+    )
     return "\n".join(lines)
+
 
 # %% ../nbs/08c_export.ipynb #295f3029
 USE = """```python
@@ -66,19 +123,44 @@ predict = Predictor.load("{folder}", resize="{resize}", normalise="{normalise}")
 found = predict("photograph.jpg")     # scores by label (0..1), maps C x h x w
 ```"""
 
+
+# %% ../nbs/08c_export.ipynb #4e0d2d4c
 def pairs_table(pairs: dict, heads: tuple[str, str]) -> str:
     """A Markdown table of two columns."""
     cell = lambda v: ("none" if v is None else str(v)).replace("|", "\\|")
-    return "\n".join([f"| {heads[0]} | {heads[1]} |", "| :-- | --: |", *(f"| {cell(k)} | {cell(v)} |" for k, v in pairs.items())])
+    return "\n".join(
+        [
+            f"| {heads[0]} | {heads[1]} |",
+            "| :-- | --: |",
+            *(f"| {cell(k)} | {cell(v)} |" for k, v in pairs.items()),
+        ]
+    )
+
 
 # %% ../nbs/08c_export.ipynb #ae4e0fdf
 def model_card(record: RunRecord, folder: str = ".") -> str:
     """README.md of an exported model: facts for machines, then row, use, numbers, recipe, data, origin and limits, all from the record."""
-    front = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in card_facts(record).items())
-    numbers = {name.replace("_top3", " (top-3)"): f"{100 * record.metrics[name]:.1f}" for name in COLUMNS if record.metrics.get(name) is not None}
-    splits = {f"{split}: {what}": (record.dataset.get(split) or {}).get(what) for split in ("train", "test") for what in ("images", "fingerprint")}
+    front = "\n".join(
+        f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in card_facts(record).items()
+    )
+    numbers = {
+        name.replace("_top3", " (top-3)"): f"{100 * record.metrics[name]:.1f}"
+        for name in COLUMNS
+        if record.metrics.get(name) is not None
+    }
+    splits = {
+        f"{split}: {what}": (record.dataset.get(split) or {}).get(what)
+        for split in ("train", "test")
+        for what in ("images", "fingerprint")
+    }
     code, env = record.environment.get("code", {}), record.environment
-    origin = {"record": source(record), "digest": record.digest, "code": f"cadm_paper {code.get('cadm_paper')}, commit {code.get('commit', 'unknown')}", "device": env.get("device"), "precision": env.get("precision")}
+    origin = {
+        "record": source(record),
+        "digest": record.digest,
+        "code": f"cadm_paper {code.get('cadm_paper')}, commit {code.get('commit', 'unknown')}",
+        "device": env.get("device"),
+        "precision": env.get("precision"),
+    }
     use = USE.format(folder=folder, **{k: record.config[k] for k in ("resize", "normalise")})
     return f"""---
 {front}
@@ -113,19 +195,32 @@ Percent, on the test split of {record.dataset["name"]}, at the last epoch; prese
 Labels: {", ".join(map(str, record.dataset["classes"]))}.
 """
 
-# %% ../nbs/08c_export.ipynb #3c27b5ff
-EXPORTED = ("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "record.json", "model.onnx")
 
+# %% ../nbs/08c_export.ipynb #3c27b5ff
+EXPORTED = (
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "record.json",
+    "model.onnx",
+)
+
+
+# %% ../nbs/08c_export.ipynb #ca427555
 def model_files(record: RunRecord) -> list[Path]:
     """The saved model beside a record, against the record's checksums where it has them. Raises `RecordError`."""
     found = [record.folder / "checkpoint" / "model" / name for name in ("model.safetensors", "config.json")]
     for path in found:
         if not path.is_file():
-            raise RecordError(f"{path}: no such file, so there is no model to export (linear probes and records made elsewhere keep none)")
+            raise RecordError(
+                f"{path}: no such file, so there is no model to export (linear probes and records made elsewhere keep none)"
+            )
         known = record.files.get(path.relative_to(record.folder).as_posix())
         if known and known != sha256_file(path):
             raise RecordError(f"{path}: differs from the checksum in run.json")
     return found
+
 
 # %% ../nbs/08c_export.ipynb #0f2d3da8
 def export_run(run: RunRecord | str | Path, out: str | Path, onnx: bool = False) -> Path:

@@ -10,9 +10,7 @@ import csv
 import functools
 import io
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,85 +20,183 @@ from urllib.parse import quote
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .config import LATER, WHERE, ConfigError, TrainConfig, checkout_root, config_digest, default_folder, explain, given_parameters
-from .figures import Picture, by_row, class_gains, cooccurrence, curves, data_uri, figure2, figure4, overlays, per_class, precision_recall_curves, row_colour, row_key, row_name, source
+from cadm_paper.config import (
+    LATER,
+    WHERE,
+    ConfigError,
+    TrainConfig,
+    config_digest,
+    default_folder,
+    explain,
+    given_parameters,
+)
+from cadm_paper.figures import (
+    Picture,
+    by_row,
+    class_gains,
+    cooccurrence,
+    curves,
+    data_uri,
+    figure2,
+    figure4,
+    overlays,
+    per_class,
+    precision_recall_curves,
+    row_colour,
+    row_key,
+    row_name,
+    source,
+)
 from .files import whole_file, write_json
 from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow
 from .record import RecordError, RunRecord, is_record, load_runs
 from .sources import joint_digest
 
 # %% auto #0
-__all__ = ['PLANS', 'ROWS', 'COMPARED', 'TEMPLATES', 'TABLE_CSS', 'MAIN', 'PAGE_CSS', 'TablePlan', 'Line', 'setup', 'block_key',
-           'usual_setup', 'differs', 'measured_line', 'Unfinished', 'notebook_error', 'unfinished_runs', 'outdated',
-           'Standing', 'run_key', 'standing', 'Block', 'absent_lines', 'block_warnings', 'block', 'ResultTable',
-           'table', 'dataset_blocks', 'environment_of_templates', 'template', 'table_markdown', 'table_data',
-           'table_csv', 'save_table', 'TableParameters', 'FigureParameters', 'read_parameters', 'NoRuns', 'find_runs',
-           'out_folder', 'pick', 'pair_of_runs', 'choose_each', 'Gain', 'gain_interval', 'gain', 'gain_sentence',
-           'headline', 'Plate', 'plate', 'plates', 'loss_rows', 'seconds_text', 'flat', 'shown_environment',
-           'run_entry', 'Report', 'all_tables', 'report_html', 'text_uri', 'build_report']
+__all__ = [
+    "PLANS",
+    "ROWS",
+    "COMPARED",
+    "TEMPLATES",
+    "TABLE_CSS",
+    "MAIN",
+    "PAGE_CSS",
+    "TablePlan",
+    "Line",
+    "setup",
+    "block_key",
+    "usual_setup",
+    "differs",
+    "measured_line",
+    "Unfinished",
+    "notebook_error",
+    "unfinished_runs",
+    "outdated",
+    "Standing",
+    "run_key",
+    "standing",
+    "Block",
+    "absent_lines",
+    "block_warnings",
+    "block",
+    "ResultTable",
+    "table",
+    "dataset_blocks",
+    "environment_of_templates",
+    "template",
+    "table_markdown",
+    "table_data",
+    "table_csv",
+    "save_table",
+    "TableParameters",
+    "FigureParameters",
+    "read_parameters",
+    "NoRuns",
+    "find_runs",
+    "out_folder",
+    "pick",
+    "pair_of_runs",
+    "choose_each",
+    "Gain",
+    "gain_interval",
+    "gain",
+    "gain_sentence",
+    "headline",
+    "Plate",
+    "plate",
+    "plates",
+    "loss_rows",
+    "seconds_text",
+    "flat",
+    "shown_environment",
+    "run_entry",
+    "Report",
+    "all_tables",
+    "report_html",
+    "text_uri",
+    "build_report",
+]
+
 
 # %% ../nbs/07_report.ipynb #b3a25495
 @dataclass(frozen=True)
 class TablePlan:
-    "A table of the paper: its title, its printed rows, and the data sets whose measured rows belong under them."
+    """A table of the paper: its title, its printed rows, and the data sets whose measured rows belong under them."""
+
     title: str
     printed: tuple[PrintedRow, ...]
     data: str
     datasets: tuple[str, ...]
 
+
+# %% ../nbs/07_report.ipynb #b3ca3f65
 PLANS = {
     "table1": TablePlan("Table 1", TABLE1, "MS-COCO", ("coco2014", "scenes-coco")),
     "table2": TablePlan("Table 2", TABLE2, "NUS-WIDE", ("nuswide", "scenes-nus")),
 }
 ROWS = (("linear_probe", None), ("baseline_gap", None), ("baseline", None), ("cadm", 0.0), ("cadm", 0.5))
 
+
 # %% ../nbs/07_report.ipynb #7d8c27f4
 @dataclass
 class Line:
-    "A line of a table: mean in percent by `COLUMNS` (None: a dash), standard deviation over seeds, where it came from, its state."
+    """A line of a table: mean in percent by `COLUMNS` (None: a dash), standard deviation over seeds, where it came from, its state."""
+
     label: str
     values: dict[str, float | None] = field(default_factory=dict)
     sd: dict[str, float] = field(default_factory=dict)
-    state: str = "measured"   # printed, measured, stale, missing, failed
+    state: str = "measured"  # printed, measured, stale, missing, failed
     note: str = ""
     key: tuple = ()
     runs: list[RunRecord] = field(default_factory=list)
 
     def number(self, column: str) -> str:
-        "A value as the paper prints it: percent, one decimal, a dash for none."
+        """A value as the paper prints it: percent, one decimal, a dash for none."""
         return "–" if self.values.get(column) is None else f"{self.values[column]:.1f}"
 
     def spread(self, column: str) -> str:
-        "Its standard deviation over seeds, where there is one."
+        """Its standard deviation over seeds, where there is one."""
         return f"± {self.sd[column]:.1f}" if column in self.sd else ""
 
     def cell(self, column: str) -> str:
-        "Both in one."
+        """Both in one."""
         return f"{self.number(column)} {self.spread(column)}".strip()
+
 
 # %% ../nbs/07_report.ipynb #3d6e0ad8
 def setup(record: RunRecord) -> tuple:
-    "Everything in the configuration that must be equal for two runs to differ by row or seed only."
-    return tuple(sorted((k, v) for k, v in {**LATER, **record.config}.items() if k not in (*WHERE, "seed", "method", "lam", "preset")))
+    """Everything in the configuration that must be equal for two runs to differ by row or seed only."""
+    return tuple(
+        sorted(
+            (k, v)
+            for k, v in {**LATER, **record.config}.items()
+            if k not in (*WHERE, "seed", "method", "lam", "preset")
+        )
+    )
 
+
+# %% ../nbs/07_report.ipynb #544b70a1
 def block_key(record: RunRecord) -> tuple:
-    "Data set, image size and backbone."
+    """Data set, image size and backbone."""
     return (record.dataset.get("name"), record.config.get("image_size"), record.config.get("backbone"))
 
 
+# %% ../nbs/07_report.ipynb #71bdab46
 def usual_setup(runs: Sequence[RunRecord]) -> tuple:
-    "The setup that most of the runs have; of equally many, the first one's."
+    """The setup that most of the runs have; of equally many, the first one's."""
     return Counter(map(setup, runs)).most_common(1)[0][0]
+
 
 # %% ../nbs/07_report.ipynb #4589611f
 def differs(one: tuple, usual: tuple) -> str:
-    "What a setup has other than the usual one, in words."
+    """What a setup has other than the usual one, in words."""
     usual = dict(usual)
     return ", ".join(f"{k} {v}" for k, v in one if usual.get(k, ...) != v)
 
+
 # %% ../nbs/07_report.ipynb #2cadd203
 def measured_line(runs: Sequence[RunRecord], note: str = "") -> Line:
-    "Mean over seeds in percent and, for more than one seed, the sample standard deviation."
+    """Mean over seeds in percent and, for more than one seed, the sample standard deviation."""
     runs = sorted(runs, key=lambda r: (r.config["seed"], r.name))
     values, sd = {}, {}
     for column in COLUMNS:
@@ -113,40 +209,58 @@ def measured_line(runs: Sequence[RunRecord], note: str = "") -> Line:
             sd[column] = 100 * float(np.std(found, ddof=1))
     seeds = [str(r.config["seed"]) for r in runs]
     said = f"seed {seeds[0]}" if len(runs) == 1 else f"n = {len(runs)}, seeds {', '.join(seeds)}"
-    return Line(row_name(row_key(runs[0])), values, sd, "measured", "; ".join(filter(None, [said, note])), row_key(runs[0]), runs)
+    return Line(
+        row_name(row_key(runs[0])),
+        values,
+        sd,
+        "measured",
+        "; ".join(filter(None, [said, note])),
+        row_key(runs[0]),
+        runs,
+    )
+
 
 # %% ../nbs/07_report.ipynb #106f35b7
 @dataclass(frozen=True)
 class Unfinished:
-    "A run's folder or notebook without a record."
+    """A run's folder or notebook without a record."""
+
     dataset: str
     name: str
     why: str
 
     @property
     def key(self) -> tuple | None:
-        "The row that its name says it would have been."
+        """The row that its name says it would have been."""
         found = re.match(r"(?:cadm-lam([\d.e+-]+?)|(baseline_gap|baseline|linear_probe))-seed", self.name)
         return found and (("cadm", float(found[1])) if found[1] else (found[2], None))
 
+
 # %% ../nbs/07_report.ipynb #dec3b678
 def notebook_error(path: Path) -> str:
-    "The kind of the first error in an executed notebook, or an empty string."
+    """The kind of the first error in an executed notebook, or an empty string."""
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        errors = [o["ename"] for cell in cells for o in cell.get("outputs", []) if o.get("output_type") == "error"]
+        errors = [
+            o["ename"] for cell in cells for o in cell.get("outputs", []) if o.get("output_type") == "error"
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
     return f"failed with {errors[0]}" if errors else ""
 
+
 # %% ../nbs/07_report.ipynb #e4035cb8
 def unfinished_runs(folder) -> list[Unfinished]:
-    "Runs below folder/<data set>/ that left no readable record."
+    """Runs below folder/<data set>/ that left no readable record."""
     found = {}
     for path in sorted(Path(folder).glob("*/*")):
         name = path.stem if path.suffix == ".ipynb" else path.name
         home = path.with_name(name)
-        if name.startswith(".") or not (path.is_dir() or path.suffix == ".ipynb") or is_record(home / "run.json"):
+        if (
+            name.startswith(".")
+            or not (path.is_dir() or path.suffix == ".ipynb")
+            or is_record(home / "run.json")
+        ):
             continue
         why = notebook_error(home.with_name(name + ".ipynb"))
         if not why and (home / "run.json").exists():
@@ -154,9 +268,10 @@ def unfinished_runs(folder) -> list[Unfinished]:
         found[home] = Unfinished(path.parent.name, name, why or "interrupted, or still running")
     return list(found.values())
 
+
 # %% ../nbs/07_report.ipynb #1e14ac25
 def outdated(record: RunRecord) -> str:
-    "Why a record's configuration is no longer what it was, or an empty string."
+    """Why a record's configuration is no longer what it was, or an empty string."""
     asked = record.extra.get("requested", record.config)
     try:
         same = config_digest(TrainConfig(**asked)) == record.digest
@@ -164,25 +279,30 @@ def outdated(record: RunRecord) -> str:
         return f"its configuration is no longer understood ({error})"
     return "" if same else "made when the configuration meant something else"
 
+
 # %% ../nbs/07_report.ipynb #fd7d1791
 @dataclass(frozen=True)
 class Standing:
-    "What is known about runs beside their records: unfinished ones, and why a record is stale or was made elsewhere, by data set/name."
+    """What is known about runs beside their records: unfinished ones, and why a record is stale or was made elsewhere, by data set/name."""
+
     unfinished: tuple[Unfinished, ...] = ()
     stale: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
 
     def why_stale(self, record: RunRecord) -> str:
-        "Why a record no longer stands for its row, or an empty string."
+        """Why a record no longer stands for its row, or an empty string."""
         return self.stale.get(run_key(record), "") or outdated(record)
 
+
+# %% ../nbs/07_report.ipynb #06975338
 def run_key(record: RunRecord) -> str:
-    "Data set and folder, as the workflow names a run."
+    """Data set and folder, as the workflow names a run."""
     return f"{record.folder.parent.name}/{record.folder.name}"
+
 
 # %% ../nbs/07_report.ipynb #0433c9fc
 def standing(folder) -> Standing:
-    "What a folder of runs and its `status.json`, if the workflow left one, say beside the records."
+    """What a folder of runs and its `status.json`, if the workflow left one, say beside the records."""
     try:
         said = json.loads((Path(folder) / "status.json").read_text(encoding="utf-8"))["runs"]
         said = {entry["run"]: (entry["state"], str(entry.get("reason") or "")) for entry in said}
@@ -195,10 +315,12 @@ def standing(folder) -> Standing:
     of = lambda wanted: {key: reason for key, (state, reason) in said.items() if state == wanted}
     return Standing(tuple(unfinished.values()), of("stale"), of("submitted"))
 
+
 # %% ../nbs/07_report.ipynb #7a039207
 @dataclass
 class Block:
-    "Rows measured on one data set at one image size with one backbone."
+    """Rows measured on one data set at one image size with one backbone."""
+
     dataset: str
     image_size: int | None
     backbone: str | None
@@ -207,36 +329,53 @@ class Block:
 
     @property
     def title(self) -> str:
-        "What was measured, on what."
+        """What was measured, on what."""
         size = f", {self.image_size} × {self.image_size} px, {self.backbone}" if self.image_size else ""
-        made_up = " — SYNTHETIC records, not a result" if any(r.extra.get("synthetic") for line in self.lines for r in line.runs) else ""
+        made_up = (
+            " — SYNTHETIC records, not a result"
+            if any(r.extra.get("synthetic") for line in self.lines for r in line.runs)
+            else ""
+        )
         return f"{self.dataset}{size}{made_up}"
+
 
 # %% ../nbs/07_report.ipynb #92c7067b
 def absent_lines(present: set[tuple], unfinished: Iterable[Unfinished]) -> list[Line]:
-    "A line for each of the five rows that has no record: what became of it, as far as its folder tells."
+    """A line for each of the five rows that has no record: what became of it, as far as its folder tells."""
     lines = []
     for key in ROWS:
         if key not in present:
             started = [u for u in unfinished if u.key == key]
-            state, note = ("failed", started[0].why) if started else ("missing", "not run (cadm reproduce makes it)")
+            state, note = (
+                ("failed", started[0].why) if started else ("missing", "not run (cadm reproduce makes it)")
+            )
             lines.append(Line(row_name(key), state=state, note=note, key=key))
     return lines
 
+
 # %% ../nbs/07_report.ipynb #981947bf
 def block_warnings(runs: Sequence[RunRecord]) -> list[str]:
-    "What makes rows of one block hard to compare: other data, code, packages, device or precision; missing photographs; changed files."
+    """What makes rows of one block hard to compare: other data, code, packages, device or precision; missing photographs; changed files."""
     warnings = []
     for what, get in COMPARED.items():
         found = Counter(json.dumps(get(r), sort_keys=True, ensure_ascii=False) for r in runs)
         if len(found) > 1:
-            warnings.append(f"rows differ in {what}: {'; '.join(f'{n} × {text}' for text, n in sorted(found.items()))}")
+            warnings.append(
+                f"rows differ in {what}: {'; '.join(f'{n} × {text}' for text, n in sorted(found.items()))}"
+            )
     if modified := [r.name for r in runs if r.environment.get("code", {}).get("modified")]:
-        warnings.append(f"made with uncommitted changes to the code: {'all rows' if len(modified) == len(runs) else ', '.join(modified)}")
-    if gone := max(sum(len((r.dataset.get(split) or {}).get("missing_ids") or ()) for split in ("train", "test")) for r in runs):
+        warnings.append(
+            f"made with uncommitted changes to the code: {'all rows' if len(modified) == len(runs) else ', '.join(modified)}"
+        )
+    if gone := max(
+        sum(len((r.dataset.get(split) or {}).get("missing_ids") or ()) for split in ("train", "test"))
+        for r in runs
+    ):
         warnings.append(f"{gone} photographs are listed but were not there")
     return warnings
 
+
+# %% ../nbs/07_report.ipynb #27040e4c
 COMPARED = {
     "test images and labels": lambda r: (r.dataset.get("test") or {}).get("fingerprint"),
     "training images and labels": lambda r: (r.dataset.get("train") or {}).get("fingerprint"),
@@ -247,9 +386,10 @@ COMPARED = {
     "precision": lambda r: r.environment.get("precision"),
 }
 
+
 # %% ../nbs/07_report.ipynb #beb1dd2b
 def block(runs: Sequence[RunRecord], known: Standing = Standing()) -> Block:
-    "The five rows for runs of one data set, size and backbone: measured, stale, failed or missing, and further rows after them."
+    """The five rows for runs of one data set, size and backbone: measured, stale, failed or missing, and further rows after them."""
     usual = usual_setup(runs)
     groups: dict[tuple, list[RunRecord]] = {}
     for record in runs:
@@ -261,15 +401,19 @@ def block(runs: Sequence[RunRecord], known: Standing = Standing()) -> Block:
         if why:
             line.state, line.note = "stale", f"{line.note}; stale: {why}"
         lines.append(line)
-    lines += absent_lines({line.key for line in lines}, [u for u in known.unfinished if u.dataset == block_key(runs[0])[0]])
+    lines += absent_lines(
+        {line.key for line in lines}, [u for u in known.unfinished if u.dataset == block_key(runs[0])[0]]
+    )
     place = {key: n for n, key in enumerate(ROWS)}
     lines.sort(key=lambda line: (place.get(line.key, 99), line.key[1] or 0, line.state == "stale"))
     return Block(*block_key(runs[0]), lines, block_warnings(runs))
 
+
 # %% ../nbs/07_report.ipynb #ad76f726
 @dataclass
 class ResultTable:
-    "The paper's rows and, apart from them, the measured ones; shown in notebooks, and written as HTML, Markdown, CSV and JSON."
+    """The paper's rows and, apart from them, the measured ones; shown in notebooks, and written as HTML, Markdown, CSV and JSON."""
+
     name: str
     title: str
     printed_title: str
@@ -278,39 +422,43 @@ class ResultTable:
 
     @property
     def warnings(self) -> list[str]:
-        "All that makes rows hard to compare."
+        """All that makes rows hard to compare."""
         return [f"{b.dataset}: {w}" for b in self.blocks for w in b.warnings]
 
     @functools.cached_property
     def gains(self) -> list[Gain]:
-        "What the embedding loss changed, for each block that has both rows."
+        """What the embedding loss changed, for each block that has both rows."""
         found = [gain(b, PLANS[self.name]) for b in self.blocks] if self.name in PLANS else []
         return [g for g in found if g]
 
     def parts(self) -> list[tuple[str, str, list[Line]]]:
-        "(kind, heading, lines) of each part of the table."
+        """(kind, heading, lines) of each part of the table."""
         measured = [("measured", f"Measured here: {b.title}", b.lines) for b in self.blocks]
-        printed = [("printed", f"As printed in the paper: {self.printed_title}", self.printed)] if self.printed else []
+        printed = (
+            [("printed", f"As printed in the paper: {self.printed_title}", self.printed)]
+            if self.printed
+            else []
+        )
         return printed + measured
 
     def html(self) -> str:
-        "The table as an HTML fragment."
+        """The table as an HTML fragment."""
         return template("table.html").render(table=self, columns=COLUMNS)
 
     def markdown(self) -> str:
-        "The table in Markdown."
+        """The table in Markdown."""
         return table_markdown(self)
 
     def data(self) -> dict:
-        "The table as plain values, for JSON."
+        """The table as plain values, for JSON."""
         return table_data(self)
 
     def csv(self) -> str:
-        "One line for each row: percent, and `_sd` for the standard deviation over seeds."
+        """One line for each row: percent, and `_sd` for the standard deviation over seeds."""
         return table_csv(self)
 
     def save(self, folder) -> dict[str, Path]:
-        "Write folder/name.html, .md, .csv and .json, whole files; returns the paths by form."
+        """Write folder/name.html, .md, .csv and .json, whole files; returns the paths by form."""
         return save_table(self, folder)
 
     def _repr_html_(self) -> str:
@@ -319,38 +467,65 @@ class ResultTable:
     def _repr_markdown_(self) -> str:
         return self.markdown()
 
+
 # %% ../nbs/07_report.ipynb #091eebd3
-def table(name: str, runs: Sequence[RunRecord], datasets: Sequence[str] | None = None, known: Standing = Standing()) -> ResultTable:
-    "Table 1 or 2 (`table1`, `table2`): printed rows and the measured rows of `datasets` (the table's own unless named); raises `ValueError` for another name."
+def table(
+    name: str, runs: Sequence[RunRecord], datasets: Sequence[str] | None = None, known: Standing = Standing()
+) -> ResultTable:
+    """Table 1 or 2 (`table1`, `table2`): printed rows and the measured rows of `datasets` (the table's own unless named); raises `ValueError` for another name."""
     if name not in PLANS:
         raise ValueError(f"there is no {name!r}: one of {', '.join(PLANS)}")
     plan = PLANS[name]
-    printed = [Line(row.label, dict(row.values), state="printed", key=(row.method, row.lam)) for row in plan.printed]
-    blocks = [b for dataset in datasets or plan.datasets for b in dataset_blocks(dataset, runs, known, always=bool(datasets))]
+    printed = [
+        Line(row.label, dict(row.values), state="printed", key=(row.method, row.lam)) for row in plan.printed
+    ]
+    blocks = [
+        b
+        for dataset in datasets or plan.datasets
+        for b in dataset_blocks(dataset, runs, known, always=bool(datasets))
+    ]
     return ResultTable(name, plan.title, f"{plan.data}, 448 × 448 px, ResNet-101", printed, blocks)
 
+
 # %% ../nbs/07_report.ipynb #19c4d1a0
-def dataset_blocks(dataset: str, runs: Sequence[RunRecord], known: Standing, always: bool = False) -> list[Block]:
-    "One block for each image size and backbone; without any run, a block of absent rows for the embedded benchmark, or if asked for."
+def dataset_blocks(
+    dataset: str, runs: Sequence[RunRecord], known: Standing, always: bool = False
+) -> list[Block]:
+    """One block for each image size and backbone; without any run, a block of absent rows for the embedded benchmark, or if asked for."""
     mine = [r for r in runs if r.dataset.get("name") == dataset]
     begun = [u for u in known.unfinished if u.dataset == dataset]
     if not mine and (always or begun or dataset.startswith("scenes")):
         return [Block(dataset, None, None, absent_lines(set(), begun))]
-    return [block([r for r in mine if block_key(r) == key], known) for key in sorted({block_key(r) for r in mine}, key=str)]
+    return [
+        block([r for r in mine if block_key(r) == key], known)
+        for key in sorted({block_key(r) for r in mine}, key=str)
+    ]
+
 
 # %% ../nbs/07_report.ipynb #48f0db45
 TEMPLATES = {}
 
+
+# %% ../nbs/07_report.ipynb #fcd1c999
 @functools.cache
 def environment_of_templates():
-    "jinja2 with `TEMPLATES`, everything escaped."
+    """jinja2 with `TEMPLATES`, everything escaped."""
     import jinja2
 
-    return jinja2.Environment(loader=jinja2.DictLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return jinja2.Environment(
+        loader=jinja2.DictLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
 
+
+# %% ../nbs/07_report.ipynb #154660aa
 def template(name: str):
-    "A template by name."
+    """A template by name."""
     return environment_of_templates().get_template(name)
+
 
 # %% ../nbs/07_report.ipynb #740731a3
 TABLE_CSS = """
@@ -389,50 +564,116 @@ TEMPLATES["table.html"] = """
 </table>
 """
 
+
 # %% ../nbs/07_report.ipynb #e7b43b78
 def table_markdown(shown: ResultTable) -> str:
-    "One Markdown table for each part, so that printed and measured rows cannot be confused."
+    """One Markdown table for each part, so that printed and measured rows cannot be confused."""
     heads = ["Method", *(c.replace("_top3", " (3)") for c in COLUMNS)]
     out = [f"**{shown.title}** (percent; (3): top-3)", ""]
     for _, heading, lines in shown.parts():
         out += [f"*{heading}*", "", "| " + " | ".join(heads) + " |", "|:--|" + "--:|" * len(COLUMNS)]
         for line in lines:
             label = line.label + (f" ({line.note})" if line.note and line.values else "")
-            cells = [line.cell(c) for c in COLUMNS] if line.values else [f"*{line.note}*", *[""] * (len(COLUMNS) - 1)]
+            cells = (
+                [line.cell(c) for c in COLUMNS]
+                if line.values
+                else [f"*{line.note}*", *[""] * (len(COLUMNS) - 1)]
+            )
             out.append("| " + " | ".join(text.replace("|", "\\|") for text in [label, *cells]) + " |")
         out.append("")
     return "\n".join([*out, *(f"> {w}" for w in shown.warnings)]).rstrip() + "\n"
 
+
 # %% ../nbs/07_report.ipynb #1a6f3157
 def table_data(shown: ResultTable) -> dict:
-    "All parts and lines of a table as plain values, unrounded, with the records' names and digests."
+    """All parts and lines of a table as plain values, unrounded, with the records' names and digests."""
+
     def plain(line: Line) -> dict:
         method, lam = line.key or (None, None)
         runs = [{"record": source(r), "digest": r.digest, "seed": r.config["seed"]} for r in line.runs]
-        return {"row": line.label, "method": method, "lam": lam, "state": line.state, "note": line.note, "n": len(runs) or None,
-                "percent": line.values or None, "sd": line.sd or None, "runs": runs}
+        return {
+            "row": line.label,
+            "method": method,
+            "lam": lam,
+            "state": line.state,
+            "note": line.note,
+            "n": len(runs) or None,
+            "percent": line.values or None,
+            "sd": line.sd or None,
+            "runs": runs,
+        }
 
-    blocks = [{"dataset": b.dataset, "image_size": b.image_size, "backbone": b.backbone, "warnings": b.warnings, "lines": [plain(l) for l in b.lines]} for b in shown.blocks]
-    return {"table": shown.name, "columns": list(COLUMNS), "printed": {"data": shown.printed_title, "lines": [plain(l) for l in shown.printed]}, "measured": blocks}
+    blocks = [
+        {
+            "dataset": b.dataset,
+            "image_size": b.image_size,
+            "backbone": b.backbone,
+            "warnings": b.warnings,
+            "lines": [plain(l) for l in b.lines],
+        }
+        for b in shown.blocks
+    ]
+    return {
+        "table": shown.name,
+        "columns": list(COLUMNS),
+        "printed": {"data": shown.printed_title, "lines": [plain(l) for l in shown.printed]},
+        "measured": blocks,
+    }
+
 
 # %% ../nbs/07_report.ipynb #3668fd52
 def table_csv(shown: ResultTable) -> str:
-    "One line for each row, printed and measured told apart by the first column."
+    """One line for each row, printed and measured told apart by the first column."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["part", "data", "image_size", "backbone", "row", "method", "lam", "state", "n", "note", *COLUMNS, *(f"{c}_sd" for c in COLUMNS)])
+    writer.writerow(
+        [
+            "part",
+            "data",
+            "image_size",
+            "backbone",
+            "row",
+            "method",
+            "lam",
+            "state",
+            "n",
+            "note",
+            *COLUMNS,
+            *(f"{c}_sd" for c in COLUMNS),
+        ]
+    )
     data = table_data(shown)
-    parts = [("printed", {"dataset": data["printed"]["data"], "image_size": 448, "backbone": "resnet101"}, data["printed"]["lines"])]
+    parts = [
+        (
+            "printed",
+            {"dataset": data["printed"]["data"], "image_size": 448, "backbone": "resnet101"},
+            data["printed"]["lines"],
+        )
+    ]
     for part, of, lines in [*parts, *(("measured", b, b["lines"]) for b in data["measured"])]:
         for line in lines:
             numbers = [(line[kind] or {}).get(c) for kind in ("percent", "sd") for c in COLUMNS]
-            writer.writerow([part, of["dataset"], of["image_size"], of["backbone"], line["row"], line["method"], line["lam"], line["state"], line["n"],
-                             line["note"], *("" if v is None else round(v, 4) for v in numbers)])
+            writer.writerow(
+                [
+                    part,
+                    of["dataset"],
+                    of["image_size"],
+                    of["backbone"],
+                    line["row"],
+                    line["method"],
+                    line["lam"],
+                    line["state"],
+                    line["n"],
+                    line["note"],
+                    *("" if v is None else round(v, 4) for v in numbers),
+                ]
+            )
     return out.getvalue()
+
 
 # %% ../nbs/07_report.ipynb #6ff4aada
 def save_table(shown: ResultTable, folder) -> dict[str, Path]:
-    "Write the four files of a table."
+    """Write the four files of a table."""
     page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{shown.title}</title>\n<style>{TABLE_CSS}</style>\n{shown.html()}</html>\n'
     paths = {form: Path(folder) / f"{shown.name}.{form}" for form in ("html", "md", "csv", "json")}
     for form, text in {"html": page, "md": shown.markdown(), "csv": shown.csv()}.items():
@@ -441,78 +682,120 @@ def save_table(shown: ResultTable, folder) -> dict[str, Path]:
     write_json(paths["json"], shown.data())
     return paths
 
+
 # %% ../nbs/07_report.ipynb #ace6cdc9
 class TableParameters(BaseModel):
-    "Parameters of table1.ipynb and table2.ipynb."
+    """Parameters of table1.ipynb and table2.ipynb."""
+
     model_config = ConfigDict(extra="forbid")
     runs_dir: str | None = Field(None, description="folder of run records; none given: outputs/runs")
-    dataset: str | None = Field(None, description="only this data set's measured rows; none given: all that belong to the table")
-    out_dir: str | None = Field(None, description="where the files go; none given: outputs/tables or outputs/figures")
+    dataset: str | None = Field(
+        None, description="only this data set's measured rows; none given: all that belong to the table"
+    )
+    out_dir: str | None = Field(
+        None, description="where the files go; none given: outputs/tables or outputs/figures"
+    )
 
+
+# %% ../nbs/07_report.ipynb #e216bfb8
 class FigureParameters(TableParameters):
-    "Parameters of fig2.ipynb and fig4.ipynb."
+    """Parameters of fig2.ipynb and fig4.ipynb."""
+
     dataset: str | None = Field(None, description="only this data set; none given: every one that has runs")
     images: int = Field(4, ge=1, description="how many of the drawn test images")
     seed: int | None = Field(None, ge=0, description="seed of the run; none given: the lowest there is")
     lam: float = Field(0.5, ge=0, description="lambda of the run with the embedding loss")
     positive: bool = Field(False, description="sum only the positive part of a map when sorting")
 
+
 # %% ../nbs/07_report.ipynb #f17c5158
 def read_parameters(fields: type[BaseModel], namespace: dict, before: set[str]) -> BaseModel:
-    "A notebook's parameters, checked and cast; raises `ConfigError` for an unknown name or an ill-typed value."
+    """A notebook's parameters, checked and cast; raises `ConfigError` for an unknown name or an ill-typed value."""
     given = given_parameters(namespace, before, fields=fields)
     try:
         return fields(**given)
     except ValidationError as error:
         raise ConfigError(explain(error, fields)) from None
 
+
 # %% ../nbs/07_report.ipynb #756de521
 class NoRuns(RecordError):
-    "There is no finished run to show."
+    """There is no finished run to show."""
 
+
+# %% ../nbs/07_report.ipynb #7798fccb
 def find_runs(runs_dir: str | None = None, datasets: Sequence[str] | None = None) -> list[RunRecord]:
-    "Finished runs below `runs_dir` (outputs/runs), of `datasets` if named. Raises `NoRuns`; in a test: reference records or a printed line and []."
+    """Finished runs below `runs_dir` (outputs/runs), of `datasets` if named. Raises `NoRuns`; in a test: reference records or a printed line and []."""
     folder = Path(runs_dir) if runs_dir else default_folder("outputs") / "runs"
     wanted = lambda place: [r for r in load_runs(place) if not datasets or r.dataset.get("name") in datasets]
     if runs := wanted(folder):
         return runs
     what = f"no finished run{' of ' + ' or '.join(datasets) if datasets else ''}"
     if not os.environ.get("IN_TEST") or runs_dir:
-        raise NoRuns(f"{what} in {folder}. Make them with `cadm reproduce` (the embedded benchmark), or name another folder with runs_dir")
+        raise NoRuns(
+            f"{what} in {folder}. Make them with `cadm reproduce` (the embedded benchmark), or name another folder with runs_dir"
+        )
     if runs := wanted(default_folder("outputs") / "reference"):
         print("test: shown from the committed records in outputs/reference")
         return runs
     print(f"skipped: {what}, and none in outputs/reference; `cadm reproduce` makes them")
     return []
 
+
 # %% ../nbs/07_report.ipynb #9ab7a655
 def out_folder(out_dir: str | None, kind: str) -> Path:
-    "Where a notebook writes: `out_dir`, else outputs/<kind>; in a test, without `out_dir`, a temporary folder."
+    """Where a notebook writes: `out_dir`, else outputs/<kind>; in a test, without `out_dir`, a temporary folder."""
     if out_dir:
         return Path(out_dir)
     return Path(tempfile.mkdtemp()) if os.environ.get("IN_TEST") else default_folder("outputs") / kind
 
+
 # %% ../nbs/07_report.ipynb #12275858
-def pick(runs: Sequence[RunRecord], method: str, lam: float | None = None, dataset: str | None = None, seed: int | None = None) -> RunRecord:
-    "The run of a row with the lowest seed (or with `seed`), outdated ones and then other setups than the usual one last. Raises `NoRuns` naming what to train."
-    key, there = (method, lam if method == "cadm" else None), [r for r in runs if dataset in (None, r.dataset.get("name"))]
+def pick(
+    runs: Sequence[RunRecord],
+    method: str,
+    lam: float | None = None,
+    dataset: str | None = None,
+    seed: int | None = None,
+) -> RunRecord:
+    """The run of a row with the lowest seed (or with `seed`), outdated ones and then other setups than the usual one last. Raises `NoRuns` naming what to train."""
+    key, there = (
+        (method, lam if method == "cadm" else None),
+        [r for r in runs if dataset in (None, r.dataset.get("name"))],
+    )
     found = [r for r in there if row_key(r) == key and seed in (None, r.config["seed"])]
     if not found:
-        what = " ".join(filter(None, [f"--dataset {dataset}" if dataset else "", f"--method {method}", f"--lam {lam:g}" if method == "cadm" else "", f"--seed {seed or 0}"]))
-        raise NoRuns(f"no finished run of {row_name(key)}{' on ' + dataset if dataset else ''}: `cadm train --preset mini {what}`, or `cadm reproduce`")
+        what = " ".join(
+            filter(
+                None,
+                [
+                    f"--dataset {dataset}" if dataset else "",
+                    f"--method {method}",
+                    f"--lam {lam:g}" if method == "cadm" else "",
+                    f"--seed {seed or 0}",
+                ],
+            )
+        )
+        raise NoRuns(
+            f"no finished run of {row_name(key)}{' on ' + dataset if dataset else ''}: `cadm train --preset mini {what}`, or `cadm reproduce`"
+        )
     usual = usual_setup(there)
     return min(found, key=lambda r: (bool(outdated(r)), setup(r) != usual, r.config["seed"], r.name))
 
+
 # %% ../nbs/07_report.ipynb #c69ba2c4
-def pair_of_runs(runs: Sequence[RunRecord], dataset: str, lam: float = 0.5, seed: int | None = None) -> tuple[RunRecord, RunRecord]:
-    "Figure 4's two runs, equal in everything but lambda: without (0) and with. Raises `NoRuns`."
+def pair_of_runs(
+    runs: Sequence[RunRecord], dataset: str, lam: float = 0.5, seed: int | None = None
+) -> tuple[RunRecord, RunRecord]:
+    """Figure 4's two runs, equal in everything but lambda: without (0) and with. Raises `NoRuns`."""
     with_ = pick(runs, "cadm", lam, dataset, seed)
     same = [r for r in runs if setup(r) == setup(with_) and r.config["seed"] == with_.config["seed"]]
     return pick(same, "cadm", 0.0, dataset, with_.config["seed"]), with_
 
+
 # %% ../nbs/07_report.ipynb #8d209a71
 def choose_each(choose, datasets: Sequence[str]) -> list:
-    "`choose(dataset)` for each data set; one without the runs it takes is named in a printed line. Raises `NoRuns` if none has them."
+    """`choose(dataset)` for each data set; one without the runs it takes is named in a printed line. Raises `NoRuns` if none has them."""
     found, lacking = [], []
     for dataset in datasets:
         try:
@@ -524,151 +807,262 @@ def choose_each(choose, datasets: Sequence[str]) -> list:
         raise NoRuns("; ".join(lacking))
     return found
 
+
 # %% ../nbs/07_report.ipynb #df79bff2
 MAIN = ("mAP", "CF1", "OF1")  # "relatively more important", Sec. 3.1
 
+
+# %% ../nbs/07_report.ipynb #04675ce1
 @dataclass(frozen=True)
 class Gain:
-    "lambda = 0.5 minus lambda = 0 in points, on one data set: means over seeds, the seeds' own differences, and the printed ones."
+    """lambda = 0.5 minus lambda = 0 in points, on one data set: means over seeds, the seeds' own differences, and the printed ones."""
+
     dataset: str
     seeds: tuple[int, ...]
     points: dict[str, float]
     each: dict[str, tuple[float, ...]]
     printed: dict[str, float]
     printed_on: str
-    interval: tuple[float, float] | None = None   # of the mAP difference of a single seed, over test images
+    interval: tuple[float, float] | None = None  # of the mAP difference of a single seed, over test images
+
 
 # %% ../nbs/07_report.ipynb #0e4781b8
 def gain_interval(without: RunRecord, with_: RunRecord) -> tuple[float, float] | None:
-    "95 % interval over test images of the mAP difference in points (paired bootstrap); None without scores of the same images, or for very many of them."
+    """95 % interval over test images of the mAP difference in points (paired bootstrap); None without scores of the same images, or for very many of them."""
     from cadm_paper.compare import compare_scores
 
     try:
         a, b = without.scores(), with_.scores()
     except RecordError:
         return None
-    if a is None or b is None or not np.array_equal(a["image_ids"], b["image_ids"]) or a["scores"].size > 1_000_000:
+    if (
+        a is None
+        or b is None
+        or not np.array_equal(a["image_ids"], b["image_ids"])
+        or a["scores"].size > 1_000_000
+    ):
         return None
     found = compare_scores(b["scores"], a["scores"], a["targets"]).loc["mAP"]
     return 100 * float(found["difference_low"]), 100 * float(found["difference_high"])
 
+
 # %% ../nbs/07_report.ipynb #6e6e2c7c
 def gain(of: Block, plan: TablePlan) -> Gain | None:
-    "The block's gain over the seeds that both rows have under one setup; None where there is no such seed."
-    lines = {lam: [r for line in of.lines if line.key == ("cadm", lam) and line.state == "measured" for r in line.runs] for lam in (0.0, 0.5)}
-    pairs = sorted(((a.config["seed"], a, b) for a in lines[0.0] for b in lines[0.5] if a.config["seed"] == b.config["seed"] and setup(a) == setup(b)), key=lambda t: t[0])
+    """The block's gain over the seeds that both rows have under one setup; None where there is no such seed."""
+    lines = {
+        lam: [
+            r
+            for line in of.lines
+            if line.key == ("cadm", lam) and line.state == "measured"
+            for r in line.runs
+        ]
+        for lam in (0.0, 0.5)
+    }
+    pairs = sorted(
+        (
+            (a.config["seed"], a, b)
+            for a in lines[0.0]
+            for b in lines[0.5]
+            if a.config["seed"] == b.config["seed"] and setup(a) == setup(b)
+        ),
+        key=lambda t: t[0],
+    )
     if not pairs:
         return None
     each = {m: tuple(100 * (b.metrics[m] - a.metrics[m]) for _, a, b in pairs) for m in MAIN}
     printed = {row.lam: row.values for row in plan.printed if row.method == "cadm"}
-    return Gain(of.dataset, tuple(seed for seed, _, _ in pairs), {m: float(np.mean(v)) for m, v in each.items()}, each,
-                {m: printed[0.5][m] - printed[0.0][m] for m in MAIN}, plan.data, gain_interval(*pairs[0][1:]) if len(pairs) == 1 else None)
+    return Gain(
+        of.dataset,
+        tuple(seed for seed, _, _ in pairs),
+        {m: float(np.mean(v)) for m, v in each.items()},
+        each,
+        {m: printed[0.5][m] - printed[0.0][m] for m in MAIN},
+        plan.data,
+        gain_interval(*pairs[0][1:]) if len(pairs) == 1 else None,
+    )
+
 
 # %% ../nbs/07_report.ipynb #f2c827c8
 def gain_sentence(of: Gain) -> str:
-    "The gain in words, with what one seed can and cannot say."
+    """The gain in words, with what one seed can and cannot say."""
     signed = lambda v: f"{v:+.1f}".replace("-", "−")
     points = ", ".join(f"{m} {signed(of.points[m])}" for m in MAIN)
     printed = ", ".join(f"{m} {signed(of.printed[m])}" for m in MAIN)
     if len(of.seeds) > 1:
         sure = f"Mean of {len(of.seeds)} seeds; by seed, mAP {', '.join(signed(v) for v in of.each['mAP'])}."
     else:
-        over = f" 95 % interval of mAP over the test images: {signed(of.interval[0])} to {signed(of.interval[1])}, which leaves out how much trainings differ." if of.interval else ""
+        over = (
+            f" 95 % interval of mAP over the test images: {signed(of.interval[0])} to {signed(of.interval[1])}, which leaves out how much trainings differ."
+            if of.interval
+            else ""
+        )
         sure = f"One seed: another may turn it round.{over}"
     return f"With the embedding loss (λ = 0.5) against without (λ = 0), measured on {of.dataset}: {points} points. {sure} The paper prints {printed} for {of.printed_on}."
 
+
 # %% ../nbs/07_report.ipynb #dd2d25e8
 def headline(tables: Sequence[ResultTable]) -> list[str]:
-    "The report in a few lines: mAP of every row of every block, and what the embedding loss changed."
+    """The report in a few lines: mAP of every row of every block, and what the embedding loss changed."""
     lines = []
     for shown in tables:
         for part in shown.blocks:
-            cells = [f"{line.label}: {line.cell('mAP') if line.values else line.note}{' (stale)' if line.state == 'stale' else ''}" for line in part.lines]
+            cells = [
+                f"{line.label}: {line.cell('mAP') if line.values else line.note}{' (stale)' if line.state == 'stale' else ''}"
+                for line in part.lines
+            ]
             lines.append(f"{shown.title}, {part.title}, mAP: " + " | ".join(cells))
         lines += map(gain_sentence, shown.gains)
     return lines
 
+
 # %% ../nbs/07_report.ipynb #2f020860
 @dataclass
 class Plate:
-    "A picture of the page, or the reason why it is not there."
+    """A picture of the page, or the reason why it is not there."""
+
     title: str
     picture: Picture | None = None
     problem: str = ""
     form: str = "png"
 
     @property
-    def uri(self) -> str: return data_uri(self.picture.data(self.form), self.form)
+    def uri(self) -> str:
+        return data_uri(self.picture.data(self.form), self.form)
+
     @property
-    def inches(self) -> float: return self.picture.figure.get_figwidth()
+    def inches(self) -> float:
+        return self.picture.figure.get_figwidth()
+
 
 # %% ../nbs/07_report.ipynb #3d92f6c7
 def plate(title: str, draw, runs: Sequence[RunRecord], form: str = "png") -> Plate:
-    "Draw, or keep the reason (without the machine's folders): a run that is missing or was changed takes its picture with it, not the page."
+    """Draw, or keep the reason (without the machine's folders): a run that is missing or was changed takes its picture with it, not the page."""
     try:
         return Plate(title, draw(), form=form)
     except (RecordError, ValueError) as error:
-        return Plate(title, problem=functools.reduce(lambda text, r: text.replace(str(r.folder), run_key(r)), runs, str(error)))
+        return Plate(
+            title,
+            problem=functools.reduce(
+                lambda text, r: text.replace(str(r.folder), run_key(r)), runs, str(error)
+            ),
+        )
+
 
 # %% ../nbs/07_report.ipynb #e557f1a4
 def plates(dataset: str, runs: Sequence[RunRecord]) -> list[Plate]:
-    "All pictures of a data set's runs."
+    """All pictures of a data set's runs."""
     mine = [r for r in runs if r.dataset.get("name") == dataset]
     chosen = lambda: pick(mine, "cadm", 0.5, dataset)
     main = [r for r in mine if setup(r) == usual_setup(mine)]  # curves of one setup, or they compare recipes
     return [
-        plate("Figure 2: the maps of all classes, sorted by activation", lambda: figure2(chosen(), images=4), mine),
-        plate("Figure 4: maps without and with the embedding loss", lambda: figure4(*pair_of_runs(mine, dataset), images=4), mine),
+        plate(
+            "Figure 2: the maps of all classes, sorted by activation",
+            lambda: figure2(chosen(), images=4),
+            mine,
+        ),
+        plate(
+            "Figure 4: maps without and with the embedding loss",
+            lambda: figure4(*pair_of_runs(mine, dataset), images=4),
+            mine,
+        ),
         plate("Maps over the picture", lambda: overlays(chosen(), 0), mine),
         plate("Training curves", lambda: curves([r for r in main if r.history]), mine, "svg"),
         plate("Precision and recall", lambda: precision_recall_curves(main), mine),
         plate("Average precision by class", lambda: per_class(main), mine, "svg"),
-        plate("What the embedding loss changes, class by class", lambda: class_gains(*loss_rows(mine, dataset)), mine, "svg"),
+        plate(
+            "What the embedding loss changes, class by class",
+            lambda: class_gains(*loss_rows(mine, dataset)),
+            mine,
+            "svg",
+        ),
         plate("Which labels occur together", lambda: cooccurrence(mine[0]), mine),
     ]
 
+
+# %% ../nbs/07_report.ipynb #06d44575
 def loss_rows(runs: Sequence[RunRecord], dataset: str) -> tuple[list[RunRecord], list[RunRecord]]:
-    "Runs with the embedding loss and without it, of one setup, one a seed. Raises `NoRuns`."
+    """Runs with the embedding loss and without it, of one setup, one a seed. Raises `NoRuns`."""
     same = setup(pair_of_runs(runs, dataset)[1])
     rows = by_row([r for r in runs if setup(r) == same])
     return rows["cadm", 0.5], rows["cadm", 0.0]
 
+
 # %% ../nbs/07_report.ipynb #4243db84
 def seconds_text(seconds: float | None) -> str:
-    "A time a person reads."
+    """A time a person reads."""
     if seconds is None:
         return "–"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{seconds:.1f} s" if seconds < 60 else f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 60
+        else f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+    )
+
 
 # %% ../nbs/07_report.ipynb #456b58c6
 def flat(value, name: str = "") -> list[tuple[str, str]]:
-    "A nested dictionary as (dotted name, text) pairs; long lists are counted, not written out."
+    """A nested dictionary as (dotted name, text) pairs; long lists are counted, not written out."""
     if isinstance(value, dict):
         return [pair for k in value for pair in flat(value[k], f"{name}.{k}" if name else str(k))]
     if isinstance(value, list) and (len(value) > 8 or any(isinstance(v, (dict, list)) for v in value)):
         return [(name, f"{len(value)} entries")]
-    text = "none" if value is None or value == [] or value == "" else f"{value:.6g}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = (
+        "none"
+        if value is None or value == [] or value == ""
+        else f"{value:.6g}"
+        if isinstance(value, float)
+        else ", ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )
     return [(name, text)]
+
 
 # %% ../nbs/07_report.ipynb #946d9f8d
 def shown_environment(environment: dict) -> dict:
-    "The environment of a record with the digests of its modules, one a line, drawn together into one."
+    """The environment of a record with the digests of its modules, one a line, drawn together into one."""
     code = environment.get("code")
     if not isinstance(code, dict) or not code.get("sources"):
         return environment
-    return {**environment, "code": {**code, "sources": f"{len(code['sources'])} modules, together {joint_digest(code['sources'])[:12]}"}}
+    return {
+        **environment,
+        "code": {
+            **code,
+            "sources": f"{len(code['sources'])} modules, together {joint_digest(code['sources'])[:12]}",
+        },
+    }
+
 
 # %% ../nbs/07_report.ipynb #0bfb0d36
 def run_entry(record: RunRecord, why: str = "") -> dict:
-    "What the page says of a run: name, row, times, and its configuration, data, environment and numbers as name-value pairs."
+    """What the page says of a run: name, row, times, and its configuration, data, environment and numbers as name-value pairs."""
     asked = record.extra.get("requested", {})
-    config = [(k, v, f"asked for: {asked[k]}" if k in asked and asked[k] != record.config[k] else "") for k, v in flat(record.config)]
+    config = [
+        (k, v, f"asked for: {asked[k]}" if k in asked and asked[k] != record.config[k] else "")
+        for k, v in flat(record.config)
+    ]
     others = {k: v for k, v in record.extra.items() if k not in ("requested", "per_class_ap")}
-    return {"name": source(record), "row": row_name(row_key(record)), "seed": record.config["seed"], "epochs": len(record.history) or "–",
-            "time": seconds_text(record.timing.get("wall_s")), "training": seconds_text(record.timing.get("training_s")), "stale": why,
-            "device": record.environment.get("device"), "config": config, "metrics": flat(record.metrics), "dataset": flat(record.dataset),
-            "environment": flat(shown_environment(record.environment)), "others": flat(others), "digest": record.digest, "timing": flat(record.timing)}
+    return {
+        "name": source(record),
+        "row": row_name(row_key(record)),
+        "seed": record.config["seed"],
+        "epochs": len(record.history) or "–",
+        "time": seconds_text(record.timing.get("wall_s")),
+        "training": seconds_text(record.timing.get("training_s")),
+        "stale": why,
+        "device": record.environment.get("device"),
+        "config": config,
+        "metrics": flat(record.metrics),
+        "dataset": flat(record.dataset),
+        "environment": flat(shown_environment(record.environment)),
+        "others": flat(others),
+        "digest": record.digest,
+        "timing": flat(record.timing),
+    }
+
 
 # %% ../nbs/07_report.ipynb #b5fada32
 PAGE_CSS = """
@@ -796,42 +1190,93 @@ TEMPLATES["report.html"] = """
 </main></body></html>
 """
 
+
 # %% ../nbs/07_report.ipynb #188b2ef2
 @dataclass(frozen=True)
 class Report:
-    "A written report: the page and what it says in a few lines."
+    """A written report: the page and what it says in a few lines."""
+
     path: Path
     headline: tuple[str, ...]
     warnings: tuple[str, ...]
 
-    def __str__(self) -> str: return "\n".join([*self.headline, *(f"Warning: {w}" for w in self.warnings), f"report: {self.path}"])
+    def __str__(self) -> str:
+        return "\n".join([*self.headline, *(f"Warning: {w}" for w in self.warnings), f"report: {self.path}"])
+
 
 # %% ../nbs/07_report.ipynb #17120e4e
 def all_tables(runs: Sequence[RunRecord], known: Standing = Standing()) -> list[ResultTable]:
-    "Tables 1 and 2 and, where there are runs on further data sets, one for those."
+    """Tables 1 and 2 and, where there are runs on further data sets, one for those."""
     tables = [table(name, runs, known=known) for name in PLANS]
     placed = {d for plan in PLANS.values() for d in plan.datasets}
     others = sorted({str(r.dataset.get("name")) for r in runs} - placed)
     if others:
-        tables.append(ResultTable("others", "Other data sets", "no such table", [], [b for d in others for b in dataset_blocks(d, runs, known)]))
+        tables.append(
+            ResultTable(
+                "others",
+                "Other data sets",
+                "no such table",
+                [],
+                [b for d in others for b in dataset_blocks(d, runs, known)],
+            )
+        )
     return tables
 
-# %% ../nbs/07_report.ipynb #5b089f55
-def report_html(runs: Sequence[RunRecord], tables: Sequence[ResultTable], known: Standing = Standing(), explorers: Mapping[str, str] | None = None) -> str:
-    "The page as text. `explorers`: file beside the page by data set, to be linked."
-    blocks = [b for t in tables for b in t.blocks]
-    downloads = {t.name: [(form, text_uri(text, kind)) for form, text, kind in (("csv", t.csv(), "text/csv"), ("md", t.markdown(), "text/markdown"),
-                 ("json", json.dumps(t.data(), ensure_ascii=False, indent=1), "application/json"))] for t in tables}
-    figures = [(d, plates(d, runs)) for d in dict.fromkeys(b.dataset for b in blocks) if any(r.dataset.get("name") == d for r in runs)]
-    total = seconds_text(sum(r.timing.get("wall_s") or 0 for r in runs))
-    return template("report.html").render(
-        css=TABLE_CSS + PAGE_CSS, tables=tables, columns=COLUMNS, explorers=[(d, quote(name, safe="")) for d, name in (explorers or {}).items()], blocks=blocks, gains=[gain_sentence(g) for t in tables for g in t.gains], downloads=downloads, figures=figures, colour=row_colour,
-        warnings=[w for t in tables for w in t.warnings], synthetic=any(r.extra.get("synthetic") for r in runs), total=total,
-        unfinished=[(f"{u.dataset}/{u.name}", u.why) for u in known.unfinished], runs=[run_entry(r, known.why_stale(r)) for r in runs]).strip() + "\n"
 
+# %% ../nbs/07_report.ipynb #5b089f55
+def report_html(
+    runs: Sequence[RunRecord],
+    tables: Sequence[ResultTable],
+    known: Standing = Standing(),
+    explorers: Mapping[str, str] | None = None,
+) -> str:
+    """The page as text. `explorers`: file beside the page by data set, to be linked."""
+    blocks = [b for t in tables for b in t.blocks]
+    downloads = {
+        t.name: [
+            (form, text_uri(text, kind))
+            for form, text, kind in (
+                ("csv", t.csv(), "text/csv"),
+                ("md", t.markdown(), "text/markdown"),
+                ("json", json.dumps(t.data(), ensure_ascii=False, indent=1), "application/json"),
+            )
+        ]
+        for t in tables
+    }
+    figures = [
+        (d, plates(d, runs))
+        for d in dict.fromkeys(b.dataset for b in blocks)
+        if any(r.dataset.get("name") == d for r in runs)
+    ]
+    total = seconds_text(sum(r.timing.get("wall_s") or 0 for r in runs))
+    return (
+        template("report.html")
+        .render(
+            css=TABLE_CSS + PAGE_CSS,
+            tables=tables,
+            columns=COLUMNS,
+            explorers=[(d, quote(name, safe="")) for d, name in (explorers or {}).items()],
+            blocks=blocks,
+            gains=[gain_sentence(g) for t in tables for g in t.gains],
+            downloads=downloads,
+            figures=figures,
+            colour=row_colour,
+            warnings=[w for t in tables for w in t.warnings],
+            synthetic=any(r.extra.get("synthetic") for r in runs),
+            total=total,
+            unfinished=[(f"{u.dataset}/{u.name}", u.why) for u in known.unfinished],
+            runs=[run_entry(r, known.why_stale(r)) for r in runs],
+        )
+        .strip()
+        + "\n"
+    )
+
+
+# %% ../nbs/07_report.ipynb #fc7dfa47
 def text_uri(text: str, kind: str) -> str:
-    "Text as an address that needs no file."
+    """Text as an address that needs no file."""
     return f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
+
 
 # %% ../nbs/07_report.ipynb #491f15e5
 def build_report(runs_dir=None, out=None, explorers: Mapping[str, str] | None = None) -> Report:

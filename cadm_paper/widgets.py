@@ -15,12 +15,14 @@ from .figures import map_ranks, overlay, read_maps, row_key, row_name
 from .record import RecordError, RunRecord
 
 # %% auto #0
-__all__ = ['Seen', 'drawn_images', 'own_image', 'map_picture', 'png', 'caption', 'explore']
+__all__ = ["Seen", "drawn_images", "own_image", "map_picture", "png", "caption", "explore"]
+
 
 # %% ../nbs/08d_widgets.ipynb #935b7b50
 @dataclass
 class Seen:
     """A picture (uint8 H x W x 3, or None), its maps (C x h x w), confidences in 0..1 (C x 3: prediction, first, second stream), and what is known of it."""
+
     name: str
     picture: np.ndarray | None
     maps: np.ndarray
@@ -33,14 +35,22 @@ class Seen:
         there = np.zeros(len(self.scores)) if self.targets is None else self.targets == 1
         return np.lexsort((-self.scores[:, 0], -there.astype(float))).tolist()
 
+
 # %% ../nbs/08d_widgets.ipynb #dcd32cb5
 def drawn_images(record: RunRecord) -> list[Seen]:
     """The drawn test images of a record. Raises `RecordError` for a run without maps."""
     maps = read_maps(record)
     pictures = maps.get("thumbnails", [None] * len(maps["maps"]))
-    boxes = [tuple((int(c), *map(float, place)) for r, c, *place in maps.get("boxes", ()) if int(r) == row) for row in range(len(pictures))]
+    boxes = [
+        tuple((int(c), *map(float, place)) for r, c, *place in maps.get("boxes", ()) if int(r) == row)
+        for row in range(len(pictures))
+    ]
     scores = np.stack([maps[name] for name in ("scores", "scores_fcls", "scores_scls")], axis=-1)
-    return [Seen(str(name), *parts) for name, *parts in zip(maps["image_ids"], pictures, maps["maps"], scores, maps["targets"], boxes)]
+    return [
+        Seen(str(name), *parts)
+        for name, *parts in zip(maps["image_ids"], pictures, maps["maps"], scores, maps["targets"], boxes)
+    ]
+
 
 # %% ../nbs/08d_widgets.ipynb #cbbe278c
 def own_image(record: RunRecord, path: str | Path) -> Seen:
@@ -58,18 +68,24 @@ def own_image(record: RunRecord, path: str | Path) -> Seen:
     scores = torch.stack([output.logits, output.logits_fcls, output.logits_scls], -1)[0].sigmoid()
     return Seen(Path(path).name, picture.permute(1, 2, 0).numpy(), output.maps[0].numpy(), scores.numpy())
 
+
 # %% ../nbs/08d_widgets.ipynb #1698d1d4
 def map_picture(seen: Seen, c: int, boxes: bool = True, limit: float | None = None, side: int = 360):
     """A label's map over its picture as a square Pillow image, the label's objects outlined; `limit`: map value of full colour (the picture's largest if None)."""
     from PIL import Image, ImageDraw
 
-    back = np.full((side, side, 3), 237, np.uint8) if seen.picture is None else np.asarray(Image.fromarray(seen.picture).resize((side, side), Image.Resampling.NEAREST))
+    back = (
+        np.full((side, side, 3), 237, np.uint8)
+        if seen.picture is None
+        else np.asarray(Image.fromarray(seen.picture).resize((side, side), Image.Resampling.NEAREST))
+    )
     image = Image.fromarray(overlay(back, seen.maps[c], limit or max(float(seen.maps.max()), 1e-6)))
     pen = ImageDraw.Draw(image)
     for k, x, y, w, h in seen.boxes if boxes else ():
         if k == c:
             pen.rectangle([x * side, y * side, (x + w) * side, (y + h) * side], outline="black", width=2)
     return image
+
 
 # %% ../nbs/08d_widgets.ipynb #df50b129
 def png(image) -> bytes:
@@ -78,14 +94,23 @@ def png(image) -> bytes:
     image.save(out, format="png")
     return out.getvalue()
 
+
 # %% ../nbs/08d_widgets.ipynb #62b222c9
 def caption(seen: Seen, c: int, name: str) -> str:
     """What stands beside the picture, as HTML: whether the label is present, three confidences, the rank of its map."""
     from html import escape
 
-    known = "" if seen.targets is None else {1: " (present)", 0: " (absent)"}.get(int(seen.targets[c]), " (not known)")
-    lines = [f"{what}: {value:.2f}" for what, value in zip(("prediction", "first stream", "second stream"), seen.scores[c])]
+    known = (
+        ""
+        if seen.targets is None
+        else {1: " (present)", 0: " (absent)"}.get(int(seen.targets[c]), " (not known)")
+    )
+    lines = [
+        f"{what}: {value:.2f}"
+        for what, value in zip(("prediction", "first stream", "second stream"), seen.scores[c])
+    ]
     return f"<b>{escape(name)}</b>{known}<br>{'<br>'.join(lines)}<br>map ranks {map_ranks(seen.maps)[c]} of {len(seen.maps)}"
+
 
 # %% ../nbs/08d_widgets.ipynb #d16394db
 def explore(run: RunRecord | str | Path, image: str | Path | None = None):
@@ -103,15 +128,25 @@ def explore(run: RunRecord | str | Path, image: str | Path | None = None):
     shown, text = widgets.Image(format="png", width=360), widgets.HTML()
 
     def choose(_=None):
-        label.options = [(f"{'● ' if seen[which.value].targets is not None and seen[which.value].targets[c] == 1 else ''}{classes[c]} {seen[which.value].scores[c, 0]:.2f}", c) for c in seen[which.value].labels()]
+        label.options = [
+            (
+                f"{'● ' if seen[which.value].targets is not None and seen[which.value].targets[c] == 1 else ''}{classes[c]} {seen[which.value].scores[c, 0]:.2f}",
+                c,
+            )
+            for c in seen[which.value].labels()
+        ]
 
     def draw(_=None):
         if label.value is not None:
-            shown.value, text.value = png(map_picture(seen[which.value], label.value, boxes.value)), caption(seen[which.value], label.value, classes[label.value])
+            shown.value, text.value = (
+                png(map_picture(seen[which.value], label.value, boxes.value)),
+                caption(seen[which.value], label.value, classes[label.value]),
+            )
 
     which.observe(choose, "value")
     for control in (which, label, boxes):
         control.observe(draw, "value")
-    choose(); draw()
+    choose()
+    draw()
     title = widgets.HTML(f"<b>{row_name(row_key(record))}</b>, {record.dataset['name']}")
     return widgets.VBox([title, which, widgets.HBox([widgets.VBox([label, boxes]), shown, text])])

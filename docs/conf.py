@@ -1,4 +1,5 @@
 """Sphinx's settings. `make docs` writes the sources (notebooks, API pages, data) to _proc/ first: see tools/docs.py."""
+
 import ast
 import inspect
 import re
@@ -10,10 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import cadm_paper  # noqa: E402
 from docutils import nodes  # noqa: E402
 from sphinx.transforms.post_transforms import SphinxPostTransform  # noqa: E402
 from sphinx.util.nodes import make_refnode  # noqa: E402
+
+import cadm_paper  # noqa: E402
 
 warnings.filterwarnings("ignore", module="pydantic")
 
@@ -23,7 +25,13 @@ copyright = "2026 onwards, the CADM companion's authors"
 version = release = cadm_paper.__version__
 language = "en"
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",
+]
 exclude_patterns = ["**/.*"]
 suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure", "ref.python"]
 
@@ -45,7 +53,9 @@ html_static_path = [str(Path(__file__).parent / "_static")]
 html_css_files = ["cadm.css"]
 html_favicon = str(Path(__file__).parent / "_static" / "icon.svg")
 html_copy_source = False
-html_show_search_summary = False  # it would fetch the pages, which a browser refuses for a site opened from a folder
+html_show_search_summary = (
+    False  # it would fetch the pages, which a browser refuses for a site opened from a folder
+)
 html_show_sphinx = False
 html_last_updated_fmt = None
 html_theme_options = {
@@ -59,7 +69,11 @@ nb_code_prompt_show = "imports"
 mathjax3_config = {"options": {"enableMenu": False}}
 
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "undoc-members": True, "exclude-members": "model_config, model_post_init, training, __init__, __new__"}
+autodoc_default_options = {
+    "members": True,
+    "undoc-members": True,
+    "exclude-members": "model_config, model_post_init, training, __init__, __new__",
+}
 autodoc_class_signature = "mixed"
 autodoc_inherit_docstrings = False
 add_module_names = False
@@ -80,7 +94,9 @@ def written_signature(obj) -> str | None:
     ours = [a for a in (*arguments.posonlyargs, *arguments.args) if a.arg in ("self", "cls")]
     for argument in ours[:1]:
         (arguments.posonlyargs if argument in arguments.posonlyargs else arguments.args).remove(argument)
-    return f"({ast.unparse(arguments)})" + (f" -> {ast.unparse(tree.returns)}" if tree.returns and not inspect.isclass(obj) else "")
+    return f"({ast.unparse(arguments)})" + (
+        f" -> {ast.unparse(tree.returns)}" if tree.returns and not inspect.isclass(obj) else ""
+    )
 
 
 def signature(app, what, name, obj, options, given, returns):
@@ -99,7 +115,9 @@ def docstring(app, what, name, obj, options, lines):
     for i, line in enumerate(lines):
         parts = re.split(r"(`+[^`]+`+)", line)
         plain = lambda text: re.sub(r"(?<!:)([*|_])", r"\\\1", text)
-        text = "".join(f"\\ ``{p.strip('`')}``\\ " if p.startswith("`") else plain(p) for p in parts)   # "\\ " lets `Block`s be
+        text = "".join(
+            f"\\ ``{p.strip('`')}``\\ " if p.startswith("`") else plain(p) for p in parts
+        )  # "\\ " lets `Block`s be
         lines[i] = re.sub(r"^(\s*)\\ ", r"\1", text)
 
 
@@ -111,6 +129,7 @@ def skip(app, what, name, obj, skipped, options):
 
 class LinkSymbols(SphinxPostTransform):
     """Every `name` of the library, in notebooks and docstrings alike, leads to its page of the API."""
+
     default_priority = 5
 
     def run(self, **kwargs):
@@ -119,20 +138,24 @@ class LinkSymbols(SphinxPostTransform):
             found = {}
             for full, entry in objects.items():
                 if full.startswith("cadm_paper.") and not entry.aliased:
-                    module = getattr(entry, "docname").removeprefix("api/")
+                    module = entry.docname.removeprefix("api/")
                     short = full.removeprefix(module + ".")
                     for key in {full, short, short.rpartition(".")[2] if "." not in short else short}:
                         found.setdefault(key, []).append((full, entry))
             self.env.cadm_symbols = found
         for literal in list(self.document.findall(nodes.literal)):
-            if isinstance(literal.parent, (nodes.reference, nodes.title)) or literal.next_node(nodes.reference):
+            if isinstance(literal.parent, (nodes.reference, nodes.title)) or literal.next_node(
+                nodes.reference
+            ):
                 continue
             name = re.sub(r"\(.*\)$", "", literal.astext())
             matches = self.env.cadm_symbols.get(name, [])
             if len({full for full, _ in matches}) != 1:
                 continue
             full, entry = matches[0]
-            link = make_refnode(self.app.builder, self.env.docname, entry.docname, entry.node_id, literal.deepcopy(), full)
+            link = make_refnode(
+                self.app.builder, self.env.docname, entry.docname, entry.node_id, literal.deepcopy(), full
+            )
             literal.replace_self(link)
 
 

@@ -1,4 +1,5 @@
 """Photographs, packs and feeding: bad files, other processes, full disks, and that nothing but seed and epoch decides what is fed."""
+
 import io
 import json
 import multiprocessing
@@ -23,7 +24,16 @@ from torchvision.transforms import functional as TF
 
 from cadm_paper.data import feed, images
 from cadm_paper.data import pack as packing
-from cadm_paper.data.feed import Feeder, batch_plan, crop_boxes, cut_boxes, epoch_order, flip_mask, prepare, random_words
+from cadm_paper.data.feed import (
+    Feeder,
+    batch_plan,
+    crop_boxes,
+    cut_boxes,
+    epoch_order,
+    flip_mask,
+    prepare,
+    random_words,
+)
 from cadm_paper.data.images import ImageError, decode_rgb, load_image, resize_square
 from cadm_paper.data.pack import Pack, PackError, pack, verify_pack
 from cadm_paper.data.split import DataError, Split
@@ -35,7 +45,7 @@ needs_photographs = pytest.mark.skipif(not COCO, reason=f"no photographs in {SHA
 
 
 def noise(h, w, seed=0):
-    "A smooth random picture, uint8 h x w x 3: what JPEG is made for, but nowhere constant."
+    """A smooth random picture, uint8 h x w x 3: what JPEG is made for, but nowhere constant."""
     small = np.random.default_rng(seed).integers(0, 256, (max(h // 8, 2), max(w // 8, 2), 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize((w, h), Image.Resampling.BICUBIC))
 
@@ -48,7 +58,7 @@ def jpeg(pixels, **options):
 
 @pytest.fixture
 def split(tmp_path):
-    "Ten JPEGs of different shapes."
+    """Ten JPEGs of different shapes."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     for i in range(10):
@@ -58,16 +68,33 @@ def split(tmp_path):
 
 def split_of(folder, n):
     labels = (np.arange(n)[:, None] % 4 == np.arange(4)).astype(np.int8)
-    return Split("toy", "train", Path(folder), tuple("abcd"), tuple(map(str, range(n))), [Path(folder) / f"{i}.jpg" for i in range(n)], labels)
+    return Split(
+        "toy",
+        "train",
+        Path(folder),
+        tuple("abcd"),
+        tuple(map(str, range(n))),
+        [Path(folder) / f"{i}.jpg" for i in range(n)],
+        labels,
+    )
 
 
 # Photographs
 
+
 def announcing(width, height):
-    "A PNG whose header announces a picture of this size, in a few bytes."
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    """A PNG whose header announces a picture of this size, in a few bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
 def as_file(image, kind):
@@ -88,7 +115,7 @@ BAD = {
     "floats": (as_file(Image.new("F", (4, 4), 0.5), "TIFF"), "floating-point"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not one of JPEG"),
     "bomb": (announcing(60_000, 60_000), "pixels; shrink"),
-    "too large": (announcing(10_000, 9_000), "10000 x 9000 is larger"),     # Pillow itself would only warn
+    "too large": (announcing(10_000, 9_000), "10000 x 9000 is larger"),  # Pillow itself would only warn
 }
 
 
@@ -103,12 +130,18 @@ def test_a_bad_photograph_is_one_error_that_names_it(split, case, workers):
     good = [next(batches) for _ in range(3)]
     with pytest.raises(ImageError, match=reason) as error:
         next(batches)
-    assert str(split.paths[7]) in str(error.value) and "\n" not in str(error.value) and isinstance(error.value, DataError)
+    assert (
+        str(split.paths[7]) in str(error.value)
+        and "\n" not in str(error.value)
+        and isinstance(error.value, DataError)
+    )
     assert [b.indices.tolist() for b in good] == [[0, 1], [2, 3], [4, 5]]
-    assert next(iter(feeder.epoch(5))).indices.tolist() == [0, 1, 2, 3, 4]      # the feeder itself lives on
+    assert next(iter(feeder.epoch(5))).indices.tolist() == [0, 1, 2, 3, 4]  # the feeder itself lives on
 
 
-@pytest.mark.parametrize("make", [lambda p: p.unlink(), lambda p: (p.unlink(), p.mkdir())], ids=["missing", "a folder"])
+@pytest.mark.parametrize(
+    "make", [lambda p: p.unlink(), lambda p: (p.unlink(), p.mkdir())], ids=["missing", "a folder"]
+)
 def test_no_file_at_all(split, make):
     make(split.paths[3])
     with pytest.raises(ImageError, match=str(split.paths[3])):
@@ -134,10 +167,10 @@ ODD = {
 @pytest.mark.parametrize("case", ODD)
 def test_odd_photographs_become_rgb(tmp_path, case, resize):
     data, colour = ODD[case]
-    (tmp_path / "x.jpg").write_bytes(data)      # the name says JPEG; the content decides
+    (tmp_path / "x.jpg").write_bytes(data)  # the name says JPEG; the content decides
     got = load_image(tmp_path / "x.jpg", 12, resize=resize)
     assert got.shape == (3, 12, 12) and got.dtype == torch.uint8
-    assert (got.int() - torch.tensor(colour).view(3, 1, 1)).abs().max() <= 3     # JPEG's and WebP's rounding
+    assert (got.int() - torch.tensor(colour).view(3, 1, 1)).abs().max() <= 3  # JPEG's and WebP's rounding
 
 
 def test_palette_with_transparency(tmp_path):
@@ -152,7 +185,7 @@ def test_cmyk_is_what_pillow_makes_of_it(tmp_path):
     Image.fromarray(noise(30, 40)).convert("CMYK").save(tmp_path / "x.jpg", quality=95)
     theirs = np.asarray(Image.open(tmp_path / "x.jpg").convert("RGB"))
     assert (decode_rgb((tmp_path / "x.jpg").read_bytes(), "x").numpy() == theirs).all()
-    assert abs(theirs.astype(int) - noise(30, 40)).mean() < 12                # and not its negative
+    assert abs(theirs.astype(int) - noise(30, 40)).mean() < 12  # and not its negative
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -165,13 +198,27 @@ def test_exif_orientation_is_ignored_unless_asked_for(tmp_path, orientation):
     stored, turned = load_image(tmp_path / "y.jpg", 32), load_image(tmp_path / "x.jpg", 32, exif=True)
     assert (load_image(tmp_path / "x.jpg", 32) == stored).all()
     # squashed to a square, turning before resizing or after is the same up to rounding
-    turns = [lambda x: x, lambda x: x.flip(2), lambda x: x.flip(1, 2), lambda x: x.flip(1), lambda x: x.transpose(1, 2),
-             lambda x: x.transpose(1, 2).flip(2), lambda x: x.transpose(1, 2).flip(1, 2), lambda x: x.transpose(1, 2).flip(1)]
+    turns = [
+        lambda x: x,
+        lambda x: x.flip(2),
+        lambda x: x.flip(1, 2),
+        lambda x: x.flip(1),
+        lambda x: x.transpose(1, 2),
+        lambda x: x.transpose(1, 2).flip(2),
+        lambda x: x.transpose(1, 2).flip(1, 2),
+        lambda x: x.transpose(1, 2).flip(1),
+    ]
     assert (turned.int() - turns[orientation - 1](stored).int()).abs().max() <= 1
 
 
 @settings(max_examples=60, deadline=None)
-@given(h=st.integers(1, 70), w=st.integers(1, 70), size=st.integers(1, 48), resize=st.sampled_from(["squash", "crop"]), seed=st.integers(0, 9))
+@given(
+    h=st.integers(1, 70),
+    w=st.integers(1, 70),
+    size=st.integers(1, 48),
+    resize=st.sampled_from(["squash", "crop"]),
+    seed=st.integers(0, 9),
+)
 def test_resizing_stays_between_darkest_and_brightest(h, w, size, resize, seed):
     pixels = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8))
     got = resize_square(pixels, size, resize)
@@ -182,7 +229,9 @@ def test_resizing_stays_between_darkest_and_brightest(h, w, size, resize, seed):
     assert np.abs(got.numpy().astype(int) - pillow).max() <= 1
 
 
-@pytest.mark.parametrize("options", [dict(subsampling=s, progressive=p) for s in (0, 1, 2) for p in (False, True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(subsampling=s, progressive=p) for s in (0, 1, 2) for p in (False, True)], ids=str
+)
 def test_both_decoders_give_the_same_bytes(monkeypatch, options):
     if images.torchvision_decoder() is None:
         pytest.skip("this torchvision has no JPEG decoder")
@@ -202,7 +251,10 @@ def test_both_decoders_give_the_same_bytes_on_photographs(monkeypatch):
 def test_draft_changes_large_jpegs_a_little_and_small_ones_not(tmp_path):
     (tmp_path / "large.jpg").write_bytes(jpeg(noise(600, 800)))
     (tmp_path / "small.jpg").write_bytes(jpeg(noise(150, 180)))
-    def both(name): return [load_image(tmp_path / name, 80, draft=d).int() for d in (False, True)]
+
+    def both(name):
+        return [load_image(tmp_path / name, 80, draft=d).int() for d in (False, True)]
+
     exact, draft = both("large.jpg")
     assert 0 < (exact - draft).abs().float().mean() < 2
     exact, draft = both("small.jpg")
@@ -211,8 +263,16 @@ def test_draft_changes_large_jpegs_a_little_and_small_ones_not(tmp_path):
 
 # Order, chance, batches
 
+
 @settings(max_examples=80, deadline=None)
-@given(n=st.integers(0, 60), batch=st.integers(1, 17), seed=st.integers(-5, 2**40), epoch=st.integers(0, 99), world=st.integers(1, 5), start=st.integers(0, 9))
+@given(
+    n=st.integers(0, 60),
+    batch=st.integers(1, 17),
+    seed=st.integers(-5, 2**40),
+    epoch=st.integers(0, 99),
+    world=st.integers(1, 5),
+    start=st.integers(0, 9),
+)
 def test_every_image_once_whatever_the_number_of_processes(n, batch, seed, epoch, world, start):
     how = dict(seed=seed, epoch=epoch, shuffle=True)
     whole = batch_plan(n, batch, **how)
@@ -223,21 +283,27 @@ def test_every_image_once_whatever_the_number_of_processes(n, batch, seed, epoch
     assert all(max(map(len, parts)) - min(map(len, parts)) <= 1 for parts in zip(*ranks))
 
 
-@pytest.mark.parametrize("wrong", [dict(batch_size=0), dict(start=-1), dict(rank=2, world=2), dict(rank=-1), dict(shuffle=True)], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(batch_size=0), dict(start=-1), dict(rank=2, world=2), dict(rank=-1), dict(shuffle=True)],
+    ids=str,
+)
 def test_impossible_batches_are_refused_before_anything_is_read(split, wrong):
     with pytest.raises(ValueError):
-        Feeder(split, 16).epoch(**{"batch_size": 4, **wrong})      # not at the first batch: at the call
+        Feeder(split, 16).epoch(**{"batch_size": 4, **wrong})  # not at the first batch: at the call
 
 
 def test_chance_is_fair_and_unrelated():
     n = 40_000
-    words = np.stack([random_words(np.arange(n), *key) for key in [(0, 0, 1), (0, 0, 2), (0, 1, 1), (1, 0, 1), (1, 1, 1)]])
+    words = np.stack(
+        [random_words(np.arange(n), *key) for key in [(0, 0, 1), (0, 0, 2), (0, 1, 1), (1, 0, 1), (1, 1, 1)]]
+    )
     bits = np.unpackbits(words.view(np.uint8).reshape(len(words), n, 8), axis=2).astype(float)
-    assert np.abs(bits.mean(1) - 0.5).max() < 5 * 0.5 / np.sqrt(n)                     # each of 64 bits, each key
+    assert np.abs(bits.mean(1) - 0.5).max() < 5 * 0.5 / np.sqrt(n)  # each of 64 bits, each key
     assert np.abs(np.corrcoef(bits.reshape(len(words), -1)) - np.eye(len(words))).max() < 5 / np.sqrt(64 * n)
     first = np.array([epoch_order(7, seed, 0)[0] for seed in range(7000)])
     counts = np.bincount(first, minlength=7)
-    assert ((counts - 1000) ** 2 / 1000).sum() < 30                                    # chi-squared with 6 degrees: p < 1e-4
+    assert ((counts - 1000) ** 2 / 1000).sum() < 30  # chi-squared with 6 degrees: p < 1e-4
 
 
 def test_boxes_and_flips_belong_to_the_image_not_the_batch():
@@ -258,8 +324,16 @@ def same(a, b):
 def test_nothing_but_seed_and_epoch_decides(split, tmp_path):
     plain = fed(split, in_memory=False)
     raw = pack(split, tmp_path / "raw", 24, encoding="raw")
-    for how in [dict(workers=1), dict(workers=4, prefetch=1), dict(workers=4, prefetch=50), dict(workers=3, in_memory=False), dict(in_memory=True),
-                dict(pack=raw), dict(pack=raw, workers=2, in_memory=False), dict(pack=Pack(raw))]:
+    for how in [
+        dict(workers=1),
+        dict(workers=4, prefetch=1),
+        dict(workers=4, prefetch=50),
+        dict(workers=3, in_memory=False),
+        dict(in_memory=True),
+        dict(pack=raw),
+        dict(pack=raw, workers=2, in_memory=False),
+        dict(pack=Pack(raw)),
+    ]:
         assert same(plain, fed(split, **how)), how
     assert not same(plain, list(Feeder(split, 24).epoch(4, seed=6, epoch=3, shuffle=True)))
     assert not same(plain, list(Feeder(split, 24).epoch(4, seed=5, epoch=4, shuffle=True)))
@@ -281,7 +355,9 @@ def test_memory_of_batches_is_used_again(split):
     for epoch in range(6):
         for batch in feeder.epoch(2, seed=0, epoch=epoch, shuffle=True):
             places.add(batch.images.data_ptr())
-    assert len(places) <= 2 + 2 + 2         # the one in use, those ahead, the one just begun, what threads still hold; not thirty
+    assert (
+        len(places) <= 2 + 2 + 2
+    )  # the one in use, those ahead, the one just begun, what threads still hold; not thirty
 
 
 def test_skipped_batches_are_not_read(split):
@@ -289,7 +365,9 @@ def test_skipped_batches_are_not_read(split):
     for path in split.paths[:6]:
         path.unlink()
     rest = list(Feeder(split, 16, workers=2).epoch(3, start=2))
-    assert [b.indices.tolist() for b in rest] == [[6, 7, 8], [9]] and all((a.images == b).all() for a, b in zip(rest, whole[2:]))
+    assert [b.indices.tolist() for b in rest] == [[6, 7, 8], [9]] and all(
+        (a.images == b).all() for a, b in zip(rest, whole[2:])
+    )
 
 
 def test_stopping_early_leaves_no_work_behind(split):
@@ -327,7 +405,15 @@ def test_small_sets_are_decoded_once(split):
 
 
 @settings(max_examples=30, deadline=None)
-@given(b=st.integers(0, 4), h=st.integers(1, 9), w=st.integers(1, 9), seed=st.integers(0, 99), how=st.sampled_from(["imagenet", "half"]), last=st.booleans(), contiguous=st.booleans())
+@given(
+    b=st.integers(0, 4),
+    h=st.integers(1, 9),
+    w=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    how=st.sampled_from(["imagenet", "half"]),
+    last=st.booleans(),
+    contiguous=st.booleans(),
+)
 def test_prepare_is_torchvisions_normalisation(b, h, w, seed, how, last, contiguous):
     rng = np.random.default_rng(seed)
     x = torch.from_numpy(rng.integers(0, 256, (b, 3, h, w), dtype=np.uint8))
@@ -336,16 +422,18 @@ def test_prepare_is_torchvisions_normalisation(b, h, w, seed, how, last, contigu
     got = prepare(x, normalise=how, flip=flip, channels_last=last)
     want = torch.where(torch.from_numpy(flip).view(-1, 1, 1, 1), x.flip(3), x).float() / 255
     torch.testing.assert_close(got, TF.normalize(want, *feed.PIXELS[how]) if b else want, atol=1e-5, rtol=0)
-    assert (x == before).all() and got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    assert (x == before).all() and got.is_contiguous(
+        memory_format=torch.channels_last if last else torch.contiguous_format
+    )
     assert prepare(x, normalise=how, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_prepared_batches_that_are_kept_stay_as_they_are():
     batches = [torch.full((4, 3, 8, 8), value, dtype=torch.uint8) for value in range(0, 200, 20)]
-    kept = [prepare(b, normalise="half")[i % 2:, :2] for i, b in enumerate(batches)]
+    kept = [prepare(b, normalise="half")[i % 2 :, :2] for i, b in enumerate(batches)]
     assert all(((k + 1) * 127.5 - b[0, 0, 0, 0]).abs().max() < 1e-3 for k, b in zip(kept, batches))
     places = {prepare(b).data_ptr() for b in batches}
-    assert len(places) <= 2                 # nobody kept these: the same memory again
+    assert len(places) <= 2  # nobody kept these: the same memory again
 
 
 @settings(max_examples=30, deadline=None)
@@ -354,7 +442,13 @@ def test_cut_boxes_follow_a_ramp(seed, size):
     """On a picture whose red is its column and green its row, a cut's colours are the coordinates it was cut from."""
     side = 64
     ramp = torch.arange(side, dtype=torch.uint8) * 3
-    canvas = torch.stack([ramp.expand(side, side), ramp[:, None].expand(side, side), torch.zeros(side, side, dtype=torch.uint8)])[None]
+    canvas = torch.stack(
+        [
+            ramp.expand(side, side),
+            ramp[:, None].expand(side, side),
+            torch.zeros(side, side, dtype=torch.uint8),
+        ]
+    )[None]
     left, top, width, height = crop_boxes([seed], 0, 0)[0]
     cut = cut_boxes(canvas, [[left, top, width, height]], size)[0].double()
     place = (torch.arange(size, dtype=torch.float64) + 0.5) / size
@@ -371,33 +465,63 @@ def test_decoding_on_a_device_gives_the_same_up_to_rounding(split, tmp_path):
     made = pack(split, tmp_path / "p", 24)
     for how in [dict(), dict(resize="crop"), dict(exif=True), dict(pack=made)]:
         for workers in (0, 2):
-            ours, theirs = feed.DeviceFeeder(split, 24, "cpu", workers=workers, **how), Feeder(split, 24, **how)
-            for a, b in zip(ours.epoch(4, seed=1, shuffle=True), theirs.epoch(4, seed=1, shuffle=True), strict=True):
-                assert (a.images.int() - b.images.int()).abs().max() <= 1 and (a.targets == b.targets).all() and (a.indices == b.indices).all()
+            ours, theirs = (
+                feed.DeviceFeeder(split, 24, "cpu", workers=workers, **how),
+                Feeder(split, 24, **how),
+            )
+            for a, b in zip(
+                ours.epoch(4, seed=1, shuffle=True), theirs.epoch(4, seed=1, shuffle=True), strict=True
+            ):
+                assert (
+                    (a.images.int() - b.images.int()).abs().max() <= 1
+                    and (a.targets == b.targets).all()
+                    and (a.indices == b.indices).all()
+                )
     split.paths[5].write_bytes(split.paths[5].read_bytes()[:-30])
     batches = feed.DeviceFeeder(split, 24, "cpu", workers=2).epoch(4)
     next(batches)
     with pytest.raises(ImageError, match="5.jpg: cannot be decoded"):
         next(batches)
     with pytest.raises(ValueError, match="nothing to decode"):
-        feed.DeviceFeeder(split.take([0]), 24, "cpu", pack=pack(split.take([0]), tmp_path / "raw", 24, encoding="raw"))
+        feed.DeviceFeeder(
+            split.take([0]), 24, "cpu", pack=pack(split.take([0]), tmp_path / "raw", 24, encoding="raw")
+        )
 
 
 # Packs
+
 
 def test_a_pack_feeds_what_files_feed_up_to_its_stated_loss(split, tmp_path):
     made = Pack(pack(split, tmp_path / "p", 24, workers=2))
     files, packed = fed(split), fed(split, pack=made)
     for a, b in zip(files, packed, strict=True):
         assert (a.indices == b.indices).all() and (a.targets == b.targets).all()
-    error = np.mean([(a.images.float() - b.images.float()).abs().mean().item() * len(a.images) for a, b in zip(files, packed)]) * len(files) / 10
+    error = (
+        np.mean(
+            [
+                (a.images.float() - b.images.float()).abs().mean().item() * len(a.images)
+                for a, b in zip(files, packed)
+            ]
+        )
+        * len(files)
+        / 10
+    )
     assert error == pytest.approx(made.loss["mean_absolute_error"], abs=1e-5) and made.loss["images"] == 10
     part = split.take([8, 1, 4])
-    assert same(list(Feeder(part, 24, pack=made).epoch(2)), list(Feeder(part, 24, pack=tmp_path / "p").epoch(2)))
-    assert (next(iter(Feeder(part, 24, pack=made).epoch(1))).images == torch.from_numpy(made.image(8).copy()).permute(2, 0, 1)).all()
+    assert same(
+        list(Feeder(part, 24, pack=made).epoch(2)), list(Feeder(part, 24, pack=tmp_path / "p").epoch(2))
+    )
+    assert (
+        next(iter(Feeder(part, 24, pack=made).epoch(1))).images
+        == torch.from_numpy(made.image(8).copy()).permute(2, 0, 1)
+    ).all()
 
 
-@pytest.mark.parametrize("asked", [dict(image_size=32), dict(image_size=24, resize="crop"), dict(image_size=24, exif=True)], ids=str)
+@pytest.mark.parametrize(
+    "asked",
+    [dict(image_size=32), dict(image_size=24, resize="crop"), dict(image_size=24, exif=True)],
+    ids=str,
+)
 def test_another_geometry_is_refused(split, tmp_path, asked):
     made = pack(split, tmp_path / "p", 24)
     with pytest.raises(PackError, match="packed as 24 x 24, squash, EXIF orientation ignored, but"):
@@ -412,7 +536,7 @@ def test_other_photographs_are_refused(split, tmp_path):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(packing, "SHARD_BYTES", 3 * 3 * 24**2 // 10)    # three images each
+    monkeypatch.setattr(packing, "SHARD_BYTES", 3 * 3 * 24**2 // 10)  # three images each
 
 
 def test_an_interrupted_pack_goes_on_where_it_stopped(split, tmp_path, small_shards):
@@ -421,17 +545,23 @@ def test_an_interrupted_pack_goes_on_where_it_stopped(split, tmp_path, small_sha
     split.paths[7].write_bytes(good[:-30])
     monkey = packing.sample_loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "sample_loss", lambda split, load, plan: dict(mean_bytes=1.0))   # it would meet the bad one first
+        patch.setattr(
+            packing, "sample_loss", lambda split, load, plan: dict(mean_bytes=1.0)
+        )  # it would meet the bad one first
         with pytest.raises(ImageError, match="7.jpg: cannot be decoded"):
             pack(split, tmp_path / "p", 24, workers=2)
     assert packing.sample_loss is monkey and not (tmp_path / "p").exists()
     work = tmp_path / ".p.part"
     kept = {p: p.stat().st_mtime_ns for p in work.glob("shard-*.bin")}
-    assert sorted(p.name for p in kept) == ["shard-00000.bin", "shard-00001.bin"] and not list(work.glob(".*.part"))
+    assert sorted(p.name for p in kept) == ["shard-00000.bin", "shard-00001.bin"] and not list(
+        work.glob(".*.part")
+    )
     split.paths[7].write_bytes(good)
     made = pack(split, tmp_path / "p", 24)
     assert all((made / p.name).stat().st_mtime_ns == when for p, when in kept.items()) and not work.exists()
-    assert {p.name: p.read_bytes() for p in made.iterdir() if p.suffix != ".npz"} == {p.name: p.read_bytes() for p in whole.iterdir() if p.suffix != ".npz"}
+    assert {p.name: p.read_bytes() for p in made.iterdir() if p.suffix != ".npz"} == {
+        p.name: p.read_bytes() for p in whole.iterdir() if p.suffix != ".npz"
+    }
     verify_pack(made)
 
 
@@ -440,11 +570,13 @@ def test_what_an_interrupted_pack_left_is_not_trusted_blindly(split, tmp_path, s
     work = tmp_path / ".p.part"
     packing.write_json(work / "plan.json", packing.pack_plan(split, 24, "squash", False, False, "jpeg", 90))
     packing.write_shard(work, 0, [b"x", b"y", b"z"])
-    (work / "shard-00000.bin").write_bytes(b"xyZ")              # damaged since
+    (work / "shard-00000.bin").write_bytes(b"xyZ")  # damaged since
     (work / "shard-00001.json").write_text("{}")
     made = pack(split, tmp_path / "p", 24)
-    assert [p.read_bytes() for p in sorted(made.glob("*.bin"))] == [p.read_bytes() for p in sorted(whole.glob("*.bin"))]
-    packing.write_json(tmp_path / ".q.part" / "plan.json", {"schema": 0})       # another request's leftovers
+    assert [p.read_bytes() for p in sorted(made.glob("*.bin"))] == [
+        p.read_bytes() for p in sorted(whole.glob("*.bin"))
+    ]
+    packing.write_json(tmp_path / ".q.part" / "plan.json", {"schema": 0})  # another request's leftovers
     packing.write_shard(tmp_path / ".q.part", 0, [b"x", b"y", b"z"])
     verify_pack(pack(split, tmp_path / "q", 24))
 
@@ -461,7 +593,7 @@ def test_a_full_disk_leaves_nothing_half_written(split, tmp_path, encoding):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(tmp_path / "p") in str(error.value) and not (tmp_path / "p").exists()
     assert [p.name for p in (tmp_path / ".p.part").iterdir()] == ["plan.json"]
-    verify_pack(pack(split, tmp_path / "p", 24, encoding=encoding))     # there is room again
+    verify_pack(pack(split, tmp_path / "p", 24, encoding=encoding))  # there is room again
 
 
 def test_too_little_room_is_said_before_the_work(split, tmp_path, monkeypatch):
@@ -477,7 +609,7 @@ def test_a_place_that_cannot_be_written(split, tmp_path):
         pack(split, tmp_path / "file" / "p", 24)
     folder = tmp_path / "readonly"
     folder.mkdir(mode=0o500)
-    if not os.access(folder, os.W_OK):      # root may write anywhere
+    if not os.access(folder, os.W_OK):  # root may write anywhere
         with pytest.raises(PackError, match="cannot be written: Permission denied"):
             pack(split, folder / "p", 24)
         assert not list(folder.iterdir())
@@ -500,10 +632,14 @@ def test_processes_that_pack_the_same_folder_at_once_make_one_pack(split, tmp_pa
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     children = [context.Process(target=_pack_in_child, args=(split, tmp_path / "p", queue)) for _ in range(4)]
-    for child in children: child.start()
+    for child in children:
+        child.start()
     results = {queue.get(timeout=60) for _ in children}
-    for child in children: child.join(60)
-    assert all(child.exitcode == 0 for child in children) and len(results) == 1       # one wrote it, three found it
+    for child in children:
+        child.join(60)
+    assert (
+        all(child.exitcode == 0 for child in children) and len(results) == 1
+    )  # one wrote it, three found it
     verify_pack(tmp_path / "p")
 
 
@@ -523,7 +659,7 @@ def test_a_flipped_bit_is_found(split, tmp_path):
     made = pack(split, tmp_path / "p", 24, encoding="raw")
     path = made / "shard-00000.bin"
     data = bytearray(path.read_bytes())
-    data[4 * 3 * 24**2 + 5] ^= 64                                 # in the fifth image
+    data[4 * 3 * 24**2 + 5] ^= 64  # in the fifth image
     path.write_bytes(data)
     batches = Feeder(split, 24, pack=made, workers=2).epoch(2)
     assert [next(batches).indices.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
@@ -557,6 +693,8 @@ pack(split_of({str(folder)!r}, 60), {str(tmp_path / "p")!r}, 224)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "SHARD_BYTES", 5 * 3 * 224**2 // 10)
         made = pack(split_of(folder, 60), tmp_path / "p", 224)
-    assert len(finished) >= 2 and all((made / f"{name}.bin").stat().st_mtime_ns == t for name, t in when.items())
+    assert len(finished) >= 2 and all(
+        (made / f"{name}.bin").stat().st_mtime_ns == t for name, t in when.items()
+    )
     assert json.loads((made / "pack.json").read_text())["plan"]["images"] == 60 and verify_pack(made)
     assert not [p for p in made.iterdir() if p.name.startswith(".")]

@@ -1,22 +1,37 @@
 """Getting data: what a notebook cell cannot show: servers that misbehave in every order, hostile archives, full disks, killed and competing processes."""
-import hashlib, io, json, os, signal, stat, subprocess, sys, tarfile, threading, time, zipfile
+
+import hashlib
+import io
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cadm_paper.data import DataError, load_split
 from cadm_paper.data import get as G
 from cadm_paper.data.voc import VOC_CLASSES
 
-
 # ---------------------------------------------------------------- a server that does what it is told
+
 
 class Handler(BaseHTTPRequestHandler):
     """Serves `server.files`; before each answer one of `server.tricks` is taken (a dict), or none."""
+
     protocol_version = "HTTP/1.1"
 
-    def do_HEAD(self): self.do_GET()
+    def do_HEAD(self):
+        self.do_GET()
 
     def do_GET(self):
         plan = self.server.tricks.pop(0) if self.server.tricks else {}
@@ -27,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         status = plan.get("status") or (404 if body is None else 200)
         if status >= 400:
             return self.answer(status, b"no")
-        tag = plan.get("tag", '"%s"' % hashlib.md5(body).hexdigest())
+        tag = plan.get("tag", '"{}"'.format(hashlib.md5(body).hexdigest()))
         first = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
         same = self.headers.get("If-Range", tag) == tag or plan.get("no_if_range")
         extra = {} if plan.get("no_tag") else {"ETag": tag}
@@ -35,11 +50,19 @@ class Handler(BaseHTTPRequestHandler):
             if first >= len(body):
                 return self.answer(416, b"", **{"Content-Range": f"bytes */{len(body)}"})
             begin = first + plan.get("shift", 0)
-            self.answer(206, body[begin:], plan, **extra, **{"Content-Range": f"bytes {begin}-{len(body) - 1}/{len(body)}"})
+            self.answer(
+                206,
+                body[begin:],
+                plan,
+                **extra,
+                **{"Content-Range": f"bytes {begin}-{len(body) - 1}/{len(body)}"},
+            )
         else:
             self.answer(200, body, plan, **extra)
 
-    def answer(self, status, body, plan={}, **headers):
+    def answer(self, status, body, plan=None, **headers):
+        if plan is None:
+            plan = {}
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -50,13 +73,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body) + plan.get("lie", 0)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body[:plan.get("cut")])
+            self.wfile.write(body[: plan.get("cut")])
             self.wfile.flush()
             time.sleep(plan.get("hang", 0))
         if plan:
             self.close_connection = True
 
-    def log_message(self, *_): pass
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -79,42 +103,78 @@ def server(running):
 
 def archive(server, body, *, name="a.bin", checksum=True, size=True, **more):
     server.files[f"/{name}"] = body
-    return G.Archive(name, (f"{server.base}/{name}",), more.pop("gives", ("d",)), more.pop("room", 10**7), len(body) if size else None,
-                     "sha256:" + hashlib.sha256(body).hexdigest() if checksum else None, "this test" if checksum else "", **more)
+    return G.Archive(
+        name,
+        (f"{server.base}/{name}",),
+        more.pop("gives", ("d",)),
+        more.pop("room", 10**7),
+        len(body) if size else None,
+        "sha256:" + hashlib.sha256(body).hexdigest() if checksum else None,
+        "this test" if checksum else "",
+        **more,
+    )
 
 
 BODY = bytes(i * i % 251 for i in range(5000))
 fetch = lambda a, folder, **k: G.fetch(a, folder, **{"wait": 0, "timeout": 5, **k})
 
 
-def names(folder): return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+def names(folder):
+    return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
 
 
 # ---------------------------------------------------------------- fetching
 
-TRICK = st.fixed_dictionaries({}, optional={
-    "cut": st.integers(0, 400), "no_ranges": st.booleans(), "no_tag": st.booleans(), "no_if_range": st.booleans(), "shift": st.integers(-3, 3),
-    "status": st.sampled_from([0, 416, 429, 500, 503]), "serve": st.binary(min_size=1, max_size=300), "lie": st.integers(-2, 2), "no_length": st.booleans()})
+TRICK = st.fixed_dictionaries(
+    {},
+    optional={
+        "cut": st.integers(0, 400),
+        "no_ranges": st.booleans(),
+        "no_tag": st.booleans(),
+        "no_if_range": st.booleans(),
+        "shift": st.integers(-3, 3),
+        "status": st.sampled_from([0, 416, 429, 500, 503]),
+        "serve": st.binary(min_size=1, max_size=300),
+        "lie": st.integers(-2, 2),
+        "no_length": st.booleans(),
+    },
+)
+
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(min_size=1, max_size=300), tricks=st.lists(TRICK, max_size=6))
-def test_whatever_the_server_does_only_the_published_bytes_get_the_name(server, tmp_path_factory, body, tricks):
+def test_whatever_the_server_does_only_the_published_bytes_get_the_name(
+    server, tmp_path_factory, body, tricks
+):
     folder = tmp_path_factory.mktemp("f")
     a = archive(server, body)
-    server.tricks = [*tricks, {"serve": body}]     # at last it serves the right file again
+    server.tricks = [*tricks, {"serve": body}]  # at last it serves the right file again
     try:
         path = fetch(a, folder, tries=3)
     except G.GetError:
         assert "a.bin" not in names(folder)
         server.tricks = []
         server.files["/a.bin"] = body
-        path = fetch(a, folder)                    # whatever is left behind does no harm
+        path = fetch(a, folder)  # whatever is left behind does no harm
     assert path.read_bytes() == body and names(folder) == ["a.bin", "a.bin.json"]
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.sampled_from([60, 61, 90]), min_size=3, max_size=3), how=st.lists(st.fixed_dictionaries(
-    {"cut": st.integers(1, 59), "no_if_range": st.booleans(), "no_tag": st.booleans(), "shift": st.integers(-1, 1)}), min_size=3, max_size=3))
+@given(
+    lengths=st.lists(st.sampled_from([60, 61, 90]), min_size=3, max_size=3),
+    how=st.lists(
+        st.fixed_dictionaries(
+            {
+                "cut": st.integers(1, 59),
+                "no_if_range": st.booleans(),
+                "no_tag": st.booleans(),
+                "shift": st.integers(-1, 1),
+            }
+        ),
+        min_size=3,
+        max_size=3,
+    ),
+)
 def test_without_a_checksum_versions_of_a_file_are_never_joined(server, tmp_path_factory, lengths, how):
     """Tag, range and length alone must do: what gets the name is one of the versions that were served, whole."""
     folder = tmp_path_factory.mktemp("f")
@@ -132,7 +192,10 @@ def test_a_server_that_sends_another_range_than_the_one_asked_for_is_asked_again
 
 def test_a_server_without_tags_and_dates_is_asked_from_the_start(server, tmp_path):
     a = archive(server, BODY, checksum=False, size=False)
-    server.tricks = [{"serve": BODY[::-1], "cut": 2000, "no_tag": True}, {"serve": BODY, "no_tag": True, "no_if_range": True}]
+    server.tricks = [
+        {"serve": BODY[::-1], "cut": 2000, "no_tag": True},
+        {"serve": BODY, "no_tag": True, "no_if_range": True},
+    ]
     assert fetch(a, tmp_path).read_bytes() == BODY
     assert [r for _, _, r in server.asked] == [None, None]
 
@@ -159,7 +222,9 @@ def test_it_goes_on_in_another_process_days_later(server, tmp_path):
         fetch(a, tmp_path, tries=2)
     assert names(tmp_path) == ["a.bin.part", "a.bin.part.json"]
     steps = G.plan(G.Source((a,), ""), tmp_path.parent)
-    assert G.Step(a, "begun", 3000, 5000).left == 2000 and steps[0].state == "to fetch"   # another folder: nothing begun
+    assert (
+        G.Step(a, "begun", 3000, 5000).left == 2000 and steps[0].state == "to fetch"
+    )  # another folder: nothing begun
     server.asked = []
     fetch(a, tmp_path)
     assert server.asked == [("GET", "/a.bin", "bytes=3000-")]
@@ -186,7 +251,7 @@ def test_wrong_bytes_and_wrong_lengths_are_named_and_leave_nothing(server, tmp_p
         fetch(a, tmp_path)
     for what in (a.addresses[0], "5000 bytes", a.checksum, str(tmp_path / "a.bin")):
         assert what in str(error.value)
-    assert names(tmp_path) == [] and len(server.asked) == 1     # in one piece: not asked for twice
+    assert names(tmp_path) == [] and len(server.asked) == 1  # in one piece: not asked for twice
     server.files["/a.bin"] = bytes(4000)
     with pytest.raises(G.GetError, match="announces 4000 bytes, but 5000 are published"):
         fetch(a, tmp_path)
@@ -216,7 +281,9 @@ def test_a_web_page_instead_of_an_archive_does_not_cost_what_came(server, tmp_pa
 
 def test_not_found_is_not_asked_twice_and_the_next_address_is_tried(server, tmp_path):
     a = archive(server, BODY)
-    b = G.Archive("a.bin", (f"{server.base}/none", *a.addresses), a.gives, a.room, a.size, a.checksum, a.published)
+    b = G.Archive(
+        "a.bin", (f"{server.base}/none", *a.addresses), a.gives, a.room, a.size, a.checksum, a.published
+    )
     assert fetch(b, tmp_path).read_bytes() == BODY
     assert [p for _, p, _ in server.asked] == ["/none", "/a.bin"]
     assert json.loads((tmp_path / "a.bin.json").read_text())["address"] == a.addresses[0]
@@ -241,24 +308,32 @@ def test_an_archive_put_there_by_hand_is_checked_and_recorded(server, tmp_path):
     a = archive(server, BODY)
     (tmp_path / "a.bin").write_bytes(BODY)
     fetch(a, tmp_path)
-    assert server.asked == [] and json.loads((tmp_path / "a.bin.json").read_text())["address"] == "put there by hand"
+    assert (
+        server.asked == []
+        and json.loads((tmp_path / "a.bin.json").read_text())["address"] == "put there by hand"
+    )
     (tmp_path / "a.bin").write_bytes(BODY[:-1] + b"?")
     with pytest.raises(G.GetError, match="remove this file"):
         fetch(a, tmp_path)
-    assert (tmp_path / "a.bin").exists()     # what a user put there is never removed
+    assert (tmp_path / "a.bin").exists()  # what a user put there is never removed
 
 
 def test_without_a_published_checksum_the_first_download_is_recorded_and_holds(server, tmp_path):
     a = archive(server, BODY, checksum=False, size=False)
     fetch(a, tmp_path)
     record = json.loads((tmp_path / "a.bin.json").read_text())
-    assert record["checksum"] == "sha256:" + hashlib.sha256(BODY).hexdigest() and record["published"] is None and record["bytes"] == 5000
+    assert (
+        record["checksum"] == "sha256:" + hashlib.sha256(BODY).hexdigest()
+        and record["published"] is None
+        and record["bytes"] == 5000
+    )
     (tmp_path / "a.bin").write_bytes(BODY[::-1])
     with pytest.raises(G.GetError, match="recorded at the first download"):
         fetch(a, tmp_path)
 
 
 # ---------------------------------------------------------------- hostile and broken archives
+
 
 def tar_of(path, *entries):
     with tarfile.open(path, "w") as tar:
@@ -281,11 +356,28 @@ def zip_of(path, *entries):
 
 
 GOOD = [("d/a", b"1"), ("d/b/c", b"22")]
-HOSTILE_NAMES = ["/evil", "../evil", "d/../../evil", "..", "d/..", "..\\evil", "d\\..\\..\\evil", "\\evil", "C:\\evil", "C:evil", "//host/evil", "d/evil\x07", ""]
-unpack = lambda path, out, **k: G.unpack(path, G.Archive(path.name, (), ("d",), k.pop("room", 1000), **k), out)
+HOSTILE_NAMES = [
+    "/evil",
+    "../evil",
+    "d/../../evil",
+    "..",
+    "d/..",
+    "..\\evil",
+    "d\\..\\..\\evil",
+    "\\evil",
+    "C:\\evil",
+    "C:evil",
+    "//host/evil",
+    "d/evil\x07",
+    "",
+]
+unpack = lambda path, out, **k: G.unpack(
+    path, G.Archive(path.name, (), ("d",), k.pop("room", 1000), **k), out
+)
 
 
-def untouched(tmp_path): return names(tmp_path) in (["s.tar"], ["s.zip"])
+def untouched(tmp_path):
+    return names(tmp_path) in (["s.tar"], ["s.zip"])
 
 
 @pytest.mark.parametrize("make", [tar_of, zip_of])
@@ -305,7 +397,9 @@ def test_names_that_leave_the_folder_are_refused_before_anything_is_written(tmp_
     assert untouched(tmp_path) and not (tmp_path.parent / "evil").exists()
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+)
 @pytest.mark.parametrize("target", [b"/etc/passwd", b"../../evil", b"d/a"])
 def test_links_and_devices_in_tar_files_are_refused(tmp_path, kind, target):
     path = tar_of(tmp_path / "s.tar", *GOOD, ("d/link", target, kind), ("d/link/x", b"through"))
@@ -352,7 +446,15 @@ def test_a_zip_file_that_lies_about_its_sizes_gives_no_more_than_it_declares(tmp
 def test_damaged_archives_give_one_error_that_names_the_file(tmp_path, make):
     path = make(tmp_path / f"s.{make.__name__[:3]}", ("d/a", os.urandom(3000)), ("d/b", os.urandom(3000)))
     whole = path.read_bytes()
-    for n, broken in enumerate((whole[:4000], whole[:100], b"", b"<html>", whole[:1500] + b"\0" * 60 + whole[1560:] if make is zip_of else whole[:4000])):
+    for n, broken in enumerate(
+        (
+            whole[:4000],
+            whole[:100],
+            b"",
+            b"<html>",
+            whole[:1500] + b"\0" * 60 + whole[1560:] if make is zip_of else whole[:4000],
+        )
+    ):
         path.write_bytes(broken)
         with pytest.raises(G.GetError, match="remove it") as error:
             unpack(path, tmp_path / f"out{n}", room=10**5)
@@ -368,7 +470,9 @@ def test_names_that_stand_twice_and_archives_of_something_else(tmp_path, make):
     with pytest.raises(G.GetError, match="holds no d"):
         unpack(make(path, ("else/a", b"1")), tmp_path / "out2")
     with pytest.raises(G.GetError):
-        unpack(make(path, ("d/a", b"1"), ("d/a/b", b"2")), tmp_path / "out3")   # a file and a folder of one name
+        unpack(
+            make(path, ("d/a", b"1"), ("d/a/b", b"2")), tmp_path / "out3"
+        )  # a file and a folder of one name
 
 
 def test_an_encrypted_zip_file_is_refused(tmp_path):
@@ -383,8 +487,15 @@ def test_an_encrypted_zip_file_is_refused(tmp_path):
 
 # ---------------------------------------------------------------- all of it, on a VOC in miniature
 
+
 def voc_tar(split, ids, wrong=""):
-    files = [(f"VOCdevkit/VOC2007/ImageSets/Main/{c}_{split}.txt", "".join(f"{i} {1 if (int(i) + n) % 3 else -1}\n" for i in ids).encode()) for n, c in enumerate(VOC_CLASSES)]
+    files = [
+        (
+            f"VOCdevkit/VOC2007/ImageSets/Main/{c}_{split}.txt",
+            "".join(f"{i} {1 if (int(i) + n) % 3 else -1}\n" for i in ids).encode(),
+        )
+        for n, c in enumerate(VOC_CLASSES)
+    ]
     files += [(f"VOCdevkit/VOC2007/JPEGImages/{i}.jpg", f"photograph {i}{wrong}".encode() * 40) for i in ids]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -397,18 +508,37 @@ def voc_tar(split, ids, wrong=""):
 
 IDS = {"trainval": ["000001", "000002", "000004"], "test": ["000003", "000005"]}
 
+
 def tiny(server, counts=((3, 3), (2, 2)), **more):
-    made = [archive(server, voc_tar(split, ids, **more), name=f"VOC{split}.tar", gives=(f"VOC2007/ImageSets/Main/tvmonitor_{split}.txt",), strip="VOCdevkit/") for split, ids in IDS.items()]
+    made = [
+        archive(
+            server,
+            voc_tar(split, ids, **more),
+            name=f"VOC{split}.tar",
+            gives=(f"VOC2007/ImageSets/Main/tvmonitor_{split}.txt",),
+            strip="VOCdevkit/",
+        )
+        for split, ids in IDS.items()
+    ]
     return G.Source(tuple(made), "this test", counts=dict(zip(IDS, counts)))
 
 
-def get(root, source, **k): return G.data_get("voc2007", root, **{"yes": True, "quiet": True, "source": source, "wait": 0, "timeout": 5, **k})
+def get(root, source, **k):
+    return G.data_get(
+        "voc2007", root, **{"yes": True, "quiet": True, "source": source, "wait": 0, "timeout": 5, **k}
+    )
 
 
 def test_two_archives_become_one_data_set_that_the_reader_reads(server, tmp_path, capsys):
     root = get(tmp_path / "voc", tiny(server))
     assert [len(load_split("voc2007", root, s)) for s in IDS] == [3, 2]
-    assert names(root) == [".cadm-index", "VOC2007", "archives"] and names(root / "archives") == [".lock", "VOCtest.tar", "VOCtest.tar.json", "VOCtrainval.tar", "VOCtrainval.tar.json"]
+    assert names(root) == [".cadm-index", "VOC2007", "archives"] and names(root / "archives") == [
+        ".lock",
+        "VOCtest.tar",
+        "VOCtest.tar.json",
+        "VOCtrainval.tar",
+        "VOCtrainval.tar.json",
+    ]
     said = capsys.readouterr().out
     assert "To fetch" in said and "test: 2 images, 2 with labels, 2 photographs are there" in said
     server.asked = []
@@ -422,16 +552,36 @@ def test_one_of_two_archives_that_is_there_is_not_fetched_again(server, tmp_path
     assert "VOCtrainval.tar" not in names(tmp_path / "archives")
     server.asked = []
     get(tmp_path, source)
-    assert {p for _, p, _ in server.asked} == {"/VOCtest.tar"} and len(load_split("voc2007", tmp_path, "test")) == 2
+    assert {p for _, p, _ in server.asked} == {"/VOCtest.tar"} and len(
+        load_split("voc2007", tmp_path, "test")
+    ) == 2
 
 
 def test_a_mirror_serves_the_same_archives_under_the_same_checks(server, tmp_path):
     source = tiny(server)
-    away = G.Source(tuple(G.Archive(a.name, ("http://no-such-host.invalid/x",), a.gives, a.room, a.size, a.checksum, a.published, a.strip) for a in source.archives), "", counts=source.counts)
+    away = G.Source(
+        tuple(
+            G.Archive(
+                a.name,
+                ("http://no-such-host.invalid/x",),
+                a.gives,
+                a.room,
+                a.size,
+                a.checksum,
+                a.published,
+                a.strip,
+            )
+            for a in source.archives
+        ),
+        "",
+        counts=source.counts,
+    )
     assert get(tmp_path, away, mirror=server.base + "/") == tmp_path
 
 
-def test_nothing_is_fetched_without_consent_and_a_dry_run_touches_nothing(server, tmp_path, monkeypatch, capsys):
+def test_nothing_is_fetched_without_consent_and_a_dry_run_touches_nothing(
+    server, tmp_path, monkeypatch, capsys
+):
     source = tiny(server)
     G.data_get("voc2007", tmp_path / "voc", source=source, dry_run=True)
     monkeypatch.setattr("sys.stdin", None)
@@ -470,22 +620,28 @@ def test_files_of_the_users_are_never_overwritten(server, tmp_path):
     assert mine.read_bytes() == b"mine"
 
 
-def test_a_failure_while_moving_into_place_never_looks_finished_and_is_made_good(server, tmp_path, monkeypatch):
+def test_a_failure_while_moving_into_place_never_looks_finished_and_is_made_good(
+    server, tmp_path, monkeypatch
+):
     """The move is stopped after every possible number of renamings; lists come last, so a list that is there has its photographs."""
     real, source, total = os.rename, tiny(server), 0
     get(tmp_path / "whole", source)
     for stop in range(1, 40):
         root, done = tmp_path / str(stop), []
-        get(root, G.Source(source.archives[:1], "", counts={"trainval": (3, 3)}))      # VOC2007/ is there: the second archive moves file by file
+        get(
+            root, G.Source(source.archives[:1], "", counts={"trainval": (3, 3)})
+        )  # VOC2007/ is there: the second archive moves file by file
+
         def rename(a, b):
             if len(done) == stop:
                 raise KeyboardInterrupt
             done.append(b)
             real(a, b)
+
         monkeypatch.setattr(G.os, "rename", rename)
         try:
             get(root, source)
-            break                                                                       # it took fewer renamings than that
+            break  # it took fewer renamings than that
         except KeyboardInterrupt:
             total += 1
             with pytest.raises(DataError):
@@ -498,17 +654,54 @@ def test_a_failure_while_moving_into_place_never_looks_finished_and_is_made_good
 
 
 def test_nus_wide_without_photographs_is_counted_and_says_how_to_ask(server, tmp_path, capsys):
-    concepts, ids = ["cat", "sea"], {"Train": ["a\\1_1.jpg", "b\\2_2.jpg", "a\\3_3.jpg"], "Test": ["b\\4_4.jpg"]}
-    make = lambda name, *entries: archive(server, zip_of(tmp_path / name, *entries).read_bytes(), name=name, checksum=False, size=False, folder=name[:-4],
-                                          gives=tuple(f"{name[:-4]}/{g}" for g in {"ConceptsList.zip": ["Concepts81.txt"], "Groundtruth.zip": ["TrainTestLabels"], "ImageList.zip": ["TrainImagelist.txt"]}[name]))
-    source = G.Source((
-        make("ConceptsList.zip", ("Concepts81.txt", "\n".join(concepts).encode())),
-        make("Groundtruth.zip", *[(f"TrainTestLabels/Labels_{c}_{s}.txt", b"1\r\n" * len(i)) for c in concepts for s, i in ids.items()]),
-        make("ImageList.zip", *[(f"ImageList/{s}Imagelist.txt", "\r\n".join(i).encode()) for s, i in ids.items()], ("__MACOSX/x", b""))),
-        G.NUS_PAGE, G.NUS_NOTE, photographs=False, counts={"train": (3, 3), "test": (1, 1)})
+    concepts, ids = (
+        ["cat", "sea"],
+        {"Train": ["a\\1_1.jpg", "b\\2_2.jpg", "a\\3_3.jpg"], "Test": ["b\\4_4.jpg"]},
+    )
+    make = lambda name, *entries: archive(
+        server,
+        zip_of(tmp_path / name, *entries).read_bytes(),
+        name=name,
+        checksum=False,
+        size=False,
+        folder=name[:-4],
+        gives=tuple(
+            f"{name[:-4]}/{g}"
+            for g in {
+                "ConceptsList.zip": ["Concepts81.txt"],
+                "Groundtruth.zip": ["TrainTestLabels"],
+                "ImageList.zip": ["TrainImagelist.txt"],
+            }[name]
+        ),
+    )
+    source = G.Source(
+        (
+            make("ConceptsList.zip", ("Concepts81.txt", "\n".join(concepts).encode())),
+            make(
+                "Groundtruth.zip",
+                *[
+                    (f"TrainTestLabels/Labels_{c}_{s}.txt", b"1\r\n" * len(i))
+                    for c in concepts
+                    for s, i in ids.items()
+                ],
+            ),
+            make(
+                "ImageList.zip",
+                *[(f"ImageList/{s}Imagelist.txt", "\r\n".join(i).encode()) for s, i in ids.items()],
+                ("__MACOSX/x", b""),
+            ),
+        ),
+        G.NUS_PAGE,
+        G.NUS_NOTE,
+        photographs=False,
+        counts={"train": (3, 3), "test": (1, 1)},
+    )
     G.data_get("nuswide", tmp_path / "nus", yes=True, quiet=True, source=source)
     said = capsys.readouterr().out
-    assert "train: 3 images, 3 with labels, 0 photographs are there" in said and "Agreement and Disclaimer Form" in said
+    assert (
+        "train: 3 images, 3 with labels, 0 photographs are there" in said
+        and "Agreement and Disclaimer Form" in said
+    )
     assert len(load_split("nuswide", tmp_path / "nus", "train", missing="drop").missing) == 3
 
 
@@ -528,10 +721,18 @@ except G.GetError as error:
     sys.exit(f"GetError: {error}")
 """
 
+
 def process(source, root, **more):
     from dataclasses import asdict
+
     task = dict(root=str(root), archives=[asdict(a) for a in source.archives], counts=source.counts, **more)
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, json.dumps(task)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "no_proxy": "127.0.0.1"})
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, json.dumps(task)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "no_proxy": "127.0.0.1"},
+    )
 
 
 @pytest.mark.parametrize("limit, where", [(5_000, "VOCtrainval.tar.part"), (60_000, "")])
@@ -544,7 +745,9 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(server, tmp_path, limit,
         assert job.returncode == 0, err
         return
     assert job.returncode == 1 and where in err and "Make room" in err and "Traceback" not in err
-    assert names(tmp_path / "voc") == ["archives"] and "VOCtrainval.tar" not in names(tmp_path / "voc" / "archives")
+    assert names(tmp_path / "voc") == ["archives"] and "VOCtrainval.tar" not in names(
+        tmp_path / "voc" / "archives"
+    )
     get(tmp_path / "voc", source)
 
 
@@ -572,12 +775,14 @@ def test_a_killed_process_leaves_a_part_that_the_next_one_completes(server, tmp_
     job.communicate()
     assert names(tmp_path) == ["archives"] and "VOCtrainval.tar" not in names(tmp_path / "archives")
     get(tmp_path, source)
-    assert ("GET", "/VOCtrainval.tar", "bytes=7000-") in server.asked and len(load_split("voc2007", tmp_path, "trainval")) == 3
+    assert ("GET", "/VOCtrainval.tar", "bytes=7000-") in server.asked and len(
+        load_split("voc2007", tmp_path, "trainval")
+    ) == 3
 
 
 def test_two_processes_at_once_fetch_everything_once(server, tmp_path):
     source = tiny(server)
-    server.tricks = [{"hang": 2}]     # the first one is still fetching when the second comes
+    server.tricks = [{"hang": 2}]  # the first one is still fetching when the second comes
     jobs = [process(source, tmp_path, keep=False) for _ in range(2)]
     outs = [job.communicate(timeout=60) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outs
@@ -586,6 +791,7 @@ def test_two_processes_at_once_fetch_everything_once(server, tmp_path):
 
 
 # ---------------------------------------------------------------- the catalogue
+
 
 def test_every_number_of_the_catalogue_names_its_source():
     for name, source in G.SOURCES.items():

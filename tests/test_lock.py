@@ -1,4 +1,5 @@
 """The lock file pins what pyproject.toml asks for, with hashes, from nowhere in particular."""
+
 import re
 import tomllib
 from pathlib import Path
@@ -10,11 +11,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TEXT = (ROOT / "requirements.lock").read_text()
 EXTRAS = re.findall(r"--extra (\S+)", (ROOT / "Makefile").read_text())
-ASKED = {r.name: r for r in map(Requirement, [*PROJECT["dependencies"], *(p for extra in EXTRAS for p in PROJECT["optional-dependencies"][extra])])}.values()
+ASKED = {
+    r.name: r
+    for r in map(
+        Requirement,
+        [*PROJECT["dependencies"], *(p for extra in EXTRAS for p in PROJECT["optional-dependencies"][extra])],
+    )
+}.values()
 
 
 def locked():
-    "Pinned requirement and number of hashes of each entry."
+    """Pinned requirement and number of hashes of each entry."""
     entries = re.split(r"\n(?=[A-Za-z0-9])", re.sub(r"(?m)^\s*#.*\n?", "", TEXT).strip())
     return [(Requirement(e.split("\\\n")[0].strip()), e.count("--hash=sha256:")) for e in entries]
 

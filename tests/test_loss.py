@@ -1,5 +1,8 @@
 """What the notebook 02_loss cannot show in a cell: invariances over many inputs, gradients, number formats, memory, compilers."""
-import json, subprocess, sys
+
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -7,15 +10,33 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from cadm_paper.loss import (LOSS_SWITCHES, CADMLoss, asymmetric_loss, center_attraction, classification_loss, effective_lambda,
-                             label_correlation_loss, pairwise_attraction)
+from cadm_paper.loss import (
+    LOSS_SWITCHES,
+    CADMLoss,
+    asymmetric_loss,
+    center_attraction,
+    classification_loss,
+    effective_lambda,
+    label_correlation_loss,
+    pairwise_attraction,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-LCE_SWITCHES = ("reduction_classes", "hinge", "distance", "detach_center", "pair_weight", "no_positive", "one_positive", "center")
+LCE_SWITCHES = (
+    "reduction_classes",
+    "hinge",
+    "distance",
+    "detach_center",
+    "pair_weight",
+    "no_positive",
+    "one_positive",
+    "center",
+)
 switches = st.fixed_dictionaries({name: st.sampled_from(LOSS_SWITCHES[name]) for name in LCE_SWITCHES})
 kinds = st.sampled_from(LOSS_SWITCHES["classification"])
 many = settings(deadline=None, max_examples=60)
@@ -27,8 +48,13 @@ def batches(draw, ignored=True, dtype=torch.float64, images=5):
     n, C, k = draw(st.integers(1, images)), draw(st.integers(1, 9)), draw(st.integers(1, 4))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     low, present = (-1 if ignored else 0), draw(st.floats(0, 1))
-    targets = torch.where(torch.rand(n, C, generator=g) < present, 1, torch.randint(low, 1, (n, C), generator=g)).to(torch.int8)
-    output = SimpleNamespace(logits=3 * torch.randn(n, C, dtype=dtype, generator=g), label_vectors=0.6 * torch.randn(n, C, k, dtype=dtype, generator=g))
+    targets = torch.where(
+        torch.rand(n, C, generator=g) < present, 1, torch.randint(low, 1, (n, C), generator=g)
+    ).to(torch.int8)
+    output = SimpleNamespace(
+        logits=3 * torch.randn(n, C, dtype=dtype, generator=g),
+        label_vectors=0.6 * torch.randn(n, C, k, dtype=dtype, generator=g),
+    )
     return output, targets
 
 
@@ -42,6 +68,7 @@ def close(a, b, tolerance=1e-9):
 
 # ---- Eq. 4, 9-12 against independent computations --------------------------------------------------------------------
 
+
 def one_image(vectors, labels, hinge, margin, distance, pair_weight, no_positive, one_positive, center, **_):
     """Eq. 12 of one image with Python's own numbers."""
     S, rest = ([c for c, y in enumerate(labels) if y == value] for value in (1, 0))
@@ -50,8 +77,12 @@ def one_image(vectors, labels, hinge, margin, distance, pair_weight, no_positive
     mean = [sum(vectors[c][i] for c in S) / max(len(S), 1) for i in range(len(vectors[0]))]
     mean = mean if center == "present" else [0.0] * len(mean)
     squares = [sum((x - m) ** 2 for x, m in zip(v, mean)) for v in vectors]
-    d = squares if distance == "squared" else [s ** 0.5 for s in squares]
-    second = sum(max(0, margin - d[c]) for c in rest) if hinge == "inside" else max(0, margin - sum(d[c] for c in rest))
+    d = squares if distance == "squared" else [s**0.5 for s in squares]
+    second = (
+        sum(max(0, margin - d[c]) for c in rest)
+        if hinge == "inside"
+        else max(0, margin - sum(d[c] for c in rest))
+    )
     return sum(d[c] for c in S) * (len(S) if pair_weight else 1) + second
 
 
@@ -59,7 +90,9 @@ def one_image(vectors, labels, hinge, margin, distance, pair_weight, no_positive
 @given(batch=batches(), options=switches, margin=st.floats(0.1, 3))
 def test_every_switch_against_plain_python(batch, options, margin):
     output, y = batch
-    images = [one_image(v, t, margin=margin, **options) for v, t in zip(output.label_vectors.tolist(), y.tolist())]
+    images = [
+        one_image(v, t, margin=margin, **options) for v, t in zip(output.label_vectors.tolist(), y.tolist())
+    ]
     if options["reduction_classes"] == "mean":
         images = [x / max(sum(label >= 0 for label in t), 1) for x, t in zip(images, y.tolist())]
     ours = label_correlation_loss(output.label_vectors, y, margin=margin, **options)
@@ -70,16 +103,28 @@ def test_every_switch_against_plain_python(batch, options, margin):
 @given(batch=batches())
 def test_pairs_are_the_number_of_labels_times_the_mean_form(batch):
     output, y = batch
-    close(pairwise_attraction(output.label_vectors, y), (y == 1).sum(1) * center_attraction(output.label_vectors, y))
+    close(
+        pairwise_attraction(output.label_vectors, y),
+        (y == 1).sum(1) * center_attraction(output.label_vectors, y),
+    )
 
 
 @many
 @given(batch=batches(ignored=False))
 def test_cross_entropy_is_torchs(batch):
     output, y = batch
-    close(classification_loss(output.logits, y), F.binary_cross_entropy_with_logits(output.logits, y.double(), reduction="sum") / len(y))
-    close(classification_loss(output.logits, y, reduction_classes="mean"), F.binary_cross_entropy_with_logits(output.logits, y.double()))
-    close(asymmetric_loss(output.logits, y, gamma_neg=0, gamma_pos=0, clip=0), classification_loss(output.logits, y))
+    close(
+        classification_loss(output.logits, y),
+        F.binary_cross_entropy_with_logits(output.logits, y.double(), reduction="sum") / len(y),
+    )
+    close(
+        classification_loss(output.logits, y, reduction_classes="mean"),
+        F.binary_cross_entropy_with_logits(output.logits, y.double()),
+    )
+    close(
+        asymmetric_loss(output.logits, y, gamma_neg=0, gamma_pos=0, clip=0),
+        classification_loss(output.logits, y),
+    )
 
 
 @many
@@ -87,11 +132,15 @@ def test_cross_entropy_is_torchs(batch):
 def test_hinge_outside_asks_for_less(batch):
     output, y = batch
     some = (y == 0).any(1)  # with no absent label the outside form is the constant margin
-    inside, outside = (label_correlation_loss(output.label_vectors[some], y[some], hinge=hinge) for hinge in ("inside", "outside"))
+    inside, outside = (
+        label_correlation_loss(output.label_vectors[some], y[some], hinge=hinge)
+        for hinge in ("inside", "outside")
+    )
     assert outside <= inside + 1e-9
 
 
 # ---- invariances -------------------------------------------------------------------------------------------------------
+
 
 @many
 @given(batch=batches(), options=switches, kind=kinds, seed=st.integers(0, 2**31))
@@ -112,7 +161,10 @@ def test_another_order_of_classes_in_every_image(batch, options, seed):
     output, y = batch
     orders = torch.rand(y.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
     vectors = output.label_vectors.take_along_dim(orders[:, :, None], 1)
-    close(label_correlation_loss(output.label_vectors, y, **options), label_correlation_loss(vectors, y.take_along_dim(orders, 1), **options))
+    close(
+        label_correlation_loss(output.label_vectors, y, **options),
+        label_correlation_loss(vectors, y.take_along_dim(orders, 1), **options),
+    )
 
 
 @many
@@ -124,7 +176,9 @@ def test_parts_add_up(batch, options, kind, cuts):
     leaves = [output.logits.requires_grad_(), output.label_vectors.requires_grad_()]
     whole = loss.terms(output, y)
     grads = torch.autograd.grad(whole.total, leaves)
-    pieces = [loss.terms(part(output, slice(a, b)), y[a:b], num_images=len(y)) for a, b in zip(edges, edges[1:])]
+    pieces = [
+        loss.terms(part(output, slice(a, b)), y[a:b], num_images=len(y)) for a, b in zip(edges, edges[1:])
+    ]
     for total, *split in zip(whole, *pieces):
         close(sum(split), total)
     for a, b in zip(torch.autograd.grad(sum(p.total for p in pieces), leaves), grads):
@@ -135,7 +189,9 @@ def test_parts_add_up(batch, options, kind, cuts):
 @given(batch=batches(ignored=False), options=switches, kind=kinds, data=st.data())
 def test_an_ignored_label_is_a_class_less(batch, options, kind, data):
     output, y = batch
-    drop = data.draw(st.lists(st.booleans(), min_size=y.shape[1], max_size=y.shape[1]).filter(lambda drop: not all(drop)))
+    drop = data.draw(
+        st.lists(st.booleans(), min_size=y.shape[1], max_size=y.shape[1]).filter(lambda drop: not all(drop))
+    )
     keep = ~torch.tensor(drop)
     unknown = torch.where(keep, y, -1)
     output.logits[:, ~keep], output.label_vectors[:, ~keep] = 1e4, -1e4  # whatever stands there
@@ -152,7 +208,10 @@ def test_an_ignored_label_is_a_class_less(batch, options, kind, data):
 def test_moving_all_vectors_of_an_image_alike_changes_nothing(batch, options, shift):
     output, y = batch
     options |= {"no_positive": "skip", "center": "present"}  # the origin is a fixed point
-    close(label_correlation_loss(output.label_vectors + shift, y, **options), label_correlation_loss(output.label_vectors, y, **options))
+    close(
+        label_correlation_loss(output.label_vectors + shift, y, **options),
+        label_correlation_loss(output.label_vectors, y, **options),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float16, torch.float32, torch.float64])
@@ -164,16 +223,21 @@ def test_number_type_of_targets(dtype):
 
 # ---- gradients ---------------------------------------------------------------------------------------------------------
 
+
 @settings(deadline=None, max_examples=25)
 @given(batch=batches(images=3), options=switches, kind=kinds)
 def test_gradients_against_finite_differences(batch, options, kind):
     output, y = batch
     options |= {"detach_center": False}  # a stopped gradient is not a finite difference
-    if options["distance"] == "euclidean":  # plain distances have no derivative where a single present label is its own mean
+    if (
+        options["distance"] == "euclidean"
+    ):  # plain distances have no derivative where a single present label is its own mean
         options["one_positive"] = "skip"
     loss = CADMLoss(lam=0.7, classification=kind, clip=0, gamma_neg=2, gamma_pos=1, **options)
     function = lambda logits, vectors: loss(SimpleNamespace(logits=logits, label_vectors=vectors), y)
-    assert torch.autograd.gradcheck(function, (output.logits.requires_grad_(), output.label_vectors.requires_grad_()), atol=1e-6)
+    assert torch.autograd.gradcheck(
+        function, (output.logits.requires_grad_(), output.label_vectors.requires_grad_()), atol=1e-6
+    )
 
 
 @many
@@ -181,7 +245,9 @@ def test_gradients_against_finite_differences(batch, options, kind):
 def test_gradients_are_finite_where_distances_are_zero(batch, options, kind):
     output, y = batch
     leaf = torch.zeros_like(output.label_vectors, requires_grad=True)
-    CADMLoss(classification=kind, **options)(SimpleNamespace(logits=output.logits, label_vectors=leaf), y).backward()
+    CADMLoss(classification=kind, **options)(
+        SimpleNamespace(logits=output.logits, label_vectors=leaf), y
+    ).backward()
     assert leaf.grad.isfinite().all()
 
 
@@ -189,31 +255,44 @@ def test_gradients_are_finite_where_distances_are_zero(batch, options, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_extreme_logits(kind, dtype):
     logits = torch.tensor([[-6e4, -100, -5, 0, 5, 100, 6e4]] * 2).to(dtype).requires_grad_()
-    loss = CADMLoss(0, classification=kind, gamma_pos=1)(SimpleNamespace(logits=logits), torch.tensor([[1] * 7, [0] * 7]))
+    loss = CADMLoss(0, classification=kind, gamma_pos=1)(
+        SimpleNamespace(logits=logits), torch.tensor([[1] * 7, [0] * 7])
+    )
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
 
 
 # ---- number formats ------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("options", [{}, {"classification": "asymmetric", "distance": "euclidean"}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_and_from_half_precision(options, dtype):
     """float32 inputs: the very same number. Half-precision inputs: what their own rounding (2^-8, 2^-11) makes of them, and no more."""
     g = torch.Generator().manual_seed(0)
-    exact = SimpleNamespace(logits=torch.randn(8, 80, generator=g), label_vectors=0.1 * torch.randn(8, 80, 64, generator=g))
+    exact = SimpleNamespace(
+        logits=torch.randn(8, 80, generator=g), label_vectors=0.1 * torch.randn(8, 80, 64, generator=g)
+    )
     y = (torch.rand(8, 80, generator=g) < 0.05).to(torch.int8)
     half = SimpleNamespace(logits=exact.logits.to(dtype), label_vectors=exact.label_vectors.to(dtype))
     rounded = SimpleNamespace(logits=half.logits.double(), label_vectors=half.label_vectors.double())
     loss = CADMLoss(**options)
     with torch.autocast("cpu", dtype):
-        assert torch.equal(loss(exact, y), CADMLoss(**options)(exact, y)) and loss(half, y).dtype == torch.float32
+        assert (
+            torch.equal(loss(exact, y), CADMLoss(**options)(exact, y))
+            and loss(half, y).dtype == torch.float32
+        )
         close(loss(half, y).double(), loss(rounded, y), 1e-6)
-    close(loss(exact, y).double(), loss(SimpleNamespace(logits=exact.logits.double(), label_vectors=exact.label_vectors.double()), y), 1e-6)
+    close(
+        loss(exact, y).double(),
+        loss(SimpleNamespace(logits=exact.logits.double(), label_vectors=exact.label_vectors.double()), y),
+        1e-6,
+    )
     close(loss(half, y), loss(exact, y), 1e-2)
 
 
 # ---- cost, compilers, mistakes -------------------------------------------------------------------------------------------
+
 
 def test_nothing_for_pairs_of_classes():
     largest = 0
@@ -222,11 +301,15 @@ def test_nothing_for_pairs_of_classes():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            largest = max([largest, *(t.numel() for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor))])
+            largest = max(
+                [largest, *(t.numel() for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor))]
+            )
             return out
 
     n, C, k = 2, 300, 4
-    output = SimpleNamespace(logits=torch.randn(n, C, requires_grad=True), label_vectors=torch.randn(n, C, k, requires_grad=True))
+    output = SimpleNamespace(
+        logits=torch.randn(n, C, requires_grad=True), label_vectors=torch.randn(n, C, k, requires_grad=True)
+    )
     with Watch():
         CADMLoss()(output, (torch.rand(n, C) < 0.5).long()).backward()
     assert 0 < largest <= n * C * k < n * C * C
@@ -242,7 +325,10 @@ def test_lambda_zero_never_touches_label_vectors():
 
     terms = CADMLoss(lam=0).terms(Output(), torch.ones(2, 3))
     assert terms.label_correlation == 0 and terms.total == terms.classification
-    assert CADMLoss(lam=0)(SimpleNamespace(logits=torch.zeros(2, 3), label_vectors=torch.full((2, 3, 1), float("nan"))), torch.ones(2, 3)).isfinite()
+    assert CADMLoss(lam=0)(
+        SimpleNamespace(logits=torch.zeros(2, 3), label_vectors=torch.full((2, 3, 1), float("nan"))),
+        torch.ones(2, 3),
+    ).isfinite()
 
 
 class Output(NamedTuple):
@@ -250,32 +336,71 @@ class Output(NamedTuple):
     label_vectors: torch.Tensor
 
 
-@pytest.mark.parametrize("options", [{}, {"classification": "asymmetric", "hinge": "outside", "distance": "euclidean", "reduction_classes": "mean"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "classification": "asymmetric",
+            "hinge": "outside",
+            "distance": "euclidean",
+            "reduction_classes": "mean",
+        },
+    ],
+)
 def test_torch_compile_finds_no_graph_break(options):
-    loss, y, output = CADMLoss(**options), torch.tensor([[1, 0, 0], [1, 1, 0]]), Output(torch.randn(2, 3), torch.randn(2, 3, 2))
+    loss, y, output = (
+        CADMLoss(**options),
+        torch.tensor([[1, 0, 0], [1, 1, 0]]),
+        Output(torch.randn(2, 3), torch.randn(2, 3, 2)),
+    )
     close(torch.compile(loss, backend="eager", fullgraph=True)(output, y), loss(output, y), 1e-6)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(targets=torch.zeros(2, 4)), "2 images and 3 classes"), (dict(targets=torch.full((2, 3), 0.5)), "6 targets are neither"),
-    (dict(targets=torch.full((2, 3), float("nan"))), "the first is nan"), (dict(label_vectors=None), "needs label vectors"),
-    (dict(label_vectors=torch.zeros(2, 4, 5)), "2 images and 4 classes")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(targets=torch.zeros(2, 4)), "2 images and 3 classes"),
+        (dict(targets=torch.full((2, 3), 0.5)), "6 targets are neither"),
+        (dict(targets=torch.full((2, 3), float("nan"))), "the first is nan"),
+        (dict(label_vectors=None), "needs label vectors"),
+        (dict(label_vectors=torch.zeros(2, 4, 5)), "2 images and 4 classes"),
+    ],
+)
 def test_wrong_input(wrong, message):
-    given = dict(logits=torch.zeros(2, 3), label_vectors=torch.zeros(2, 3, 5), targets=torch.zeros(2, 3)) | wrong
+    given = (
+        dict(logits=torch.zeros(2, 3), label_vectors=torch.zeros(2, 3, 5), targets=torch.zeros(2, 3)) | wrong
+    )
     with pytest.raises(ValueError, match=message):
         CADMLoss()(SimpleNamespace(**given), given["targets"])
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(lam=-0.1), "lam=-0.1"), (dict(lam=float("inf")), "lam=inf"), (dict(margin=0), "margin=0"), (dict(hinge="sum"), "'inside', 'outside'"),
-    (dict(reduction_classes="none"), "'sum', 'mean'"), (dict(classification="focal"), "'bce', 'asymmetric'"), (dict(clip=1.5), "clip=1.5")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(lam=-0.1), "lam=-0.1"),
+        (dict(lam=float("inf")), "lam=inf"),
+        (dict(margin=0), "margin=0"),
+        (dict(hinge="sum"), "'inside', 'outside'"),
+        (dict(reduction_classes="none"), "'sum', 'mean'"),
+        (dict(classification="focal"), "'bce', 'asymmetric'"),
+        (dict(clip=1.5), "clip=1.5"),
+    ],
+)
 def test_wrong_switches(wrong, message):
     with pytest.raises(ValueError, match=message):
         CADMLoss(**wrong)
 
 
-@pytest.mark.parametrize("function, wrong", [(classification_loss, dict(sign="plus")), (classification_loss, dict(reduction_classes="none")),
-                                             (asymmetric_loss, dict(reduction_classes="none")), (asymmetric_loss, dict(clip=-1))])
+@pytest.mark.parametrize(
+    "function, wrong",
+    [
+        (classification_loss, dict(sign="plus")),
+        (classification_loss, dict(reduction_classes="none")),
+        (asymmetric_loss, dict(reduction_classes="none")),
+        (asymmetric_loss, dict(clip=-1)),
+    ],
+)
 def test_wrong_switches_of_functions(function, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         function(torch.zeros(2, 3), torch.zeros(2, 3), **wrong)
@@ -290,26 +415,56 @@ def test_mixed_reductions_undo_each_other(lam, scale, C):
 def test_light_to_import():
     """The loss for its own sake: neither torchvision nor anything of Jupyter."""
     code = "import sys, cadm_paper.loss; print([m for m in ('torchvision', 'IPython', 'nbdev', 'fastcore', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 # ---- the benchmarks run ----------------------------------------------------------------------------------------------------
 
+
 def benchmark(name, folder, *arguments):
     """Run a benchmark small; returns the JSON that it wrote."""
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--device", "cpu", "--repeats", "2", "--out", "new/result.json", *arguments]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / f"{name}.py"),
+        "--device",
+        "cpu",
+        "--repeats",
+        "2",
+        "--out",
+        "new/result.json",
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((folder / "new" / "result.json").read_text())
 
 
 def test_peak_memory_is_linear_in_classes(tmp_path):
-    found = benchmark("loss_scaling", tmp_path, "--classes", "60", "600", "--naive-up-to", "60", "--naive-repeats", "2", "--batch", "2")
+    found = benchmark(
+        "loss_scaling",
+        tmp_path,
+        "--classes",
+        "60",
+        "600",
+        "--naive-up-to",
+        "60",
+        "--naive-repeats",
+        "2",
+        "--batch",
+        "2",
+    )
     assert found["growth"]["60 -> 600 classes"]["peak"] == pytest.approx(10, rel=0.02)
     assert found["naive_over_ours"]["C=60"]["peak"] > 20
 
 
 def test_peak_memory_of_the_head(tmp_path):
     """At 96 pixels and with a small backbone the head weighs more than in the paper's setting; it must be counted and stay small."""
-    found = benchmark("head_overhead", tmp_path, "--backbone", "resnet18", "--size", "96", "--head-repeats", "2")
+    found = benchmark(
+        "head_overhead", tmp_path, "--backbone", "resnet18", "--size", "96", "--head-repeats", "2"
+    )
     assert 1 < found["peak_memory_ratio"] < 1.02

@@ -1,4 +1,5 @@
 """The metrics on many inputs: against scikit-learn, torchmetrics and a slow reading of the definitions, and every invariance."""
+
 import math
 import pickle
 
@@ -40,8 +41,11 @@ def slow_metrics(scores, targets, threshold=0.5, k=3):
     aps = []
     for j in range(c):
         hits = [i for i in range(n) if targets[i, j] == 1]
-        terms = [sum(targets[m, j] == 1 for m in range(n) if scores[m, j] >= scores[i, j])
-                 / sum(known[m, j] for m in range(n) if scores[m, j] >= scores[i, j]) for i in hits]
+        terms = [
+            sum(targets[m, j] == 1 for m in range(n) if scores[m, j] >= scores[i, j])
+            / sum(known[m, j] for m in range(n) if scores[m, j] >= scores[i, j])
+            for i in hits
+        ]
         aps += [math.fsum(terms) / len(hits)] if hits else []
     mean = lambda values: math.fsum(values) / len(values) if values else 0.0
     divide = lambda a, b: a / b if b else 0.0
@@ -53,7 +57,10 @@ def slow_metrics(scores, targets, threshold=0.5, k=3):
         cp = mean([divide(correct[:, j].sum(), predicted[:, j].sum()) for j in occurs])
         cr = mean([divide(correct[:, j].sum(), positive[:, j].sum()) for j in occurs])
         op, orec = divide(correct.sum(), predicted.sum()), divide(correct.sum(), positive.sum())
-        found |= {f"{key}{rule}": v for key, v in dict(CP=cp, CR=cr, CF1=f1(cp, cr), OP=op, OR=orec, OF1=f1(op, orec)).items()}
+        found |= {
+            f"{key}{rule}": v
+            for key, v in dict(CP=cp, CR=cr, CF1=f1(cp, cr), OP=op, OR=orec, OF1=f1(op, orec)).items()
+        }
     return found
 
 
@@ -82,7 +89,12 @@ def test_ap_is_scikit_learns(ties, data):
 @given(evaluations(), st.sampled_from([0.25, 0.5]))
 def test_torchmetrics_where_definitions_coincide(data, threshold):
     """All classes occur and every class is given and absent somewhere: then torchmetrics' macro means are ours."""
-    from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score, multilabel_precision, multilabel_recall
+    from torchmetrics.functional.classification import (
+        multilabel_average_precision,
+        multilabel_f1_score,
+        multilabel_precision,
+        multilabel_recall,
+    )
 
     scores, targets = (np.repeat(x, 2, axis=1) for x in data)  # it wants two classes at least
     c = scores.shape[1]
@@ -91,10 +103,18 @@ def test_torchmetrics_where_definitions_coincide(data, threshold):
     ours, more = multilabel_metrics(scores, targets, threshold), dict(num_labels=c, ignore_index=-1)
     arrays = torch.from_numpy(scores), torch.from_numpy(targets).long()
     theirs = {"mAP": multilabel_average_precision(*arrays, average="macro", **more)}
-    for name, function in (("P", multilabel_precision), ("R", multilabel_recall), ("F1", multilabel_f1_score)):
-        theirs["CF1_mean" if name == "F1" else f"C{name}"] = function(*arrays, threshold=threshold, average="macro", **more)
+    for name, function in (
+        ("P", multilabel_precision),
+        ("R", multilabel_recall),
+        ("F1", multilabel_f1_score),
+    ):
+        theirs["CF1_mean" if name == "F1" else f"C{name}"] = function(
+            *arrays, threshold=threshold, average="macro", **more
+        )
         theirs[f"O{name}"] = function(*arrays, threshold=threshold, average="micro", **more)
-    assert all(abs(ours[name] - float(value)) < 1e-6 for name, value in theirs.items())  # torchmetrics divides in float32
+    assert all(
+        abs(ours[name] - float(value)) < 1e-6 for name, value in theirs.items()
+    )  # torchmetrics divides in float32
 
 
 @CHECKED
@@ -104,7 +124,7 @@ def test_order_and_division_of_images_do_not_matter(data, seed):
     order = np.random.default_rng(seed).permutation(len(scores))
     parts = [MultiLabelMetrics() for _ in range(3)]
     for position, i in enumerate(order):
-        parts[position % 3].update(scores[i:i + 1], targets[i:i + 1])
+        parts[position % 3].update(scores[i : i + 1], targets[i : i + 1])
     whole = MultiLabelMetrics()
     for part in pickle.loads(pickle.dumps(parts)):  # what crosses between processes
         whole.merge(part)
@@ -117,9 +137,16 @@ def test_order_of_classes_matters_only_in_ties_of_top_k(data, seed):
     scores, targets = data
     order = np.random.default_rng(seed).permutation(scores.shape[1])
     tied = any(len(set(row)) < len(row) for row in scores.tolist())
-    before, after = multilabel_metrics(scores, targets), multilabel_metrics(scores[:, order], targets[:, order])
+    before, after = (
+        multilabel_metrics(scores, targets),
+        multilabel_metrics(scores[:, order], targets[:, order]),
+    )
     assert all(abs(before[key] - after[key]) < 1e-12 for key in before if not (tied and "top3" in key))
-    assert np.array_equal(average_precision(scores, targets)[order], average_precision(scores[:, order], targets[:, order]), equal_nan=True)
+    assert np.array_equal(
+        average_precision(scores, targets)[order],
+        average_precision(scores[:, order], targets[:, order]),
+        equal_nan=True,
+    )
 
 
 @CHECKED
@@ -128,14 +155,18 @@ def test_ap_depends_on_the_order_of_scores_alone(data):
     scores, targets = data
     ranks = np.unique(scores, return_inverse=True)[1].reshape(scores.shape)
     for monotone in (ranks / (ranks.max() + 1), (ranks / (ranks.max() + 1)) ** 3 / 2):
-        assert np.array_equal(average_precision(scores, targets), average_precision(monotone, targets), equal_nan=True)
+        assert np.array_equal(
+            average_precision(scores, targets), average_precision(monotone, targets), equal_nan=True
+        )
 
 
 @CHECKED
 @given(evaluations(), st.integers(0, 2**32 - 1))
 def test_what_is_scored_for_an_ignored_label_does_not_matter(data, seed):
     scores, targets = data
-    other = np.where(targets < 0, np.random.default_rng(seed).random(scores.shape), scores).astype(scores.dtype)
+    other = np.where(targets < 0, np.random.default_rng(seed).random(scores.shape), scores).astype(
+        scores.dtype
+    )
     assert multilabel_metrics(scores, targets) == multilabel_metrics(other, targets)
 
 
@@ -143,9 +174,15 @@ def test_what_is_scored_for_an_ignored_label_does_not_matter(data, seed):
 @given(evaluations())
 def test_a_class_that_never_occurs_counts_in_overall_precision_alone(data):
     scores, targets = data
-    more = np.concatenate([scores, np.full((len(scores), 1), 0.75, scores.dtype)], 1), np.concatenate([targets, 0 * targets[:, :1]], 1)
+    more = (
+        np.concatenate([scores, np.full((len(scores), 1), 0.75, scores.dtype)], 1),
+        np.concatenate([targets, 0 * targets[:, :1]], 1),
+    )
     before, after = multilabel_metrics(scores, targets, k=99), multilabel_metrics(*more, k=99)
-    assert all(abs(before[key] - after[key]) < 1e-12 for key in ("mAP", "CP", "CR", "CF1", "OR", "CP_top99", "CR_top99"))
+    assert all(
+        abs(before[key] - after[key]) < 1e-12
+        for key in ("mAP", "CP", "CR", "CF1", "OR", "CP_top99", "CR_top99")
+    )
     assert before["OP"] > after["OP"] or before["OP"] == 0
 
 
@@ -173,23 +210,28 @@ def test_streaming_keeps_its_inputs_and_its_answers():
     meter.merge(other)
     other.update(*kept)
     other.reset()
-    assert (len(meter), len(other)) == (40, 0) and meter.compute() == multilabel_metrics(*(np.concatenate([a, a]) for a in kept))
+    assert (len(meter), len(other)) == (40, 0) and meter.compute() == multilabel_metrics(
+        *(np.concatenate([a, a]) for a in kept)
+    )
 
 
-@pytest.mark.parametrize("scores, targets, says", [
-    (np.zeros((2, 3, 1)), np.zeros((2, 3)), "not of shape (2, 3, 1)"),
-    (np.zeros((2, 3)), np.zeros((3, 2)), "targets have the shape (3, 2) and scores (2, 3)"),
-    (np.zeros((2, 0)), np.zeros((2, 0)), "not of shape (2, 0)"),
-    (np.zeros((0, 3)), np.zeros((0, 3)), "no images"),
-    (np.array([["a"]]), np.zeros((1, 1)), "scores must be numbers"),
-    (np.array([[0.5]]), np.array([["a"]]), "targets must be numbers"),
-    (np.array([[0.5, np.nan]]), np.zeros((1, 2)), "scores[0, 1] is nan"),
-    (np.array([[np.inf]]), np.zeros((1, 1)), "scores[0, 0] is inf"),
-    (np.array([[-1e-9]]), np.zeros((1, 1)), "scores[0, 0] is -1e-09"),
-    (np.array([[0.5]]), np.array([[-2]]), "targets[0, 0] is -2"),
-    (np.array([[0.5]]), np.array([[255]], np.uint8), "targets[0, 0] is 255"),
-    (np.array([[0.5]]), np.array([[np.nan]]), "targets[0, 0] is nan"),
-])
+@pytest.mark.parametrize(
+    "scores, targets, says",
+    [
+        (np.zeros((2, 3, 1)), np.zeros((2, 3)), "not of shape (2, 3, 1)"),
+        (np.zeros((2, 3)), np.zeros((3, 2)), "targets have the shape (3, 2) and scores (2, 3)"),
+        (np.zeros((2, 0)), np.zeros((2, 0)), "not of shape (2, 0)"),
+        (np.zeros((0, 3)), np.zeros((0, 3)), "no images"),
+        (np.array([["a"]]), np.zeros((1, 1)), "scores must be numbers"),
+        (np.array([[0.5]]), np.array([["a"]]), "targets must be numbers"),
+        (np.array([[0.5, np.nan]]), np.zeros((1, 2)), "scores[0, 1] is nan"),
+        (np.array([[np.inf]]), np.zeros((1, 1)), "scores[0, 0] is inf"),
+        (np.array([[-1e-9]]), np.zeros((1, 1)), "scores[0, 0] is -1e-09"),
+        (np.array([[0.5]]), np.array([[-2]]), "targets[0, 0] is -2"),
+        (np.array([[0.5]]), np.array([[255]], np.uint8), "targets[0, 0] is 255"),
+        (np.array([[0.5]]), np.array([[np.nan]]), "targets[0, 0] is nan"),
+    ],
+)
 def test_bad_input_gets_one_line(scores, targets, says):
     with pytest.raises(ValueError) as error:
         multilabel_metrics(scores, targets)
@@ -200,8 +242,12 @@ def test_meters_that_do_not_fit_are_not_merged():
     a, b = MultiLabelMetrics(), MultiLabelMetrics()
     a.update([[0.5]], [[1]])
     b.update([[0.5, 0.5]], [[1, 0]])
-    for bad, says in ((lambda: a.merge(b), "1 and 2 classes"), (lambda: a.update([[0.5, 0.5]], [[1, 0]]), "has 2 classes"),
-                      (lambda: a.merge(MultiLabelMetrics(k=5)), "k 5"), (lambda: MultiLabelMetrics().compute(), "no batch")):
+    for bad, says in (
+        (lambda: a.merge(b), "1 and 2 classes"),
+        (lambda: a.update([[0.5, 0.5]], [[1, 0]]), "has 2 classes"),
+        (lambda: a.merge(MultiLabelMetrics(k=5)), "k 5"),
+        (lambda: MultiLabelMetrics().compute(), "no batch"),
+    ):
         with pytest.raises(ValueError, match=says):
             bad()
     assert len(a) == 1

@@ -1,5 +1,8 @@
 """Every notebook runs from its own folder as nbdev runs it, and is committed as a reader should find it."""
-import json, os, re
+
+import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,18 +11,30 @@ import torch
 from nbdev.test import test_nb as run_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts))
+NOTEBOOKS = sorted(
+    p
+    for p in (ROOT / "nbs").rglob("*.ipynb")
+    if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts)
+)
 
 
 @pytest.fixture
 def undisturbed(monkeypatch, tmp_path):
     """Notebooks share this process: settings that one of them changes are put back, and none may touch data/ or outputs/."""
-    threads, state, numpy_state, cwd = torch.get_num_threads(), torch.get_rng_state(), np.random.get_state(), os.getcwd()
+    threads, state, numpy_state, cwd = (
+        torch.get_num_threads(),
+        torch.get_rng_state(),
+        np.random.get_state(),
+        os.getcwd(),
+    )
     monkeypatch.setenv("CADM_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("CADM_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("MPLBACKEND", "agg")
     yield
-    torch.set_num_threads(threads); torch.set_rng_state(state); np.random.set_state(numpy_state); os.chdir(cwd)
+    torch.set_num_threads(threads)
+    torch.set_rng_state(state)
+    np.random.set_state(numpy_state)
+    os.chdir(cwd)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
@@ -37,7 +52,11 @@ def test_is_committed_as_readers_should_find_it(path):
     for cell in notebook["cells"]:
         assert set(cell["metadata"]) <= {"tags"}
         for output in cell.get("outputs", []):
-            assert output["output_type"] != "error" and output.get("name") != "stderr", "".join(cell["source"])
-            text = json.dumps({k: v for k, v in output.get("data", {}).items() if not k.startswith("image/png")}) + "".join(output.get("text", []))
+            assert output["output_type"] != "error" and output.get("name") != "stderr", "".join(
+                cell["source"]
+            )
+            text = json.dumps(
+                {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/png")}
+            ) + "".join(output.get("text", []))
             assert not re.search(r"((?<![\w.])/(home|root|tmp|work|Users)/|site-packages)", text), text[:500]
         assert cell.get("execution_count") is None

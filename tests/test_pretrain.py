@@ -1,14 +1,25 @@
 """The pretraining from outside: what it has seen, other processes, several callers at once."""
-import json, os, subprocess, sys
 
-import numpy as np
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from cadm_paper.data import scenes
 from cadm_paper.data.scenes import CUT, TEST, TRAIN, digit_indices
 from cadm_paper.files import sha256_file
-from cadm_paper.pretrain import PretrainConfig, accuracy_on_test_digits, plan_single, pretrain, pretrain_record, pretrained_digits, single_digits
+from cadm_paper.pretrain import (
+    PretrainConfig,
+    accuracy_on_test_digits,
+    plan_single,
+    pretrain,
+    pretrain_record,
+    pretrained_digits,
+    single_digits,
+)
 
 SHORT = PretrainConfig(images=320, epochs=2, test_images=50)
 CODE = "from cadm_paper.pretrain import *; print(pretrained_digits({folder!r}, config=PretrainConfig(images=320, epochs=2, test_images=50)))"
@@ -37,7 +48,12 @@ def test_training_paints_nothing_else(monkeypatch):
 def test_another_process_gets_the_same_bytes_and_two_callers_train_once(tmp_path):
     """Two processes at once on one folder, another one elsewhere with other thread settings."""
     one, other = str(tmp_path / "one"), str(tmp_path / "other")
-    run = lambda folder, **env: subprocess.Popen([sys.executable, "-c", CODE.format(folder=folder)], env={**os.environ, **env}, stdout=subprocess.PIPE, text=True)
+    run = lambda folder, **env: subprocess.Popen(
+        [sys.executable, "-c", CODE.format(folder=folder)],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     both = [run(one, OMP_NUM_THREADS="1"), run(one, OMP_NUM_THREADS="1")]
     paths = {p.communicate()[0].strip() for p in both}
     assert len(paths) == 1 and [p.returncode for p in both] == [0, 0]
@@ -51,7 +67,11 @@ def test_the_caller_notices_nothing():
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
     model, accuracy = pretrain(PretrainConfig(images=64, epochs=1, test_images=20))
     assert 0 <= accuracy_on_test_digits(model, PretrainConfig(test_images=20)) <= 1 and len(accuracy) == 1
-    assert torch.equal(state, torch.random.get_rng_state()) and threads == torch.get_num_threads() and torch.is_grad_enabled()
+    assert (
+        torch.equal(state, torch.random.get_rng_state())
+        and threads == torch.get_num_threads()
+        and torch.is_grad_enabled()
+    )
 
 
 def test_test_pictures_are_others_than_training_pictures():
@@ -67,6 +87,11 @@ def test_what_is_damaged_is_made_again(tmp_path, damage):
     if damage == "weights":
         path.write_bytes(good[:100])
     else:
-        (path.parent / "pretrain.json").write_text("{" if damage == "record" else json.dumps({**record, "schema": "cadm-pretrain/9"}))
+        (path.parent / "pretrain.json").write_text(
+            "{" if damage == "record" else json.dumps({**record, "schema": "cadm-pretrain/9"})
+        )
     assert pretrain_record(path.parent) is None
-    assert pretrained_digits(tmp_path, config=config).read_bytes() == good and pretrain_record(path.parent)["sha256"] == record["sha256"]
+    assert (
+        pretrained_digits(tmp_path, config=config).read_bytes() == good
+        and pretrain_record(path.parent)["sha256"] == record["sha256"]
+    )

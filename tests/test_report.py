@@ -1,4 +1,5 @@
 """Tables, figures and report from run records: any numbers, any names, damaged records, the notebooks from elsewhere, the page alone."""
+
 import csv
 import io
 import json
@@ -18,10 +19,25 @@ from matplotlib.figure import Figure
 
 from cadm_paper.config import TrainConfig, config_digest
 from cadm_paper.explorer import build_explorers
-from cadm_paper.figures import class_precision, conditional, figure2, figure4, figure4_numbers, map_ranks, operating_point, overlays, place_names, precision_at, precision_recall, row_key, spread_classes, vector_plane
+from cadm_paper.figures import (
+    class_precision,
+    conditional,
+    figure2,
+    figure4,
+    figure4_numbers,
+    map_ranks,
+    operating_point,
+    overlays,
+    place_names,
+    precision_at,
+    precision_recall,
+    row_key,
+    spread_classes,
+    vector_plane,
+)
 from cadm_paper.paper import COLUMNS, TABLE1, TABLE2
 from cadm_paper.record import RecordError, RunRecord, load_runs, portable
-from cadm_paper.report import PLANS, ROWS, build_report, standing, table
+from cadm_paper.report import ROWS, build_report, standing, table
 from cadm_paper.synthetic import synthetic_run, synthetic_runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,9 +52,20 @@ def runs_dir(tmp_path_factory) -> Path:
 
 
 def record(values: dict, seed: int = 0, dataset: str = "scenes-coco", **config) -> RunRecord:
-    "A record in memory, without files."
+    """A record in memory, without files."""
     config = TrainConfig(dataset=dataset, seed=seed, **config)
-    return RunRecord(Path(dataset) / f"seed{seed}", f"seed{seed}", portable(config), values, [], {"name": dataset, "classes": []}, {}, {}, {}, config_digest(config))
+    return RunRecord(
+        Path(dataset) / f"seed{seed}",
+        f"seed{seed}",
+        portable(config),
+        values,
+        [],
+        {"name": dataset, "classes": []},
+        {},
+        {},
+        {},
+        config_digest(config),
+    )
 
 
 fractions = st.floats(0, 1)
@@ -46,21 +73,26 @@ rows_of_numbers = st.lists(st.fixed_dictionaries({c: fractions for c in COLUMNS}
 
 
 class Cells(HTMLParser):
-    "Rows of cell texts of a table."
+    """Rows of cell texts of a table."""
 
     def __init__(self):
         super().__init__()
         self.rows, self.inside = [], False
 
     def handle_starttag(self, tag, attrs):
-        if tag == "tr": self.rows.append([])
-        if tag in ("td", "th"): self.rows[-1].append(""); self.inside = True
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.inside = True
 
     def handle_endtag(self, tag):
-        if tag in ("td", "th"): self.inside = False
+        if tag in ("td", "th"):
+            self.inside = False
 
     def handle_data(self, data):
-        if self.inside: self.rows[-1][-1] += data
+        if self.inside:
+            self.rows[-1][-1] += data
 
 
 def html_rows(text: str) -> list[list[str]]:
@@ -75,7 +107,9 @@ def test_every_form_of_a_table_says_the_same(numbers):
     shown = table("table1", [record(v, seed) for seed, v in enumerate(numbers)])
     mean = {c: 100 * np.mean([v[c] for v in numbers]) for c in COLUMNS}
     line = next(l for l in shown.data()["measured"][0]["lines"] if l["lam"] == 0.5 and l["method"] == "cadm")
-    in_csv = next(r for r in csv.DictReader(io.StringIO(shown.csv())) if r["part"] == "measured" and r["lam"] == "0.5")
+    in_csv = next(
+        r for r in csv.DictReader(io.StringIO(shown.csv())) if r["part"] == "measured" and r["lam"] == "0.5"
+    )
     in_html = next(r for r in html_rows(shown.html()) if r[0].startswith("CADM (λ = 0.5)"))
     in_md = next(l for l in shown.markdown().splitlines() if l.startswith("| CADM (λ = 0.5)")).split(" | ")
     assert line["n"] == len(numbers) == int(in_csv["n"])
@@ -91,7 +125,9 @@ def test_every_form_of_a_table_says_the_same(numbers):
 def test_printed_rows_are_the_papers_and_absent_rows_are_named(name, printed):
     shown = table(name, [])
     lines = list(csv.DictReader(io.StringIO(shown.csv())))
-    assert [[float(l[c]) if l[c] else None for c in COLUMNS] for l in lines if l["part"] == "printed"] == [list(r.values.values()) for r in printed]
+    assert [[float(l[c]) if l[c] else None for c in COLUMNS] for l in lines if l["part"] == "printed"] == [
+        list(r.values.values()) for r in printed
+    ]
     assert [l["state"] for l in lines if l["part"] == "measured"] == ["missing"] * len(ROWS)
     assert shown.html().count("not run") == shown.markdown().count("not run") == len(ROWS)
 
@@ -100,10 +136,18 @@ NUMBERS = {c: 0.5 for c in COLUMNS}
 
 
 def test_runs_of_other_recipes_are_not_averaged_and_say_so():
-    runs = [record(NUMBERS, 0), record(NUMBERS, 1), record(NUMBERS, 2, epochs=3), record(NUMBERS, 0, image_size=96)]
-    del runs[1].config["center"]                                  # a record from before there was such a switch: the same recipe
+    runs = [
+        record(NUMBERS, 0),
+        record(NUMBERS, 1),
+        record(NUMBERS, 2, epochs=3),
+        record(NUMBERS, 0, image_size=96),
+    ]
+    del runs[1].config["center"]  # a record from before there was such a switch: the same recipe
     shown = table("table1", runs)
-    assert [(b.image_size, sorted(len(l.runs) for l in b.lines if l.runs)) for b in shown.blocks] == [(80, [1, 2]), (96, [1])]
+    assert [(b.image_size, sorted(len(l.runs) for l in b.lines if l.runs)) for b in shown.blocks] == [
+        (80, [1, 2]),
+        (96, [1]),
+    ]
     assert [l.note for l in shown.blocks[0].lines if len(l.runs) == 1] == ["seed 2; epochs 3"]
 
 
@@ -117,11 +161,20 @@ def test_any_name_stays_text(name):
     runs[0].dataset["name"] = name
     shown = table("table1", runs, datasets=[name])
     rows = html_rows(shown.html())
-    assert len({len(r) for r in rows if len(r) > 7}) <= 2 and any(name.strip() in r[0] for r in rows if len(r) == 1)
+    assert len({len(r) for r in rows if len(r) > 7}) <= 2 and any(
+        name.strip() in r[0] for r in rows if len(r) == 1
+    )
     assert "<script" not in shown.html() or "<script" not in name
 
 
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4), st.floats(1e-3, 1e3), st.booleans(), st.integers(0, 2**32 - 1))
+@given(
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.floats(1e-3, 1e3),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
 @settings(max_examples=50, deadline=None)
 def test_ranks_are_a_permutation_that_no_rescaling_moves(images, classes, side, scale, positive, seed):
     maps = np.random.default_rng(seed).normal(size=(images, classes, side, side))
@@ -140,7 +193,9 @@ def test_cooccurrence_against_counting(images, classes, seed):
     for i in range(classes):
         given_i = targets[targets[:, i] == 1]
         for j in range(classes):
-            assert found[i, j] == pytest.approx(np.mean(given_i[:, j] == 1) if len(given_i) else np.nan, nan_ok=True)
+            assert found[i, j] == pytest.approx(
+                np.mean(given_i[:, j] == 1) if len(given_i) else np.nan, nan_ok=True
+            )
 
 
 @given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 2**32 - 1))
@@ -153,13 +208,19 @@ def test_the_area_under_precision_and_recall_is_the_average_precision(images, le
     scores, targets = rng.integers(0, levels, images) / levels, rng.integers(-1, 2, images)
     positives = int((targets == 1).sum())
     if not positives:
-        assert np.isnan(precision_at(np.array([0.5, 1]), scores, targets)).all() and not len(precision_recall(scores, targets)[0])
+        assert np.isnan(precision_at(np.array([0.5, 1]), scores, targets)).all() and not len(
+            precision_recall(scores, targets)[0]
+        )
         return
     middles = (np.arange(positives) + 0.5) / positives
-    assert precision_at(middles, scores, targets).mean() == pytest.approx(float(average_precision(scores[:, None], targets[:, None])[0]))
+    assert precision_at(middles, scores, targets).mean() == pytest.approx(
+        float(average_precision(scores[:, None], targets[:, None])[0])
+    )
     recall, precision = operating_point(scores, targets, 0.5)
     if (scores > 0.5)[targets != -1].any():
-        assert any(np.allclose([recall, precision], point) for point in zip(*precision_recall(scores, targets)))
+        assert any(
+            np.allclose([recall, precision], point) for point in zip(*precision_recall(scores, targets))
+        )
 
 
 @given(st.integers(2, 12), st.integers(2, 9), st.integers(0, 2**32 - 1))
@@ -182,13 +243,18 @@ def test_chosen_classes_occur_and_go_from_frequent_to_rare(images, classes, coun
     targets = np.random.default_rng(seed).integers(-1, 2, (images, classes))
     positives = (targets == 1).sum(0)
     chosen = spread_classes(targets, count)
-    assert len(set(chosen)) == len(chosen) == min(count, (positives > 0).sum()) and (np.diff(positives[chosen]) <= 0).all()
+    assert (
+        len(set(chosen)) == len(chosen) == min(count, (positives > 0).sum())
+        and (np.diff(positives[chosen]) <= 0).all()
+    )
     if chosen:
         assert positives[chosen[0]] == positives.max() and (positives[chosen] > 0).all()
 
 
 def test_figures_of_photographs_that_the_record_does_not_hold(tmp_path):
-    runs = [synthetic_run(tmp_path / str(lam), lam=lam, images=20, drawn=2, thumbnails=False) for lam in (0, 0.5)]
+    runs = [
+        synthetic_run(tmp_path / str(lam), lam=lam, images=20, drawn=2, thumbnails=False) for lam in (0, 0.5)
+    ]
     for picture in (figure2(runs[1]), figure4(*runs), overlays(runs[1], 1)):
         files = picture.save(tmp_path)
         texts = files["svg"].read_text()
@@ -203,7 +269,7 @@ def test_an_image_with_one_label_and_an_ignored_one_are_drawn(tmp_path):
     maps["targets"][:] = 0
     maps["targets"][0, 3], maps["targets"][0, 4], maps["targets"][1, :3] = 1, -1, 1
     made.maps = lambda: maps
-    assert len(figure4(made, made, images=2).figure.axes) == 13            # 2 x 6 and the colour bar
+    assert len(figure4(made, made, images=2).figure.axes) == 13  # 2 x 6 and the colour bar
     assert "1 present" in figure2(made, [0]).caption or " of 4 present" in figure2(made, [0]).caption
     assert figure4_numbers(made, made)["labels"] == 4
     assert "? made-up 4" in figure2(made, [0]).data("svg").decode()
@@ -222,7 +288,9 @@ def test_the_last_digits_of_the_layout_move_no_pixel(runs_dir, monkeypatch):
 
     monkeypatch.setattr(Figure, "draw_without_rendering", nudged)
     again = overlays(run, 0)
-    assert [ax.get_position().bounds for ax in again.figure.axes] == [ax.get_position().bounds for ax in as_solved.figure.axes]
+    assert [ax.get_position().bounds for ax in again.figure.axes] == [
+        ax.get_position().bounds for ax in as_solved.figure.axes
+    ]
     assert again.data() == as_solved.data()
 
 
@@ -231,21 +299,34 @@ def test_a_changed_record_is_not_drawn_and_the_report_goes_on(runs_dir, tmp_path
     changed = next(r for r in load_runs(folder) if row_key(r) == ("cadm", 0.5))
     (changed.folder / "maps.npz").write_bytes(b"not what it was")
     (changed.folder / "scores.npz").unlink()
-    with pytest.raises(RecordError, match="differs from the checksum"): figure2(changed)
-    with pytest.raises(RecordError, match="not there"): class_precision(changed)
+    with pytest.raises(RecordError, match="differs from the checksum"):
+        figure2(changed)
+    with pytest.raises(RecordError, match="not there"):
+        class_precision(changed)
     lost = next(r for r in load_runs(folder) if row_key(r) == ("baseline", None))
     (lost.folder / "run.json").write_text("{ half")
     page = build_report(folder, tmp_path / "out").path.read_text()
-    assert page.count("is not drawn") == 6 and "differs from the checksum" in page and str(tmp_path) not in page
-    assert build_explorers(load_runs(folder), tmp_path / "out") == {}               # the maps cannot be trusted: no explorer
-    assert "its run.json cannot be read" in page and [u.name for u in standing(folder).unfinished] == [lost.name]
+    assert (
+        page.count("is not drawn") == 6 and "differs from the checksum" in page and str(tmp_path) not in page
+    )
+    assert (
+        build_explorers(load_runs(folder), tmp_path / "out") == {}
+    )  # the maps cannot be trusted: no explorer
+    assert "its run.json cannot be read" in page and [u.name for u in standing(folder).unfinished] == [
+        lost.name
+    ]
 
 
 def test_stale_rows_of_the_workflow_are_marked(runs_dir, tmp_path):
     folder = Path(shutil.copytree(runs_dir, tmp_path / "runs"))
     one = next(r for r in load_runs(folder) if row_key(r) == ("baseline", None))
-    status = {"schema": "cadm-status/1", "runs": [{"run": f"scenes-coco/{one.name}", "state": "stale", "reason": "changed since: loss"},
-                                                   {"run": "scenes-nus/cadm-lam0.5-seed0-12345678", "state": "failed", "reason": "ValueError: <b>"}]}
+    status = {
+        "schema": "cadm-status/1",
+        "runs": [
+            {"run": f"scenes-coco/{one.name}", "state": "stale", "reason": "changed since: loss"},
+            {"run": "scenes-nus/cadm-lam0.5-seed0-12345678", "state": "failed", "reason": "ValueError: <b>"},
+        ],
+    }
     (folder / "status.json").write_text(json.dumps(status))
     known, runs = standing(folder), load_runs(folder)
     states = {l.key: l.state for l in table("table1", runs, known=known).blocks[0].lines}
@@ -257,31 +338,63 @@ def test_stale_rows_of_the_workflow_are_marked(runs_dir, tmp_path):
 
 def test_the_report_stands_alone_and_does_not_know_where_it_is(runs_dir, tmp_path):
     shutil.copytree(runs_dir, tmp_path / "other place" / "x")
-    program = ("import sys; from cadm_paper.record import load_runs; from cadm_paper.report import build_report; from cadm_paper.explorer import build_explorers\n"
-               "build_report(*sys.argv[1:], build_explorers(load_runs(sys.argv[1]), sys.argv[2]))")
-    ours = build_report(runs_dir, tmp_path / "one", build_explorers(load_runs(runs_dir), tmp_path / "one")).path
-    subprocess.run([sys.executable, "-c", program, "x", "y"], cwd=tmp_path / "other place", check=True, env={**os.environ, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"})
+    program = (
+        "import sys; from cadm_paper.record import load_runs; from cadm_paper.report import build_report; from cadm_paper.explorer import build_explorers\n"
+        "build_report(*sys.argv[1:], build_explorers(load_runs(sys.argv[1]), sys.argv[2]))"
+    )
+    ours = build_report(
+        runs_dir, tmp_path / "one", build_explorers(load_runs(runs_dir), tmp_path / "one")
+    ).path
+    subprocess.run(
+        [sys.executable, "-c", program, "x", "y"],
+        cwd=tmp_path / "other place",
+        check=True,
+        env={**os.environ, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"},
+    )
     page, theirs = ours.read_text(encoding="utf-8"), tmp_path / "other place" / "y"
     assert page == (theirs / "index.html").read_text(encoding="utf-8")
     assert (ours.parent / "explorer.html").read_bytes() == (theirs / "explorer.html").read_bytes()
     addresses = re.findall(r"""(?:src|href|action|data)=["']([^"']*)""", page)
     ids = set(re.findall(r'id="([^"]*)"', page))
-    beside = {a for a in addresses if not a.startswith(("data:", "#"))}          # the one page that stands beside it, and nothing else
+    beside = {
+        a for a in addresses if not a.startswith(("data:", "#"))
+    }  # the one page that stands beside it, and nothing else
     assert beside == {"explorer.html"} == {p.name for p in ours.parent.iterdir()} - {"index.html"}
-    assert addresses and all(a in beside or a.startswith("data:") or a.removeprefix("#") in ids for a in addresses)
-    assert not re.search(r"<script|<iframe|@import|https?://", page) and str(ROOT) not in page and str(tmp_path) not in page
+    assert addresses and all(
+        a in beside or a.startswith("data:") or a.removeprefix("#") in ids for a in addresses
+    )
+    assert (
+        not re.search(r"<script|<iframe|@import|https?://", page)
+        and str(ROOT) not in page
+        and str(tmp_path) not in page
+    )
 
 
 def papermill(notebook: str, cwd: Path, **parameters) -> subprocess.CompletedProcess:
-    "Execute an experiment's notebook as a user does; parameters as text."
+    """Execute an experiment's notebook as a user does; parameters as text."""
     given = [w for k, v in parameters.items() for w in ("-p", k, str(v))]
     env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "CADM_OUTPUTS")}
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "-k", "python3", str(EXPERIMENTS / f"{notebook}.ipynb"), str(cwd / "out.ipynb"), *given]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--no-progress-bar",
+        "-k",
+        "python3",
+        str(EXPERIMENTS / f"{notebook}.ipynb"),
+        str(cwd / "out.ipynb"),
+        *given,
+    ]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("notebook, files", [("table1", ["table1.csv", "table1.html", "table1.json", "table1.md"]),
-                                             ("fig4", [f"figure4-scenes-coco.{form}" for form in ("pdf", "png", "svg")])])
+@pytest.mark.parametrize(
+    "notebook, files",
+    [
+        ("table1", ["table1.csv", "table1.html", "table1.json", "table1.md"]),
+        ("fig4", [f"figure4-scenes-coco.{form}" for form in ("pdf", "png", "svg")]),
+    ],
+)
 def test_notebooks_run_from_any_folder(notebook, files, runs_dir, tmp_path):
     pytest.importorskip("papermill")
     done = papermill(notebook, tmp_path, runs_dir=os.path.relpath(runs_dir, tmp_path), out_dir="made here")

@@ -1,5 +1,14 @@
 """Training from outside: kills, two processes, other machines' settings, what is refused. The scenes are small and made once."""
-import json, os, re, shutil, signal, socket, subprocess, sys, time
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,9 +37,22 @@ def scenes(tmp_path_factory):
 @pytest.fixture
 def config(scenes, tmp_path):
     """A run of a few seconds: two epochs of three steps, both losses."""
+
     def make(out="run", **changes):
-        given = dict(data_dir=str(scenes), out_dir=str(tmp_path / out), weights="none", epochs=2, seed=3, threads=1, precision="fp32") | changes
+        given = (
+            dict(
+                data_dir=str(scenes),
+                out_dir=str(tmp_path / out),
+                weights="none",
+                epochs=2,
+                seed=3,
+                threads=1,
+                precision="fp32",
+            )
+            | changes
+        )
         return TrainConfig(**given)
+
     return make
 
 
@@ -46,7 +68,9 @@ def same_run(a: RunRecord, b: RunRecord):
 
 class StopAt(Progress):
     """Raises in the middle of a run, as a kill would end it."""
-    def __init__(self, step): self.left = step
+
+    def __init__(self, step):
+        self.left = step
 
     def step(self, loss):
         self.left -= 1
@@ -56,15 +80,22 @@ class StopAt(Progress):
 
 # ---- the same numbers again ------------------------------------------------------------------------------------------
 
+
 def test_the_same_seed_gives_the_same_run_and_another_does_not(config):
     a = train(config("a"))
-    torch.manual_seed(99)                       # what a process did before does not matter
+    torch.manual_seed(99)  # what a process did before does not matter
     torch.set_num_threads(2)
     same_run(a, train(config("b")))
     assert train(config("c", seed=4)).metrics["mAP"] != a.metrics["mAP"]
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(ema_decay=0.9, accumulate=2, clip_grad=1.0, precision="bf16", crops="multiscale", flip=True)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(ema_decay=0.9, accumulate=2, clip_grad=1.0, precision="bf16", crops="multiscale", flip=True),
+    ],
+)
 def test_a_stopped_run_goes_on_to_the_bit(config, changes, monkeypatch):
     """Stopped after every step in turn, with a checkpoint after each step: the same weights, scores and history as undisturbed."""
     whole = train(config("whole", **changes))
@@ -95,7 +126,7 @@ def test_resuming_with_a_changed_configuration_is_refused_with_the_difference(co
         train(config())
     train(config(), resume=True)
     with pytest.raises(CheckpointError, match=r"lr: 0\.01 -> 0\.5"):
-        train(config(lr=0.5))                   # another run's finished folder is not written over
+        train(config(lr=0.5))  # another run's finished folder is not written over
 
 
 def test_resuming_on_other_data_is_refused(config, monkeypatch):
@@ -107,6 +138,7 @@ def test_resuming_on_other_data_is_refused(config, monkeypatch):
     def other(config):
         train_split, test_split = prepare(config)
         return replace(train_split, labels=1 - train_split.labels), test_split
+
     monkeypatch.setattr(module, "prepare_data", other)
     with pytest.raises(CheckpointError, match="from other training labels: give the old data"):
         train(config(), resume=True)
@@ -134,6 +166,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(config, monkeypatch):
         if len(writes) == 3:
             raise OSError(28, "No space left on device")
         save(path, tensors, state)
+
     monkeypatch.setattr(module, "save_checkpoint", full)
     with pytest.raises(OSError, match="No space"):
         train(config(checkpoint_minutes=1e-9))
@@ -147,11 +180,14 @@ def test_an_infinite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(confi
         train(config(lr=1e30, checkpoint_minutes=1e-9))
     folder = Path(config().out_dir)
     assert not (folder / "run.json").exists()
-    tensors, state = load_checkpoint(checkpoint_file(folder)) if checkpoint_file(folder).is_file() else ({}, {})
+    tensors, state = (
+        load_checkpoint(checkpoint_file(folder)) if checkpoint_file(folder).is_file() else ({}, {})
+    )
     assert all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
 
 
 # ---- what the record says --------------------------------------------------------------------------------------------
+
 
 def test_the_record_names_the_code_that_made_it_as_the_workflow_does(config):
     """Trained by hand or by the notebook: the same digests, so that a run made by hand can count as made."""
@@ -178,15 +214,30 @@ def test_maps_beyond_half_precision_are_kept_whole(config, recwarn):
     with torch.no_grad():
         trainer.model.head.classifier.weight.mul_(1e9)
     large = module.example_maps(trainer, test, given)["maps"]
-    assert usual.dtype == np.float16 and large.dtype == np.float32 and np.isfinite(large).all() and not recwarn.list
+    assert (
+        usual.dtype == np.float16
+        and large.dtype == np.float32
+        and np.isfinite(large).all()
+        and not recwarn.list
+    )
     np.testing.assert_allclose(large / 1e9, usual, rtol=2e-3, atol=1e-6)
 
 
 # ---- parts and processes ---------------------------------------------------------------------------------------------
 
+
 def run_torchrun(config, n):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m", "cadm_paper.train", config.model_dump_json(exclude_none=True)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={n}",
+        "-m",
+        "cadm_paper.train",
+        config.model_dump_json(exclude_none=True),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return RunRecord.load(config.out_dir)
@@ -200,13 +251,19 @@ def test_two_processes_and_two_parts_agree(config):
         np.testing.assert_allclose(one.scores()[name], two.scores()[name], atol=1e-4)
     assert list(one.scores()["image_ids"]) == list(two.scores()["image_ids"])
     for a, b in zip(one.history, two.history):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["mAP"] == pytest.approx(b["mAP"], abs=5e-3)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["mAP"] == pytest.approx(
+            b["mAP"], abs=5e-3
+        )
 
 
 class OneOfTwo(Team):
     """What one of two processes sees, the other being made up: its sums are sevens, and it always wants a checkpoint."""
-    def rows(self, values): return torch.stack([values, torch.full_like(values, 7)])
-    def agree(self, decision): return decision if self.main else True
+
+    def rows(self, values):
+        return torch.stack([values, torch.full_like(values, 7)])
+
+    def agree(self, decision):
+        return decision if self.main else True
 
 
 def test_each_process_gets_its_own_sums_back(config, tmp_path):
@@ -254,9 +311,21 @@ def run_workers(configs, steps=10**6):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(configs))}
-    started = [subprocess.Popen([sys.executable, "-c", WORKER, c.model_dump_json(exclude_none=True), str(steps)], cwd=ROOT,
-                                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank, c in enumerate(configs)]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(len(configs)),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, c.model_dump_json(exclude_none=True), str(steps)],
+            cwd=ROOT,
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, c in enumerate(configs)
+    ]
     return [process.wait() for process in started]
 
 
@@ -269,7 +338,9 @@ def test_processes_killed_within_an_epoch_go_on_to_the_bit(config, n):
     team = [config("killed", checkpoint_minutes=1e9 if rank else 1e-9, **how) for rank in range(n)]
     assert run_workers(team, steps=5) == [-signal.SIGKILL] * n
     state = load_checkpoint(checkpoint_file(team[0].out_dir))[1]
-    assert (state["epoch"], state["done"], len(state["sums"])) == (1, 2, n) and all(sum(row) > 0 for row in state["sums"])
+    assert (state["epoch"], state["done"], len(state["sums"])) == (1, 2, n) and all(
+        sum(row) > 0 for row in state["sums"]
+    )
     assert run_workers(team) == [0] * n
     same_run(RunRecord.load(config("whole").out_dir), RunRecord.load(team[0].out_dir))
 
@@ -282,6 +353,7 @@ def test_parts_differ_from_a_whole_batch_only_through_batch_norm(config, monkeyp
     def without_statistics(self, batch, n):
         eval_norms(self.model)
         step(self, batch, n)
+
     monkeypatch.setattr(module.Trainer, "step", without_statistics)
     whole, parts = train(config("whole", lr=1e-3)), train(config("parts", accumulate=4, lr=1e-3))
     np.testing.assert_allclose(whole.scores()["scores"], parts.scores()["scores"], atol=1e-5)
@@ -289,11 +361,16 @@ def test_parts_differ_from_a_whole_batch_only_through_batch_norm(config, monkeyp
 
 def test_five_images_in_four_parts_are_three_parts(config):
     """Five images cut into at most four parts come back as three (2, 2, 1), as with three; weights and batch-norm statistics must know."""
-    four, three = (train(config(str(parts), accumulate=parts, batch_size=12, limit_train=5, epochs=2)) for parts in (4, 3))
-    for name, values in four.scores().items(): np.testing.assert_array_equal(values, three.scores()[name])
+    four, three = (
+        train(config(str(parts), accumulate=parts, batch_size=12, limit_train=5, epochs=2))
+        for parts in (4, 3)
+    )
+    for name, values in four.scores().items():
+        np.testing.assert_array_equal(values, three.scores()[name])
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
+
 
 def test_processes_by_parameter(config):
     record = train(config(processes=2, epochs=1, batch_size=32))
@@ -314,55 +391,130 @@ def test_wrong_configurations_are_named_before_anything_is_computed(config):
 @pytest.mark.parametrize("method", ["linear_probe", "baseline_gap", "baseline"])
 def test_every_row_leaves_a_record_of_the_same_form(config, method):
     record = train(config(method=method, epochs=1))
-    assert set(module.COLUMNS) <= set(record.metrics) and (record.maps() is None) == (method == "linear_probe")
-    assert str(ROOT) not in (record.folder / "run.json").read_text() and str(record.folder) not in (record.folder / "run.json").read_text()
+    assert set(module.COLUMNS) <= set(record.metrics) and (record.maps() is None) == (
+        method == "linear_probe"
+    )
+    assert (
+        str(ROOT) not in (record.folder / "run.json").read_text()
+        and str(record.folder) not in (record.folder / "run.json").read_text()
+    )
 
 
 # ---- the papermill notebook ------------------------------------------------------------------------------------------
+
 
 def test_the_notebook_has_a_parameter_for_every_field_typed_and_commented():
     cells = json.loads((ROOT / "nbs" / "experiments" / "train.ipynb").read_text())["cells"]
     (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     found = re.findall(r"^(\w+): (\w+) = None\s+# \S", "".join(cell["source"]), re.M)
-    types = {name: "str" if getattr(field.annotation, "__name__", "") not in ("int", "float", "bool") else field.annotation.__name__
-             for name, field in TrainConfig.model_fields.items()}
+    types = {
+        name: "str"
+        if getattr(field.annotation, "__name__", "") not in ("int", "float", "bool")
+        else field.annotation.__name__
+        for name, field in TrainConfig.model_fields.items()
+    }
     assert dict(found) == {**types, "resume": "bool"}
 
 
-@pytest.mark.parametrize("wrong", [["-p", "sede", "3"], ["-p", "epochs", "three"], ["-p", "resume", "perhaps"]])
+@pytest.mark.parametrize(
+    "wrong", [["-p", "sede", "3"], ["-p", "epochs", "three"], ["-p", "resume", "perhaps"]]
+)
 def test_the_notebook_refuses_wrong_parameters_before_anything_is_computed(wrong, tmp_path):
     import papermill
+
     name, value = wrong[1:]
     with pytest.raises(papermill.PapermillExecutionError, match=name):
-        papermill.execute_notebook(ROOT / "nbs" / "experiments" / "train.ipynb", tmp_path / "out.ipynb", {name: value, "out_dir": str(tmp_path / "run")},
-                                   cwd=tmp_path, progress_bar=False)
+        papermill.execute_notebook(
+            ROOT / "nbs" / "experiments" / "train.ipynb",
+            tmp_path / "out.ipynb",
+            {name: value, "out_dir": str(tmp_path / "run")},
+            cwd=tmp_path,
+            progress_bar=False,
+        )
     assert not (tmp_path / "run").exists()
 
 
 def test_the_notebook_trains_from_another_folder(tmp_path, scenes):
     """The papermill command from outside, casting the words that papermill hands over."""
-    done = subprocess.run([str(Path(sys.executable).with_name("papermill")), str(ROOT / "nbs" / "experiments" / "train.ipynb"), "out.ipynb", "-p", "dataset", "scenes-coco",
-                           "-p", "method", "cadm", "-p", "lam", "0.5", "-p", "seed", "3", "-p", "epochs", "1", "-p", "weights", "none", "-p", "flip", "true", "-p", "lr", "1e-3",
-                           "-p", "data_dir", str(scenes), "-p", "out_dir", "here"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("papermill")),
+            str(ROOT / "nbs" / "experiments" / "train.ipynb"),
+            "out.ipynb",
+            "-p",
+            "dataset",
+            "scenes-coco",
+            "-p",
+            "method",
+            "cadm",
+            "-p",
+            "lam",
+            "0.5",
+            "-p",
+            "seed",
+            "3",
+            "-p",
+            "epochs",
+            "1",
+            "-p",
+            "weights",
+            "none",
+            "-p",
+            "flip",
+            "true",
+            "-p",
+            "lr",
+            "1e-3",
+            "-p",
+            "data_dir",
+            str(scenes),
+            "-p",
+            "out_dir",
+            "here",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     record = RunRecord.load(tmp_path / "here")
-    assert (record.config["lam"], record.config["seed"], record.config["flip"], record.config["lr"]) == (0.5, 3, True, 1e-3)
+    assert (record.config["lam"], record.config["seed"], record.config["flip"], record.config["lr"]) == (
+        0.5,
+        3,
+        True,
+        1e-3,
+    )
 
 
 # ---- kills -------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.slow
 def test_twenty_kills(config):
     """SIGKILL at random fractions of the run's own duration; each time it goes on; equal weights and metrics at the end."""
     whole = train(config("whole", epochs=6))
     killed = config("killed", epochs=6, checkpoint_minutes=1e-3)
-    command = [sys.executable, "-m", "cadm_paper.train", killed.model_dump_json(exclude_none=True), "--resume"]
+    command = [
+        sys.executable,
+        "-m",
+        "cadm_paper.train",
+        killed.model_dump_json(exclude_none=True),
+        "--resume",
+    ]
     env, rng = {**os.environ, "OMP_NUM_THREADS": "1"}, np.random.default_rng(0)
     started = time.monotonic()
-    subprocess.run([*command[:3], config("timed", epochs=6).model_dump_json(exclude_none=True)], check=True, cwd=ROOT, env=env, capture_output=True)
+    subprocess.run(
+        [*command[:3], config("timed", epochs=6).model_dump_json(exclude_none=True)],
+        check=True,
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+    )
     duration, kills = time.monotonic() - started, 0
     for fraction in rng.uniform(0.3, 1.0, 20):
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             process.wait(fraction * duration)
         except subprocess.TimeoutExpired:
@@ -378,10 +530,24 @@ def test_twenty_kills(config):
 def test_the_paper_preset_starts_trains_and_resumes_at_full_resolution(tmp_path):
     """ResNet-101 at 448 px from nothing on made photographs in COCO's layout: two steps, stopped after the first; it warns loudly."""
     from cadm_paper.model import UntrainedBackbone
+
     root = build_scenes(tmp_path / "coco", train=4, test=2, size=448)
-    given = dict(preset="paper", data_dir=str(root), weights="none", batch_size=2, epochs=1, checkpoint_minutes=1e-9, device="cpu")
+    given = dict(
+        preset="paper",
+        data_dir=str(root),
+        weights="none",
+        batch_size=2,
+        epochs=1,
+        checkpoint_minutes=1e-9,
+        device="cpu",
+    )
     config = TrainConfig(out_dir=str(tmp_path / "run"), **given)
-    assert (config.backbone, config.image_size, config.dataset, config.lam) == ("resnet101", 448, "coco2014", 0.5)
+    assert (config.backbone, config.image_size, config.dataset, config.lam) == (
+        "resnet101",
+        448,
+        "coco2014",
+        0.5,
+    )
     with pytest.warns(UntrainedBackbone), pytest.raises(KeyboardInterrupt):
         train(config, progress=StopAt(1))
     with pytest.warns(UntrainedBackbone):
@@ -392,7 +558,10 @@ def test_the_paper_preset_starts_trains_and_resumes_at_full_resolution(tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), reason="torch.compile on a CPU needs a C++ compiler")
+@pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))),
+    reason="torch.compile on a CPU needs a C++ compiler",
+)
 def test_compiled_training_is_the_same_training(config):
     eager, compiled = train(config("eager", lr=1e-3)), train(config("compiled", lr=1e-3, compile=True))
     np.testing.assert_allclose(eager.scores()["scores"], compiled.scores()["scores"], atol=1e-3)
@@ -402,5 +571,6 @@ def test_compiled_training_is_the_same_training(config):
 def test_a_packed_copy_trains_alike(config, scenes, tmp_path):
     """From a lossless pack the same run to the bit; from the photographs themselves."""
     from cadm_paper.cli import data_pack
+
     data_pack("scenes-coco", tmp_path / "packs", root=scenes, size=80, encoding="raw")
     same_run(train(config("files")), train(config("packed", pack_dir=str(tmp_path / "packs"))))

@@ -3,6 +3,7 @@
 Nothing is executed and nothing fetched. The sources go to _proc/ (notebooks without hidden cells and directives, one API page
 for each module, the landing page with what the committed run records measured), then Sphinx builds them with the settings in docs/.
 nbdev's own `proc_nbs` is not used: it leaves out every exported cell, and here the code is what the reader came for."""
+
 import argparse
 import ast
 import configparser
@@ -30,7 +31,11 @@ PAGES = ("CONTRIBUTING.md", "DEPENDENCIES.md", "CHANGELOG.md")
 @functools.cache
 def notebooks() -> list[Path]:
     """All notebooks, in the order of the house."""
-    return sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(ROOT).parts))
+    return sorted(
+        p
+        for p in (ROOT / "nbs").rglob("*.ipynb")
+        if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)
+    )
 
 
 def module_of(path: Path) -> str | None:
@@ -43,6 +48,7 @@ def module_of(path: Path) -> str | None:
 
 def rooted(text: str, depth: int) -> str:
     """Links to files that are no page of the site lead to their page, or lose their link; pages of the root stay links."""
+
     def link(found):
         label, target = found[1], found[2]
         name = target.removeprefix("../" * depth)
@@ -52,6 +58,7 @@ def rooted(text: str, depth: int) -> str:
         if re.match(r"https?:|#", target) or name.partition("#")[0].endswith(".ipynb") or name in PAGES:
             return found[0]
         return f"`{name}`" if label == target else label
+
     return re.sub(r"(?<!!)\[([^\]\n]*)\]\(([^)\s]+)\)", link, text)
 
 
@@ -74,7 +81,10 @@ def page(path: Path) -> nbformat.NotebookNode:
         if cell.cell_type == "code" and not cell.source.strip():
             if not cell.outputs:
                 continue
-            cell.source, cell.metadata.tags = "# hidden", [*cell.metadata.get("tags", []), "remove-input"]   # myst-nb drops a cell without code
+            cell.source, cell.metadata.tags = (
+                "# hidden",
+                [*cell.metadata.get("tags", []), "remove-input"],
+            )  # myst-nb drops a cell without code
         if cell.cell_type == "code" and only_imports(cell.source):
             cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
         if cell.cell_type == "markdown":
@@ -84,7 +94,7 @@ def page(path: Path) -> nbformat.NotebookNode:
         note = f"Exports `{module}`: [API]({'../' * depth}api/{module}.rst)."
         lines = cells[0].source.split("\n")
         after = max([i for i, line in enumerate(lines[:6]) if line.startswith("> ")] or [0])
-        cells[0].source = "\n".join([*lines[:after + 1], "", note, *lines[after + 1:]])
+        cells[0].source = "\n".join([*lines[: after + 1], "", note, *lines[after + 1 :]])
     notebook.cells = cells
     return notebook
 
@@ -92,7 +102,17 @@ def page(path: Path) -> nbformat.NotebookNode:
 def api_page(module: str, notebook: Path) -> str:
     """One module: its purpose, its notebook, every public name."""
     title, where = f"``{module}``", notebook.relative_to(ROOT).with_suffix("").as_posix()
-    return "\n".join([title, "=" * len(title), "", f"Written in the notebook :doc:`/{where}`, where each name is shown and checked.", "", f".. automodule:: {module}", ""])
+    return "\n".join(
+        [
+            title,
+            "=" * len(title),
+            "",
+            f"Written in the notebook :doc:`/{where}`, where each name is shown and checked.",
+            "",
+            f".. automodule:: {module}",
+            "",
+        ]
+    )
 
 
 def api_index(modules: dict[str, Path]) -> str:
@@ -102,8 +122,25 @@ def api_index(modules: dict[str, Path]) -> str:
         about = (importlib.import_module(module).__doc__ or "").strip().split("\n")[0]
         about = re.sub(r"`([^`]+)`", r"``\1``", about)
         rows += [f"   * - :doc:`{module}`", f"     - {about}"]
-    return "\n".join(["API", "===", "", "Every public function and class, module by module; shapes are part of the signatures, as jaxtyping writes them. One alphabetical list: :ref:`genindex`.", "",
-                      ".. list-table::", "   :widths: 30 70", "", *rows, "", ".. toctree::", "   :hidden:", "", *(f"   {module}" for module in modules), ""])
+    return "\n".join(
+        [
+            "API",
+            "===",
+            "",
+            "Every public function and class, module by module; shapes are part of the signatures, as jaxtyping writes them. One alphabetical list: :ref:`genindex`.",
+            "",
+            ".. list-table::",
+            "   :widths: 30 70",
+            "",
+            *rows,
+            "",
+            ".. toctree::",
+            "   :hidden:",
+            "",
+            *(f"   {module}" for module in modules),
+            "",
+        ]
+    )
 
 
 def measured(runs) -> dict | None:
@@ -115,17 +152,33 @@ def measured(runs) -> dict | None:
         return None
     tables = [table("table1", runs, datasets=["scenes-coco"]), table("table2", runs, datasets=["scenes-nus"])]
     heads = [b.dataset for t in tables for b in t.blocks]
-    cell = lambda b, key: next((line.cell("mAP") for line in b.lines if line.key == key and line.values and line.state == "measured"), "not run")
+    cell = lambda b, key: next(
+        (
+            line.cell("mAP")
+            for line in b.lines
+            if line.key == key and line.values and line.state == "measured"
+        ),
+        "not run",
+    )
     rows = [(row_name(key), [cell(b, key) for t in tables for b in t.blocks]) for key in ROWS]
     made_up = any(r.extra.get("synthetic") for r in runs)
-    return {"heads": heads, "rows": rows, "gains": [short_gain(g) for t in tables for g in t.gains], "made_up": made_up}
+    return {
+        "heads": heads,
+        "rows": rows,
+        "gains": [short_gain(g) for t in tables for g in t.gains],
+        "made_up": made_up,
+    }
 
 
 def short_gain(of) -> str:
     """What the embedding loss changed, in a line, with how sure that is."""
     signed = lambda v: f"{v:+.1f}".replace("-", "−")
     sure = f"mean of {len(of.seeds)} seeds" if len(of.seeds) > 1 else "one seed"
-    over = f", 95 % interval over test images {signed(of.interval[0])} to {signed(of.interval[1])}" if of.interval else ""
+    over = (
+        f", 95 % interval over test images {signed(of.interval[0])} to {signed(of.interval[1])}"
+        if of.interval
+        else ""
+    )
     return f"{of.dataset}, λ = 0.5 against 0: mAP {signed(of.points['mAP'])} points ({sure}{over}); printed {signed(of.printed['mAP'])} on {of.printed_on}."
 
 
@@ -136,15 +189,22 @@ def verdict_counts() -> str:
     records = study_records()
     if not any(records.values()):
         return ""
-    table, gains = verdicts(records), "; ".join(f"{dataset} {gain}" for dataset, gain in loss_gains(records).items())
-    return f"Of {len(table)} claims put to the test here: {count_verdicts(table)}." + (f" The embedding loss (λ = 0.5 less 0), over all seeds: {gains}." if gains else "")
+    table, gains = (
+        verdicts(records),
+        "; ".join(f"{dataset} {gain}" for dataset, gain in loss_gains(records).items()),
+    )
+    return f"Of {len(table)} claims put to the test here: {count_verdicts(table)}." + (
+        f" The embedding loss (λ = 0.5 less 0), over all seeds: {gains}." if gains else ""
+    )
 
 
 def claims() -> list[tuple[str, list[float]]]:
     """The paper's mAP of baseline, lambda 0 and lambda 0.5, as printed."""
     from cadm_paper.paper import TABLE1, TABLE2
 
-    mine = lambda rows: [row.values["mAP"] for row in rows if row.method in ("baseline", "baseline_gap", "cadm")]
+    mine = lambda rows: [
+        row.values["mAP"] for row in rows if row.method in ("baseline", "baseline_gap", "cadm")
+    ]
     return [("MS-COCO (Table 1)", mine(TABLE1)), ("NUS-WIDE (Table 2)", mine(TABLE2))]
 
 
@@ -159,16 +219,35 @@ def sources(runs, explorers: dict[str, str]) -> dict[str, str]:
     for name in PAGES:
         if (ROOT / name).is_file():
             files[name] = rooted((ROOT / name).read_text(encoding="utf-8"), 0)
-    files |= {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in sorted((ROOT / "assets" / "badges").glob("*.svg"))}
+    files |= {
+        p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8")
+        for p in sorted((ROOT / "assets" / "badges").glob("*.svg"))
+    }
     files["paper-to-here.md"] = (ROOT / "docs" / "paper-to-here.md").read_text(encoding="utf-8")
     pages = [p.relative_to(ROOT).with_suffix("").as_posix() for p in notebooks()]
-    order = ["reproduce_in_ten_minutes", "own_photographs", "loss_in_your_loop", "evaluate_scores", "add_a_row", "on_a_cluster"]
-    tutorials = sorted((p for p in pages if p.startswith("nbs/tutorials/")), key=lambda p: order.index(Path(p).name) if Path(p).name in order else len(order))
+    order = [
+        "reproduce_in_ten_minutes",
+        "own_photographs",
+        "loss_in_your_loop",
+        "evaluate_scores",
+        "add_a_row",
+        "on_a_cluster",
+    ]
+    tutorials = sorted(
+        (p for p in pages if p.startswith("nbs/tutorials/")),
+        key=lambda p: order.index(Path(p).name) if Path(p).name in order else len(order),
+    )
     landing = jinja2.Template((ROOT / "docs" / "index.md.j2").read_text(encoding="utf-8"), trim_blocks=False)
     files["index.md"] = landing.render(
-        claims=claims(), verdicts=verdict_counts(), measured=measured(runs), explorers=explorers, tutorials=tutorials, changelog=(ROOT / "CHANGELOG.md").is_file(),
+        claims=claims(),
+        verdicts=verdict_counts(),
+        measured=measured(runs),
+        explorers=explorers,
+        tutorials=tutorials,
+        changelog=(ROOT / "CHANGELOG.md").is_file(),
         experiments=[p for p in pages if p.startswith("nbs/experiments/")],
-        modules=[p for p in pages if p.count("/") == 1 and p != "nbs/index"])
+        modules=[p for p in pages if p.count("/") == 1 and p != "nbs/index"],
+    )
     files["elsewhere.md"] = elsewhere(pages)
     if tutorials:
         files["tutorials.md"] = tutorials_page(tutorials)
@@ -177,7 +256,9 @@ def sources(runs, explorers: dict[str, str]) -> dict[str, str]:
 
 def write_sources(folder: Path, files: dict[str, str]) -> None:
     """Write what changed and delete what went, so that Sphinx reads again only what it must."""
-    for path in [p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in files]:
+    for path in [
+        p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in files
+    ]:
         path.unlink()
     for name, text in files.items():
         path = folder / name
@@ -191,9 +272,20 @@ def elsewhere(pages: list[str]) -> str:
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini")
     url, branch = settings["DEFAULT"]["git_url"], settings["DEFAULT"]["branch"]
-    title = lambda name: nbformat.read(ROOT / f"{name}.ipynb", as_version=4).cells[0].source.split("\n")[0].removeprefix("# ").replace("|", "\\|")
+    title = lambda name: (
+        nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+        .cells[0]
+        .source.split("\n")[0]
+        .removeprefix("# ")
+        .replace("|", "\\|")
+    )
     page = jinja2.Template((ROOT / "docs" / "elsewhere.md.j2").read_text(encoding="utf-8"))
-    return page.render(url=url, branch=branch, repo=url.split("github.com/")[-1], notebooks=[(name, title(name)) for name in pages])
+    return page.render(
+        url=url,
+        branch=branch,
+        repo=url.split("github.com/")[-1],
+        notebooks=[(name, title(name)) for name in pages],
+    )
 
 
 def tutorials_page(tutorials: list[str]) -> str:
@@ -223,9 +315,16 @@ def add_pages(site: Path, runs, folder: Path | None) -> None:
 
     if not runs:
         with tempfile.TemporaryDirectory() as made_up:
-            build_explorer(*(synthetic_run(f"{made_up}/{lam}", method="cadm", lam=lam, drawn=12) for lam in (0.0, 0.5)), site / "report" / "explorer.html")
+            build_explorer(
+                *(synthetic_run(f"{made_up}/{lam}", method="cadm", lam=lam, drawn=12) for lam in (0.0, 0.5)),
+                site / "report" / "explorer.html",
+            )
         return
-    build_report(folder or ROOT / "outputs" / "reference" / "mini", site / "report", build_explorers(runs, site / "report"))
+    build_report(
+        folder or ROOT / "outputs" / "reference" / "mini",
+        site / "report",
+        build_explorers(runs, site / "report"),
+    )
 
 
 def explored(runs) -> dict[str, str]:
@@ -241,20 +340,42 @@ MATHJAX = ("tex-chtml.js", "input", "tex", "tex.js", "extensions", "output", "ch
 def superfluous(folder: str, names: list[str]) -> list[str]:
     """What the site does without: MathJax's other builds, Sphinx's bookkeeping."""
     if "mathjax" in Path(folder).parts:
-        return [name for name in names if name not in MATHJAX and not name.endswith(".woff") and "extensions" not in Path(folder).parts]
+        return [
+            name
+            for name in names
+            if name not in MATHJAX and not name.endswith(".woff") and "extensions" not in Path(folder).parts
+        ]
     return [name for name in names if name in (".buildinfo", "objects.inv.bak", "jupyter_execute")]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the documentation site.")
     parser.add_argument("--out", type=Path, default=ROOT / "site")
-    parser.add_argument("--runs", type=Path, help="folder of run records to show instead of the committed ones")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of run records to show instead of the committed ones"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "_proc", help="folder for what lies between")
     given = parser.parse_args()
     runs = records(given.runs)
     write_sources(given.work / "source", sources(runs, explored(runs)))
-    built = subprocess.run([sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", str(given.work / "doctrees"),
-                            str(given.work / "source"), str(given.work / "html")])
+    built = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-b",
+            "html",
+            "-q",
+            "-W",
+            "--keep-going",
+            "-c",
+            str(ROOT / "docs"),
+            "-d",
+            str(given.work / "doctrees"),
+            str(given.work / "source"),
+            str(given.work / "html"),
+        ]
+    )
     if built.returncode:
         return built.returncode
     shutil.rmtree(given.out, ignore_errors=True)

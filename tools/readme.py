@@ -2,6 +2,7 @@
 
 Pictures of the notebook go to assets/readme/; links between notebooks are made relative to the root. With --check nothing is
 written, and the exit code says whether README.md and its pictures are what the notebook gives."""
+
 import re
 import sys
 from pathlib import Path
@@ -31,21 +32,35 @@ def readable(notebook):
 def build() -> dict[str, bytes]:
     """Path below the root -> content."""
     notebook = readable(nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4))
-    text, resources = MarkdownExporter().from_notebook_node(notebook, {"output_files_dir": "assets/readme", "unique_key": "index"})
-    text = re.sub(r"```python\n\s*```\n", "", text)                      # cells whose code is hidden
+    text, resources = MarkdownExporter().from_notebook_node(
+        notebook, {"output_files_dir": "assets/readme", "unique_key": "index"}
+    )
+    text = re.sub(r"```python\n\s*```\n", "", text)  # cells whose code is hidden
     text = re.sub(r"\]\((?!https?:|#|assets/)([\w./-]+\.ipynb)", r"](nbs/\1", text)  # links between notebooks
     text = text.replace("](../", "](")
-    text = re.sub(r"\]\(#([^)]+)\)", lambda m: f"](#{re.sub(r'[^a-z0-9 -]', '', m[1].lower())})", text)  # GitHub's anchors; JupyterLab's keep case and commas
+    text = re.sub(
+        r"\]\(#([^)]+)\)", lambda m: f"](#{re.sub(r'[^a-z0-9 -]', '', m[1].lower())})", text
+    )  # GitHub's anchors; JupyterLab's keep case and commas
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-    return {"README.md": (NOTE + text).encode(), **{str(name): content for name, content in resources["outputs"].items()}}
+    return {
+        "README.md": (NOTE + text).encode(),
+        **{str(name): content for name, content in resources["outputs"].items()},
+    }
 
 
 def main() -> int:
     files = build()
-    stale = [name for name, content in files.items() if not (ROOT / name).is_file() or (ROOT / name).read_bytes() != content]
+    stale = [
+        name
+        for name, content in files.items()
+        if not (ROOT / name).is_file() or (ROOT / name).read_bytes() != content
+    ]
     extra = [p for p in (ROOT / "assets" / "readme").glob("*") if str(p.relative_to(ROOT)) not in files]
     if "--check" in sys.argv:
-        print("\n".join(f"not in step with nbs/index.ipynb: {name}" for name in [*stale, *map(str, extra)]) or "README.md is in step")
+        print(
+            "\n".join(f"not in step with nbs/index.ipynb: {name}" for name in [*stale, *map(str, extra)])
+            or "README.md is in step"
+        )
         return 1 if stale or extra else 0
     for path in extra:
         path.unlink()

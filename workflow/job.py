@@ -1,4 +1,5 @@
 """One job of the workflow; the Snakefile calls it."""
+
 from cadm_paper.workflow import job
 
 if __name__ == "__main__":
