@@ -43,7 +43,9 @@ $(VENV)/.installed-docs: $(STAMP)
 
 # notebooks -> cadm_paper/, README.md, badges
 sync: $(STAMP)
+	$(BIN)/ruff format --quiet nbs tests tools benchmarks docs
 	$(BIN)/nbdev_export
+	$(BIN)/ruff format --quiet cadm_paper
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/readme.py
 	$(BIN)/python tools/badges.py

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from cadm_paper.engine.record import environment
 from cadm_paper.files import write_json
-from cadm_paper.record import environment
 
 
 def keep_freed_memory() -> bool:

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 
-from cadm_paper.compare import bootstrap
+from cadm_paper.engine.record import environment
 from cadm_paper.files import sha256_file, write_json
 from cadm_paper.metrics import average_precision, metric_names, multilabel_metrics
-from cadm_paper.record import environment
+from cadm_paper.results.statistics import bootstrap
 
 SHARED = Path(os.environ.get("CADM_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from measure import in_turn, keep_freed_memory, setting, spread, write
 
-from cadm_paper.config import TrainConfig
 from cadm_paper.data.feed import Batch, prepare
-from cadm_paper.machine import Team, machine_settings, resolve_machine
+from cadm_paper.engine.config import TrainConfig
+from cadm_paper.engine.processes import Team, machine_settings, resolve_machine
 from cadm_paper.model import narrow_resnet
 from cadm_paper.train import Trainer, build_model
 

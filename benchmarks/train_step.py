@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from measure import in_turn, peak_bytes, seconds, setting, spread, write
 
-from cadm_paper.config import TrainConfig
 from cadm_paper.data.feed import Batch, Feeder
 from cadm_paper.data.pack import pack
-from cadm_paper.machine import Team, machine_settings, resolve_machine
+from cadm_paper.engine.config import TrainConfig
+from cadm_paper.engine.processes import Team, machine_settings, resolve_machine
 from cadm_paper.model import CADM
 from cadm_paper.train import Trainer, build_model
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .engine.record import RecordError, RunRecord
 from .files import whole_file
-from .record import RecordError, RunRecord
 
 # %% auto #0
 __all__ = [

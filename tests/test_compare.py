@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_metrics import evaluations
 
-from cadm_paper.compare import (
+from cadm_paper.metrics import PerClass, count_classes, multilabel_metrics, summarise
+from cadm_paper.results.statistics import (
     ScoreFileError,
     bootstrap,
     bootstrap_classes,
@@ -28,7 +29,6 @@ from cadm_paper.compare import (
     read_score_file,
     replicate_class,
 )
-from cadm_paper.metrics import PerClass, count_classes, multilabel_metrics, summarise
 
 CHECKED = settings(max_examples=40, deadline=None)
 
@@ -268,7 +268,7 @@ def test_files_that_do_not_belong_together_are_not_compared(tmp_path, change, sa
 
 
 def test_importing_needs_neither_pandas_nor_matplotlib():
-    code = "import sys, cadm_paper.compare; print([m for m in ('pandas', 'matplotlib', 'seaborn', 'sklearn') if m in sys.modules])"
+    code = "import sys, cadm_paper.results.statistics; print([m for m in ('pandas', 'matplotlib', 'seaborn', 'sklearn') if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

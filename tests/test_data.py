@@ -1,4 +1,4 @@
-"""What the data notebooks (04_data to 04z_package) cannot show in a cell: the real files, many inputs, other processes, bad input of every kind."""
+"""What the data notebooks (04_data to data/package) cannot show in a cell: the real files, many inputs, other processes, bad input of every kind."""
 
 import copy
 import json
@@ -97,7 +97,7 @@ def test_official_counts_of_coco_are_those_of_the_real_labels():
 
 @needs(LABELS80)
 def test_labels_per_image_of_coco_are_2_9_and_not_3_5():
-    """What 04a6_summary says against the paper's "about 3.5" (Sec. 3.3.1)."""
+    """What data/summary says against the paper's "about 3.5" (Sec. 3.3.1)."""
     with np.load(LABELS80) as z:
         names, labels = z["names"], z["labels"]
     for split, (images, _) in DATASETS["coco2014"].counts.items():

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cadm_paper.data import DataError, load_split
-from cadm_paper.data import get as G
+from cadm_paper.data import download as G
 from cadm_paper.data.voc import VOC_CLASSES
 
 # ---------------------------------------------------------------- a server that does what it is told
@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         status = plan.get("status") or (404 if body is None else 200)
         if status >= 400:
             return self.answer(status, b"no")
-        tag = plan.get("tag", '"{}"'.format(hashlib.md5(body).hexdigest()))
+        tag = plan.get("tag", f'"{hashlib.md5(body).hexdigest()}"')
         first = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
         same = self.headers.get("If-Range", tag) == tag or plan.get("no_if_range")
         extra = {} if plan.get("no_tag") else {"ETag": tag}

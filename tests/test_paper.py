@@ -188,8 +188,9 @@ def parameters(function):
 
 def places(place):
     """Switches and their defaults as they really are in a place of the register."""
-    from cadm_paper import config, data, figures, loss, metrics, model
+    from cadm_paper import data, figures, loss, metrics, model
     from cadm_paper.data import feed
+    from cadm_paper.engine import config
 
     if place == "config":
         return {name: field.default for name, field in config.TrainConfig.model_fields.items()}
@@ -228,7 +229,7 @@ def test_every_switch_exists_with_the_registers_default(place):
 
 def test_readings_are_the_codes_choices():
     """A switch with named values has exactly these in the register."""
-    from cadm_paper.config import TrainConfig
+    from cadm_paper.engine.config import TrainConfig
     from cadm_paper.loss import LOSS_SWITCHES
     from cadm_paper.model import SWITCHES
 

@@ -10,8 +10,7 @@ import torch
 
 from cadm_paper.data import scenes
 from cadm_paper.data.scenes import CUT, TEST, TRAIN, digit_indices
-from cadm_paper.files import sha256_file
-from cadm_paper.pretrain import (
+from cadm_paper.engine.pretrain import (
     PretrainConfig,
     accuracy_on_test_digits,
     plan_single,
@@ -20,9 +19,10 @@ from cadm_paper.pretrain import (
     pretrained_digits,
     single_digits,
 )
+from cadm_paper.files import sha256_file
 
 SHORT = PretrainConfig(images=320, epochs=2, test_images=50)
-CODE = "from cadm_paper.pretrain import *; print(pretrained_digits({folder!r}, config=PretrainConfig(images=320, epochs=2, test_images=50)))"
+CODE = "from cadm_paper.engine.pretrain import *; print(pretrained_digits({folder!r}, config=PretrainConfig(images=320, epochs=2, test_images=50)))"
 
 
 def test_every_picture_of_the_default_pretraining_is_of_the_training_side():
@@ -37,7 +37,7 @@ def test_every_picture_of_the_default_pretraining_is_of_the_training_side():
 
 def test_training_paints_nothing_else(monkeypatch):
     """What `pretrain` really paints, seen where pixels are read: no other sample, no other column."""
-    import cadm_paper.pretrain as module
+    import cadm_paper.engine.pretrain as module
 
     painted = []
     monkeypatch.setattr(module, "paint", lambda scene: painted.append(scene) or scenes.paint(scene))

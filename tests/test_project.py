@@ -29,6 +29,8 @@ def test_notebooks_and_library_are_in_step(tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
     done = run(Path(sys.executable).with_name("nbdev_export"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    run(sys.executable, "-m", "ruff", "format", "--quiet", "cadm_paper", cwd=tmp_path)
     ours = {p.relative_to(ROOT) for p in (ROOT / "cadm_paper").rglob("*.py")}
     assert ours == {p.relative_to(tmp_path) for p in (tmp_path / "cadm_paper").rglob("*.py")}
     assert [str(p) for p in ours if (ROOT / p).read_bytes() != (tmp_path / p).read_bytes()] == []

@@ -58,7 +58,7 @@ def test_the_citation_has_what_its_format_requires():
 
 def test_the_changelog_knows_the_version():
     text = (ROOT / "CHANGELOG.md").read_text()
-    assert re.search(r"^## (Unreleased|\[?{})".format(re.escape(cadm_paper.__version__)), text, re.M)
+    assert re.search(rf"^## (Unreleased|\[?{re.escape(cadm_paper.__version__)})", text, re.M)
 
 
 def test_workflow_files_run_what_the_makefile_has():
@@ -150,6 +150,6 @@ print(cadm_paper.__file__, cadm_paper.__version__, sorted(multilabel_metrics(out
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith(str(tmp_path / "lib")), done.stdout
     done = run(
-        base if base.exists() else sys.executable, "-m", "cadm_paper.cli", "--help", cwd=tmp_path, env=env
+        base if base.exists() else sys.executable, "-m", "cadm_paper.app.cli", "--help", cwd=tmp_path, env=env
     )
     assert done.returncode == 0 and "reproduce" in done.stdout, done.stderr[-2000:]

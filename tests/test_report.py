@@ -17,8 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from cadm_paper.config import TrainConfig, config_digest
-from cadm_paper.explorer import build_explorers
+from cadm_paper.app.explorer import build_explorers
+from cadm_paper.app.report import ROWS, build_report, standing, table
+from cadm_paper.engine.config import TrainConfig, config_digest, portable
+from cadm_paper.engine.record import RecordError, RunRecord, load_runs
+from cadm_paper.engine.synthetic import synthetic_run, synthetic_runs
 from cadm_paper.figures import (
     class_precision,
     conditional,
@@ -36,9 +39,6 @@ from cadm_paper.figures import (
     vector_plane,
 )
 from cadm_paper.paper import COLUMNS, TABLE1, TABLE2
-from cadm_paper.record import RecordError, RunRecord, load_runs, portable
-from cadm_paper.report import ROWS, build_report, standing, table
-from cadm_paper.synthetic import synthetic_run, synthetic_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "nbs" / "experiments"
@@ -339,7 +339,7 @@ def test_stale_rows_of_the_workflow_are_marked(runs_dir, tmp_path):
 def test_the_report_stands_alone_and_does_not_know_where_it_is(runs_dir, tmp_path):
     shutil.copytree(runs_dir, tmp_path / "other place" / "x")
     program = (
-        "import sys; from cadm_paper.record import load_runs; from cadm_paper.report import build_report; from cadm_paper.explorer import build_explorers\n"
+        "import sys; from cadm_paper.engine.record import load_runs; from cadm_paper.app.report import build_report; from cadm_paper.app.explorer import build_explorers\n"
         "build_report(*sys.argv[1:], build_explorers(load_runs(sys.argv[1]), sys.argv[2]))"
     )
     ours = build_report(

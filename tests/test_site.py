@@ -98,7 +98,7 @@ def test_every_part_of_the_paper_has_its_place():
 
 
 def test_its_commands_names_and_files_exist():
-    from cadm_paper.cli import COMMANDS, GROUPS
+    from cadm_paper.app.cli import COMMANDS, GROUPS
 
     text = (ROOT / "docs" / "paper-to-here.md").read_text(encoding="utf-8")
     commands = [c.split()[1:3] for c in re.findall(r"`(cadm [^`]+)`", text)]
@@ -120,7 +120,7 @@ def site(tmp_path_factory):
     pytest.importorskip("sphinx")
     pytest.importorskip("myst_nb")
     pytest.importorskip("furo")
-    from cadm_paper.synthetic import synthetic_runs
+    from cadm_paper.engine.synthetic import synthetic_runs
 
     folder = tmp_path_factory.mktemp("site")
     synthetic_runs(folder / "runs", preset="mini", drawn=5)
@@ -379,8 +379,8 @@ def test_an_address_leads_to_a_case_and_pointing_tells_the_value(site, opened):
 @pytest.mark.slow
 def test_class_names_are_only_text(tmp_path, opened):
     """A class called like a script is shown, not run."""
-    from cadm_paper.explorer import explorer_data, explorer_html
-    from cadm_paper.synthetic import synthetic_run
+    from cadm_paper.app.explorer import explorer_data, explorer_html
+    from cadm_paper.engine.synthetic import synthetic_run
 
     data = explorer_data(*(synthetic_run(tmp_path / str(lam), method="cadm", lam=lam) for lam in (0.0, 0.5)))
     name = "</script><img src=x onerror=\"document.title='run'\">"

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from cadm_paper import train as module
-from cadm_paper.checkpoint import CheckpointError, load_checkpoint
-from cadm_paper.config import ConfigError, TrainConfig
 from cadm_paper.data import build_scenes
+from cadm_paper.engine.checkpoint import CheckpointError, load_checkpoint
+from cadm_paper.engine.config import ConfigError, TrainConfig
+from cadm_paper.engine.processes import Team
+from cadm_paper.engine.record import RunRecord
 from cadm_paper.files import FolderLocked, folder_lock
-from cadm_paper.machine import Team
-from cadm_paper.record import RunRecord
 from cadm_paper.sources import notebook_sources
 from cadm_paper.train import NonFiniteLoss, Progress, checkpoint_file, train
 
@@ -293,7 +293,7 @@ def test_a_checkpoint_with_one_total_of_the_sums_can_be_gone_on_with(config, tmp
 
 WORKER = """
 import json, os, signal, sys
-from cadm_paper.config import TrainConfig
+from cadm_paper.engine.config import TrainConfig
 from cadm_paper.train import Progress, train
 
 class Killed(Progress):
@@ -570,7 +570,7 @@ def test_compiled_training_is_the_same_training(config):
 @pytest.mark.slow
 def test_a_packed_copy_trains_alike(config, scenes, tmp_path):
     """From a lossless pack the same run to the bit; from the photographs themselves."""
-    from cadm_paper.cli import data_pack
+    from cadm_paper.app.cli import data_pack
 
     data_pack("scenes-coco", tmp_path / "packs", root=scenes, size=80, encoding="raw")
     same_run(train(config("files")), train(config("packed", pack_dir=str(tmp_path / "packs"))))

@@ -1,4 +1,4 @@
-"""What the notebook 07b_workflow cannot show in a cell: whole batches through Snakemake and papermill, killed, stopped, broken and gone on with.
+"""What the notebook app/batch cannot show in a cell: whole batches through Snakemake and papermill, killed, stopped, broken and gone on with.
 
 The runs are made by a stand-in for train.ipynb that computes nothing but keeps every promise of the real one: a checkpoint after each epoch,
 a record at the end, a result that depends on the whole sequence of epochs.
@@ -20,9 +20,9 @@ import nbformat
 import pytest
 import yaml
 
-from cadm_paper import workflow
-from cadm_paper.record import RunRecord, write_record
-from cadm_paper.workflow import WorkflowError, parse_batch
+from cadm_paper.app import batch as workflow
+from cadm_paper.app.batch import WorkflowError, parse_batch
+from cadm_paper.engine.record import RunRecord, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,14 +41,14 @@ out_dir: str = None
 resume: bool = None
 """
 BODY = """
-from cadm_paper.config import TrainConfig, given_parameters
+from cadm_paper.engine.config import TrainConfig, given_parameters
 given = given_parameters({n: v for n, v in globals().items() if n not in ("TrainConfig", "given_parameters")}, before, extra=("resume",))
 import hashlib, json, os, time
 from pathlib import Path
 import numpy as np
-from cadm_paper.config import run_name
+from cadm_paper.engine.config import run_name
 from cadm_paper.files import folder_lock, write_json
-from cadm_paper.record import environment, save_arrays, write_record
+from cadm_paper.engine.record import environment, save_arrays, write_record
 
 given.pop("resume")
 config = TrainConfig(**given)
@@ -76,7 +76,7 @@ if not (out / "run.json").exists():
 TABLE = """
 import json
 from pathlib import Path
-from cadm_paper.record import load_runs
+from cadm_paper.engine.record import load_runs
 rows = {r.name: r.metrics["mAP"] for r in load_runs(runs_dir)}
 states = {r["run"]: r["state"] for r in json.loads((Path(runs_dir) / "status.json").read_text())["runs"]}
 Path(runs_dir, "..", "table.json").write_text(json.dumps({"rows": rows, "states": states}, sort_keys=True))
@@ -124,7 +124,7 @@ class Site:
         self.config.write_text(yaml.safe_dump(content))
 
     def start(self, *more, jobs=2, **environ):
-        code = "import sys; from cadm_paper.workflow import reproduce; sys.exit(reproduce(sys.argv[1], int(sys.argv[2]), force='force' in sys.argv, profile='slurm' if 'slurm' in sys.argv else None))"
+        code = "import sys; from cadm_paper.app.batch import reproduce; sys.exit(reproduce(sys.argv[1], int(sys.argv[2]), force='force' in sys.argv, profile='slurm' if 'slurm' in sys.argv else None))"
         env = {
             **os.environ,
             "STUB_LOG": str(self.log),
@@ -538,7 +538,7 @@ def test_evidence_is_measured_with_the_run_or_later_and_a_run_by_hand_counts(tmp
     line = [
         sys.executable,
         "-c",
-        "from cadm_paper.cli import main; main()",
+        "from cadm_paper.app.cli import main; main()",
         "train",
         "--method",
         "cadm",

@@ -145,8 +145,8 @@ def api_index(modules: dict[str, Path]) -> str:
 
 def measured(runs) -> dict | None:
     """mAP by row from run records, for the landing page; None without records."""
+    from cadm_paper.app.report import ROWS, table
     from cadm_paper.figures import row_name
-    from cadm_paper.report import ROWS, table
 
     if not runs:
         return None
@@ -184,7 +184,7 @@ def short_gain(of) -> str:
 
 def verdict_counts() -> str:
     """How many of the paper's claims hold, from the committed records of the studies; empty without them."""
-    from cadm_paper.evidence import count_verdicts, loss_gains, study_records, verdicts
+    from cadm_paper.results.measures import count_verdicts, loss_gains, study_records, verdicts
 
     records = study_records()
     if not any(records.values()):
@@ -301,7 +301,7 @@ def tutorials_page(tutorials: list[str]) -> str:
 
 def records(folder: Path | None) -> list:
     """Committed records, or the ones of `folder`."""
-    from cadm_paper.record import load_runs
+    from cadm_paper.engine.record import load_runs
 
     place = folder or ROOT / "outputs" / "reference" / "mini"
     return load_runs(place) if place.is_dir() else []
@@ -309,9 +309,9 @@ def records(folder: Path | None) -> list:
 
 def add_pages(site: Path, runs, folder: Path | None) -> None:
     """Report and explorers beside the site's own pages; without records the explorer shows made-up ones and says so."""
-    from cadm_paper.explorer import build_explorer, build_explorers
-    from cadm_paper.report import build_report
-    from cadm_paper.synthetic import synthetic_run
+    from cadm_paper.app.explorer import build_explorer, build_explorers
+    from cadm_paper.app.report import build_report
+    from cadm_paper.engine.synthetic import synthetic_run
 
     if not runs:
         with tempfile.TemporaryDirectory() as made_up:
@@ -329,7 +329,7 @@ def add_pages(site: Path, runs, folder: Path | None) -> None:
 
 def explored(runs) -> dict[str, str]:
     """The explorers' addresses by data set."""
-    from cadm_paper.explorer import explorer_names, explorer_pairs
+    from cadm_paper.app.explorer import explorer_names, explorer_pairs
 
     return {dataset: f"report/{name}" for dataset, name in explorer_names(explorer_pairs(runs)).items()}
 

@@ -1,6 +1,6 @@
 """One job of the workflow; the Snakefile calls it."""
 
-from cadm_paper.workflow import job
+from cadm_paper.app.batch import job
 
 if __name__ == "__main__":
     job()
