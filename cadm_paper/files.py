@@ -16,13 +16,14 @@ __all__ = [
 
 # %% ../nbs/files.ipynb #f75532b8
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import uuid
 from pathlib import Path
 from typing import Literal
+
+from filelock import FileLock, Timeout
 
 
 # %% ../nbs/files.ipynb #ad0ca445
@@ -45,7 +46,9 @@ def whole_file(path, mode: str = "wb"):
 
 # %% ../nbs/files.ipynb #925b2ef6
 def sync_folder(folder) -> None:
-    """Force a folder's entries to the disk, so that a rename survives a power cut."""
+    """Force a folder's entries to the disk, so that a rename survives a power cut; Windows has no such call."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,13 +82,13 @@ def folder_lock(folder, wait: bool = False, name: str = ".lock"):
     """Hold the folder for one process. Raises `FolderLocked` at once, or waits for the other to finish if `wait`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise FolderLocked(
-                f"{folder}: another process is writing here; wait for it or choose another folder"
-            ) from None
+    try:
+        held = FileLock(folder / name).acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise FolderLocked(
+            f"{folder}: another process is writing here; wait for it or choose another folder"
+        ) from None
+    with held:
         yield
 
 
