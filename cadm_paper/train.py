@@ -94,10 +94,10 @@ from cadm_paper.engine.config import (
     config_digest,
     learning_rate,
     portable,
-    run_name,
 )
 from .engine.processes import MeanOverParts, Team, machine_settings, resolve_machine, team
 from .engine.record import RunRecord, environment, save_arrays, write_record
+from .engine.variants import run_name
 from .files import default_folder, folder_lock
 from .loss import CADMLoss, effective_lambda
 from .metrics import average_precision, metric_names, multilabel_metrics

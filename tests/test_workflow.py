@@ -46,7 +46,7 @@ given = given_parameters({n: v for n, v in globals().items() if n not in ("Train
 import hashlib, json, os, time
 from pathlib import Path
 import numpy as np
-from cadm_paper.engine.config import run_name
+from cadm_paper.engine.variants import run_name
 from cadm_paper.files import folder_lock, write_json
 from cadm_paper.engine.record import environment, save_arrays, write_record
 

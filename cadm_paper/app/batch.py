@@ -125,8 +125,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.datasets import DATASETS
-from ..engine.config import ConfigError, TrainConfig, config_digest, portable, run_name
+from ..engine.config import ConfigError, TrainConfig, config_digest, portable
 from ..engine.record import RecordError, RunRecord, is_record
+from ..engine.variants import run_name
 from ..files import FolderLocked, checkout_root, default_folder, folder_lock, sha256_file, write_json
 from ..sources import changed_parts, joint_digest, notebook_sources, source_digests
 

@@ -19,7 +19,6 @@ __all__ = [
     "learning_rate",
     "portable",
     "config_digest",
-    "run_name",
     "given_parameters",
     "truth",
 ]
@@ -381,13 +380,6 @@ def config_digest(config: BaseModel) -> str:
     """SHA-256 over every field that can change a number."""
     what = {k: v for k, v in portable(config).items() if k not in WHERE and (k not in LATER or v != LATER[k])}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-# %% ../../nbs/engine/config.ipynb #36ffc372
-def run_name(config: TrainConfig) -> str:
-    """Name of the run's folder: method, lambda, seed and the first eight digits of the digest."""
-    row = f"cadm-lam{config.lam:g}" if config.method == "cadm" else config.method
-    return f"{row}-seed{config.seed}-{config_digest(config)[:8]}"
 
 
 # %% ../../nbs/engine/config.ipynb #881ea601

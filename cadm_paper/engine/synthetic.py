@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     "NOWHERE",
-    "ROWS",
     "made_targets",
     "made_scores",
     "made_boxes",
@@ -22,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
-from .config import TrainConfig, run_name
+from .config import TrainConfig
 from .record import RunRecord, save_arrays, write_record
+from .variants import MAIN, run_name
 
 
 # %% ../../nbs/engine/synthetic.ipynb #47feb1b7
@@ -164,18 +164,14 @@ def synthetic_run(
     )
 
 
-# %% ../../nbs/engine/synthetic.ipynb #f38204e6
-ROWS = (("linear_probe", None), ("baseline_gap", None), ("baseline", None), ("cadm", 0.0), ("cadm", 0.5))
-
-
 # %% ../../nbs/engine/synthetic.ipynb #655e3608
 def synthetic_runs(folder, datasets=("scenes-coco", "scenes-nus"), seeds=(0,), **config) -> list[RunRecord]:
-    """Made-up records of every row, in the layout of `outputs/runs`: folder/<data set>/<run name>."""
+    """Made-up records of every main variant, in the layout of `outputs/runs`: folder/<data set>/<run name>."""
     made = []
     for dataset in datasets:
-        for method, lam in ROWS:
+        for variant in MAIN:
             for seed in seeds:
-                given = dict(dataset=dataset, method=method, lam=lam, seed=seed)
+                given = dict(dataset=dataset, method=variant.method, lam=variant.lam, seed=seed)
                 keys = TrainConfig.model_fields
                 where = run_name(TrainConfig(**given, **{k: v for k, v in config.items() if k in keys}))
                 made.append(synthetic_run(Path(folder) / dataset / where, **given, **config))
