@@ -14,10 +14,10 @@ STAMP  := $(VENV)/.installed
 help:
 	@sed -n '2,5p' Makefile | sed 's/^# *//'
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[repro,dev]'
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[repro,dev]'
 	touch $(STAMP)
 
 reproduce: $(STAMP)
@@ -31,14 +31,14 @@ test-slow: $(VENV)/.installed-slow
 	$(BIN)/python -m pytest -m slow
 
 $(VENV)/.installed-slow: $(STAMP)
-	$(BIN)/python -m pip install --quiet -e '.[repro,slurm,dev,docs,browser]'
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[repro,slurm,dev,docs,browser]'
 	touch $@
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python tools/docs.py
 
 $(VENV)/.installed-docs: $(STAMP)
-	$(BIN)/python -m pip install --quiet -e '.[repro,dev,docs]'
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[repro,dev,docs]'
 	touch $@
 
 # notebooks -> cadm_paper/, README.md, badges
@@ -50,14 +50,13 @@ sync: $(STAMP)
 	$(BIN)/python tools/readme.py
 	$(BIN)/python tools/badges.py
 
-# requirements.lock from pyproject.toml: pins stay as they are where they still fit; `make lock UPGRADE=--upgrade` takes the newest of everything.
-# Its first lines, which say what it is, are kept; no index is named in it.
+# requirements.lock from pyproject.toml: pins stay as they are where they still fit; `make lock UPGRADE=--upgrade` takes the newest.
 lock: $(STAMP)
 	$(BIN)/python -m pip install --quiet uv
 	cp requirements.lock requirements.lock.new
-	$(BIN)/python -m uv pip compile pyproject.toml --extra repro --extra slurm --extra dev --extra docs $(UPGRADE) --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet --output-file requirements.lock.new
-	sed '/^[^#]/,$$d' requirements.lock | cat - requirements.lock.new > requirements.lock.whole
+	$(BIN)/python -m uv pip compile pyproject.toml --all-extras $(UPGRADE) --universal --python-version 3.11 --no-annotate \
+		--no-emit-index-url --no-emit-find-links --no-header --quiet --output-file requirements.lock.new
+	{ grep '^#' requirements.lock; cat requirements.lock.new; } > requirements.lock.whole
 	mv requirements.lock.whole requirements.lock
 	rm requirements.lock.new
 

@@ -52,6 +52,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

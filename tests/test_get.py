@@ -709,7 +709,7 @@ def test_nus_wide_without_photographs_is_counted_and_says_how_to_ask(server, tmp
 
 PROGRAM = """
 import json, sys
-from cadm_paper.data import get as G
+from cadm_paper.data import download as G
 task = json.loads(sys.argv[1])
 if "limit" in task:
     import resource

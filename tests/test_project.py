@@ -1,7 +1,6 @@
 """The project's own promises: notebooks and library in step, README from its notebook, packaging, what a reader may import."""
 
 import configparser
-import json
 import re
 import shutil
 import subprocess
@@ -45,59 +44,6 @@ def test_notebooks_and_library_are_in_step(tmp_path):
 def test_the_readme_is_its_notebook():
     done = run(sys.executable, "tools/readme.py", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_no_module_imports_a_higher_numbered_one():
-    """The notebook's number is the order of the house; the library (model, loss, data, metrics) never imports the machinery."""
-    number = {}
-    for path in (ROOT / "nbs").glob("*.ipynb"):
-        source = "".join(
-            "".join(c["source"]) + "\n"
-            for c in json.loads(path.read_text())["cells"]
-            if c["cell_type"] == "code"
-        )
-        if found := re.search(r"^#\|\s*default_exp\s+(\S+)", source, re.M):
-            number[found[1].removesuffix(".__init__")] = path.stem.split("_")[0]
-    assert len(number) > 10
-    machinery = {
-        "config",
-        "record",
-        "pretrain",
-        "checkpoint",
-        "machine",
-        "train",
-        "figures",
-        "report",
-        "workflow",
-        "predict",
-        "cli",
-        "synthetic",
-    }
-    wrong = []
-    for module, own in number.items():
-        file = (
-            ROOT
-            / "cadm_paper"
-            / (
-                module.replace(".", "/")
-                + ("/__init__.py" if (ROOT / "cadm_paper" / module).is_dir() else ".py")
-            )
-        )
-        package = ("cadm_paper." + module).split(".")[: None if file.name == "__init__.py" else -1]
-        imported = set()
-        for dots, name in re.findall(r"^from (\.*)([\w.]*) import", file.read_text(), re.M):
-            full = (
-                ".".join(package[: len(package) - len(dots) + 1] + ([name] if name else [])) if dots else name
-            )
-            if full.startswith("cadm_paper."):
-                imported.add(full.removeprefix("cadm_paper."))
-        for other in imported & number.keys():
-            if number[other] > own or (
-                module.split(".")[0] in ("model", "loss", "data", "metrics")
-                and other.split(".")[0] in machinery
-            ):
-                wrong.append(f"{module} ({own}) imports {other} ({number[other]})")
-    assert wrong == []
 
 
 def test_versions_and_extras_agree():

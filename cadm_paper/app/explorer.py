@@ -9,6 +9,7 @@ import base64
 import functools
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 

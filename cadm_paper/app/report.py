@@ -10,7 +10,9 @@ import csv
 import functools
 import io
 import json
+import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
