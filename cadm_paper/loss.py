@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 # %% ../nbs/02_loss.ipynb #aec3a2d0
 LOSS_SWITCHES = {
-    "classification": ("bce", "asymmetric"),
     "sign": ("descent", "printed"),
     "reduction_classes": ("sum", "mean"),
     "hinge": ("inside", "outside"),
@@ -255,7 +254,6 @@ class CADMLoss(nn.Module):
         self,
         lam: float = 0.5,
         *,
-        lce_scale: float = 1.0,
         reduction_classes: str = "sum",
         hinge: str = "inside",
         margin: float = 1.0,
@@ -265,18 +263,10 @@ class CADMLoss(nn.Module):
         no_positive: str = "skip",
         one_positive: str = "keep",
         center: str = "present",
-        classification: str = "bce",
-        gamma_neg: float = 4.0,
-        gamma_pos: float = 0.0,
-        clip: float = 0.05,
     ):
         super().__init__()
         self.reduction_classes = check_loss_switches(reduction_classes=reduction_classes)["reduction_classes"]
-        self.classification = check_loss_switches(classification=classification)["classification"]
-        self.lam, self.lce_scale = (
-            check_range("lam", lam, 0),
-            check_range("lce_scale", lce_scale, 0, strict=True),
-        )
+        self.lam = check_range("lam", lam, 0)
         self.lce = check_loss_switches(
             hinge=hinge,
             distance=distance,
@@ -287,21 +277,13 @@ class CADMLoss(nn.Module):
             center=center,
         )
         self.lce["margin"] = check_range("margin", margin, 0, strict=True)
-        self.asl = {
-            "gamma_neg": check_range("gamma_neg", gamma_neg, 0),
-            "gamma_pos": check_range("gamma_pos", gamma_pos, 0),
-            "clip": check_range("clip", clip, 0, 1),
-        }
 
     def terms(
         self, output, targets: Shaped[Tensor, "batch classes"], num_images: int | None = None
     ) -> LossTerms:
         """All of Eq. 5; `num_images` is how many images the mean is over where `output` holds a part of them."""
         common = {"reduction_classes": self.reduction_classes, "num_images": num_images}
-        if self.classification == "bce":
-            cls = classification_loss(output.logits, targets, **common)
-        else:
-            cls = asymmetric_loss(output.logits, targets, **self.asl, **common)
+        cls = classification_loss(output.logits, targets, **common)
         if self.lam == 0:
             return LossTerms(cls, cls, torch.zeros_like(cls))
         if output.label_vectors is None:
@@ -309,7 +291,7 @@ class CADMLoss(nn.Module):
                 f"lam={self.lam:g} needs label vectors and the output has none: model.train(), or model(images, with_label_vectors=True)"
             )
         lce = label_correlation_loss(output.label_vectors, targets, **self.lce, **common)
-        return LossTerms(cls + self.lam * self.lce_scale * lce, cls, lce)
+        return LossTerms(cls + self.lam * lce, cls, lce)
 
     def forward(self, output, targets: Shaped[Tensor, "batch classes"]) -> Float[Tensor, ""]:
         """The total loss, mean over the images of the batch."""
@@ -319,29 +301,18 @@ class CADMLoss(nn.Module):
         """The settings, for `print`."""
         return ", ".join(
             f"{k}={v!r}"
-            for k, v in {
-                "lam": self.lam,
-                "lce_scale": self.lce_scale,
-                "reduction_classes": self.reduction_classes,
-                "classification": self.classification,
-                **self.lce,
-            }.items()
+            for k, v in {"lam": self.lam, "reduction_classes": self.reduction_classes, **self.lce}.items()
         )
 
 
 # %% ../nbs/02_loss.ipynb #920ddbb9
 def effective_lambda(
-    lam: float,
-    lce_scale: float = 1.0,
-    *,
-    reduction_cls: str = "sum",
-    reduction_lce: str = "sum",
-    num_classes: int | None = None,
+    lam: float, *, reduction_cls: str = "sum", reduction_lce: str = "sum", num_classes: int | None = None
 ) -> float:
     """The lambda of Eq. 5 with both losses as sums that weighs them alike; `num_classes` is needed where the reductions differ."""
     check_loss_switches(reduction_classes=reduction_cls), check_loss_switches(reduction_classes=reduction_lce)
     if reduction_cls == reduction_lce:
-        return lam * lce_scale
+        return lam
     if num_classes is None:
         raise ValueError("num_classes is needed where one loss is a sum over classes and the other a mean")
-    return lam * lce_scale * (num_classes if reduction_cls == "mean" else 1 / num_classes)
+    return lam * (num_classes if reduction_cls == "mean" else 1 / num_classes)

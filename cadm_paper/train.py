@@ -16,7 +16,6 @@ __all__ = [
     "build_loss",
     "parameter_groups",
     "build_optimiser",
-    "moving_average",
     "network_of",
     "Trainer",
     "network_inputs",
@@ -55,10 +54,10 @@ __all__ = [
     "finish",
     "launch",
     "main",
-    "TensorBoard",
 ]
 
 # %% ../nbs/05_train.ipynb #5a94f288
+import argparse
 import contextlib
 import json
 import os
@@ -74,7 +73,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .data import DATASETS, Split, load_split
-from .data.feed import Feeder, canvas_size, crop_boxes, cut_boxes, flip_mask, prepare
+from .data.feed import Feeder, flip_mask, prepare
 from cadm_paper.engine.checkpoint import (
     CheckpointError,
     difference,
@@ -94,12 +93,13 @@ from cadm_paper.engine.config import (
     config_digest,
     learning_rate,
     portable,
+    without_gone,
 )
 from .engine.processes import MeanOverParts, Team, machine_settings, resolve_machine, team
 from .engine.record import RunRecord, environment, save_arrays, write_record
 from .engine.variants import run_name
 from .files import default_folder, folder_lock
-from .loss import CADMLoss, effective_lambda
+from .loss import CADMLoss
 from .metrics import average_precision, metric_names, multilabel_metrics
 from .model import CADM, METHODS
 from .sources import changed_parts, source_digests
@@ -139,17 +139,15 @@ def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
         from cadm_paper.data.scenes import ensure_scenes
 
         ensure_scenes(config.dataset, root)
-    read = lambda split, **how: load_split(
-        config.dataset, root, split, missing=config.missing, crowd=config.crowd, **how
-    )
-    train = read(known.train_split, unlabelled=unlabelled_in_training(config), difficult=config.difficult)
+    read = lambda split, **how: load_split(config.dataset, root, split, missing=config.missing, **how)
+    train = read(known.train_split, unlabelled=unlabelled_in_training(config))
     if config.holdout:
         kept, aside = held_out(len(train), config.holdout)
         train, test = train.take(kept), train.take(aside)
     else:
-        test = read(known.test_split, unlabelled=config.unlabelled_test, difficult="ignore")
-    limit = lambda split, n: split.take(np.arange(min(n, len(split)))) if n else split
-    return limit(train, config.limit_train), limit(test, config.limit_test)
+        test = read(known.test_split)
+    first = lambda split: split.take(np.arange(min(config.limit, len(split)))) if config.limit else split
+    return first(train), first(test)
 
 
 # %% ../nbs/05_train.ipynb #e7cfe3ee
@@ -194,8 +192,6 @@ def build_model(config: TrainConfig, classes) -> CADM:
         bias=config.bias,
         embed_hidden=config.embed_hidden,
         embed_dim=config.embed_dim,
-        embed_relu=config.embed_relu,
-        embed_resize=config.embed_resize,
         detach_embed_maps=config.detach_embed_maps,
         **METHODS["baseline" if config.method == "linear_probe" else config.method],
     )
@@ -208,39 +204,27 @@ def build_model(config: TrainConfig, classes) -> CADM:
 # %% ../nbs/05_train.ipynb #be43fade
 def build_loss(config: TrainConfig) -> CADMLoss:
     """Eq. 5 with the configuration's readings."""
-    names = [name for name in LossFields.model_fields if name != "asl_clip"]
-    return CADMLoss(config.lam, clip=config.asl_clip, **{name: getattr(config, name) for name in names})
+    return CADMLoss(config.lam, **{name: getattr(config, name) for name in LossFields.model_fields})
 
 
 # %% ../nbs/05_train.ipynb #422a70e0
 def parameter_groups(model: CADM, config: TrainConfig) -> list[dict]:
-    """Groups for the optimiser: `mult` scales the learning rate, weight decay by kind of parameter."""
+    """Groups for the optimiser; `mult` scales the learning rate."""
     groups = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        mult = 1.0 if name.startswith("backbone.") else config.head_lr_mult
-        decay = config.weight_decay if config.decay_norms or p.ndim > 1 else 0.0
-        groups.setdefault((mult, decay), []).append(p)
-    return [dict(params=ps, mult=mult, weight_decay=decay) for (mult, decay), ps in groups.items()]
+        if p.requires_grad:
+            mult = 1.0 if name.startswith("backbone.") else config.head_lr_mult
+            groups.setdefault(mult, []).append(p)
+    return [dict(params=ps, mult=mult, weight_decay=config.weight_decay) for mult, ps in groups.items()]
 
 
 # %% ../nbs/05_train.ipynb #bf808751
-def build_optimiser(model: CADM, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with momentum (Sec. 3.2)."""
-    return torch.optim.SGD(
-        parameter_groups(model, config), lr=config.lr, momentum=config.momentum, fused=True
-    )
-
-
-# %% ../nbs/05_train.ipynb #271f0ace
-def moving_average(model: nn.Module, decay: float):
-    """An exponential moving average of weights and buffers, in its `.module`; None for a decay of 0."""
-    if not decay:
-        return None
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+def build_optimiser(model: CADM, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD with momentum (Sec. 3.2), or AdamW with `momentum` as its first beta."""
+    groups = parameter_groups(model, config)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
 
 
 # %% ../nbs/05_train.ipynb #bc6a9372
@@ -265,11 +249,8 @@ class Trainer:
             team.device,
             memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
         )
-        if config.sync_bn:
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.loss, self.optimiser = build_loss(config), build_optimiser(self.model, config)
         self.scaler = torch.amp.GradScaler(team.device.type, enabled=config.precision == "fp16")
-        self.ema = moving_average(self.model, config.ema_decay)
         self.network = network_of(self.model, config, team)
         self.epoch = self.done = 0  # epochs finished, steps done in this one
         self.sums = torch.zeros(
@@ -278,11 +259,6 @@ class Trainer:
         self.history, self.best, self.seconds, self.recent = [], None, 0.0, []
         self.code = {"sources": training_code()} if team.main else {}
         self.origin: dict[str, str | None] = {}  # fingerprints of what it is trained from, for a later resume
-
-    @property
-    def evaluated(self) -> CADM:
-        """The model whose numbers count: the moving average where there is one."""
-        return self.ema.module if self.ema else self.model
 
     def step(self, batch, global_images: int) -> None:
         """One update from this process's share of a global batch."""
@@ -298,12 +274,8 @@ class Trainer:
 
 # %% ../nbs/05_train.ipynb #ecd1a23a
 def network_inputs(trainer: Trainer, images: Tensor, indices, train: bool = True) -> Tensor:
-    """Normalised images on the device; in training cut and flipped as seed, epoch and image index say."""
+    """Normalised images on the device; in training flipped as seed, epoch and image index say."""
     config, device = trainer.config, trainer.team.device
-    if train and config.crops == "multiscale":
-        images = cut_boxes(
-            images.to(device), crop_boxes(indices, config.seed, trainer.epoch), config.image_size
-        )
     flip = flip_mask(indices, config.seed, trainer.epoch) if train and config.flip else None
     return prepare(
         images, normalise=config.normalise, flip=flip, channels_last=config.channels_last, device=device
@@ -342,15 +314,13 @@ def add_gradients(trainer: Trainer, batch, global_images: int) -> Tensor:
 
 # %% ../nbs/05_train.ipynb #df8a9dfc
 def update_weights(trainer: Trainer) -> None:
-    """One step of the optimiser along the gradients (clipped if asked), and of the moving average after it."""
+    """One step of the optimiser along the gradients (clipped if asked)."""
     if trainer.config.clip_grad:
         trainer.scaler.unscale_(trainer.optimiser)
         nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.config.clip_grad)
     trainer.scaler.step(trainer.optimiser)
     trainer.scaler.update()
     trainer.optimiser.zero_grad(set_to_none=True)
-    if trainer.ema:
-        trainer.ema.update_parameters(trainer.model)
 
 
 # %% ../nbs/05_train.ipynb #a7908867
@@ -387,7 +357,7 @@ def checkpoint_file(folder) -> Path:
 # %% ../nbs/05_train.ipynb #dc1d7d4b
 def predict(trainer: Trainer, feeder: Feeder) -> dict[str, np.ndarray] | None:
     """Scores of all of the split's images, N x C in 0..1: `scores` (Eq. 3) and of either stream; None on other processes than the main."""
-    model, team, size = trainer.evaluated.eval(), trainer.team, trainer.config.batch_size
+    model, team, size = trainer.model.eval(), trainer.team, trainer.config.batch_size
     rows, found = [], []
     with torch.inference_mode():
         for batch in feeder.epoch(size, rank=team.rank, world=team.world):
@@ -445,11 +415,11 @@ def example_maps(trainer: Trainer, split: Split, config: TrainConfig) -> dict[st
     """Arrays of `maps.npz`: maps (see `compact`), scores and targets of the drawn images; thumbnails and boxes for made scenes only."""
     rows = draw_examples(split.labels)
     some = split.take(rows)
-    batch = next(iter(feeder(some, config.image_size, config).epoch(max(len(rows), 1))), None)
+    batch = next(iter(feeder(some, config).epoch(max(len(rows), 1))), None)
     if batch is None:
         return {}
     with torch.inference_mode(), autocast(trainer):
-        output = trainer.evaluated.eval()(network_inputs(trainer, batch.images, batch.indices, train=False))
+        output = trainer.model.eval()(network_inputs(trainer, batch.images, batch.indices, train=False))
     scores = {
         name: logits.float().sigmoid().cpu().numpy()
         for name, logits in zip(("scores", "scores_fcls", "scores_scls"), output)
@@ -500,11 +470,7 @@ def save_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
         raise NonFiniteLoss(
             f"epoch {trainer.epoch + 1}, step {trainer.done}: {broken[0]} is not finite; nothing was written ({folder})"
         )
-    tensors = flat(
-        model=trainer.model.state_dict(),
-        optimiser=optimiser_tensors(trainer.optimiser),
-        ema=trainer.ema.state_dict() if trainer.ema else {},
-    )
+    tensors = flat(model=trainer.model.state_dict(), optimiser=optimiser_tensors(trainer.optimiser))
     save_checkpoint(
         checkpoint_file(folder),
         tensors,
@@ -536,8 +502,6 @@ def load_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
         )
     trainer.model.load_state_dict(part(tensors, "model"))
     load_optimiser_tensors(trainer.optimiser, part(tensors, "optimiser"))
-    if trainer.ema:
-        trainer.ema.load_state_dict(part(tensors, "ema"))
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.epoch, trainer.done, trainer.history = state["epoch"], state["done"], state["history"]
     trainer.best, trainer.seconds = state["best"], state["seconds"]
@@ -556,7 +520,7 @@ def refuse_changes(old: dict, config: TrainConfig, where: Path) -> None:
     usual = {
         name: TrainConfig.model_fields[name].default for name in LATER
     }  # a field that came later had no other value before
-    same = lambda values: {k: v for k, v in {**usual, **values}.items() if k not in WHERE}
+    same = lambda values: {k: v for k, v in {**usual, **without_gone(values)}.items() if k not in WHERE}
     if changed := difference(same(old), same(new)):
         raise CheckpointError(
             f"{where} belongs to another configuration ({changed}): give the old values, or choose another out_dir"
@@ -661,10 +625,16 @@ def checkpoint_due(team: Team, saved: float, minutes: float) -> bool:
 
 # %% ../nbs/05_train.ipynb #0e007018
 def fit(
-    trainer: Trainer, train: Feeder, test: Feeder, folder: Path, config: TrainConfig, progress: Progress
+    trainer: Trainer, train: Feeder, test: Feeder, folder: Path, progress: Progress, checkpoint_minutes: float
 ) -> dict | None:
     """Train from wherever the trainer stands to the last epoch; returns the last evaluation's scores (main process)."""
-    scores, team, started, saved = None, trainer.team, time.monotonic(), time.monotonic()
+    config, scores, team, started, saved = (
+        trainer.config,
+        None,
+        trainer.team,
+        time.monotonic(),
+        time.monotonic(),
+    )
     already = trainer.seconds
     size, every_step = min(config.batch_size, len(train.split)), team.device.type == "cpu"
     while trainer.epoch < config.epochs:
@@ -684,9 +654,7 @@ def fit(
             if not (every_step or trainer.done % 50 == 0):
                 continue
             check_finite(trainer, folder)
-            if trainer.done < trainer.steps_per_epoch and checkpoint_due(
-                team, saved, config.checkpoint_minutes
-            ):
+            if trainer.done < trainer.steps_per_epoch and checkpoint_due(team, saved, checkpoint_minutes):
                 trainer.seconds = already + time.monotonic() - started
                 save_trainer(trainer, folder, config)
                 saved = time.monotonic()
@@ -724,7 +692,7 @@ def end_epoch(trainer: Trainer, scores: dict | None, targets: np.ndarray, folder
         )
         if trainer.best is None or row["mAP"] > trainer.best["mAP"]:
             trainer.best = {"mAP": row["mAP"], "epoch": row["epoch"]}
-            trainer.evaluated.save_pretrained(folder / "checkpoint" / "best")
+            trainer.model.save_pretrained(folder / "checkpoint" / "best")
     trainer.history.append(row)
     trainer.sums = torch.zeros_like(trainer.sums)
     trainer.epoch, trainer.done = trainer.epoch + 1, 0
@@ -809,15 +777,21 @@ def look_at_folder(folder: Path, config: TrainConfig, resume: bool) -> RunRecord
 
 
 # %% ../nbs/05_train.ipynb #9f285590
-def train(config: TrainConfig, resume: bool = False, progress: Progress | None = None) -> RunRecord:
+def train(
+    config: TrainConfig,
+    resume: bool = False,
+    progress: Progress | None = None,
+    checkpoint_minutes: float = 5.0,
+) -> RunRecord:
     """One run from configuration to run record (Sec. 3.2). With `resume` it goes on from its checkpoint; a finished run is returned as it is.
+    Checkpoints are at most `checkpoint_minutes` apart, and one is written after every epoch.
 
     Raises `ConfigError`, `CheckpointError`, `FolderLocked`, `NonFiniteLoss`, or what reading the data raises."""
     folder, resume = run_folder(config), resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if finished := look_at_folder(folder, config, resume):
         return finished
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
-        return launch(config, resume)
+        return launch(config, resume, checkpoint_minutes)
     asked, config = config, resolve_machine(config)
     with (
         team(config) as ours,
@@ -829,16 +803,13 @@ def train(config: TrainConfig, resume: bool = False, progress: Progress | None =
             raise ConfigError(
                 f"processes = {config.processes}, but torchrun started {ours.world}; batch_size must be a multiple of accumulate x processes"
             )
-        if config.tensorboard and ours.main:
-            progress = TensorBoard(folder, progress)
-        return run(asked, config, ours, folder, resume, progress or Progress(), started)
+        return run(asked, config, ours, folder, resume, progress or Progress(), checkpoint_minutes, started)
 
 
 # %% ../nbs/05_train.ipynb #251b2b45
-def feeder(split: Split, size: int, config: TrainConfig) -> Feeder:
-    """Batches of a split at this size, from its pack where there is one."""
-    pack = Path(config.pack_dir) / split.split if config.pack_dir else None
-    return Feeder(split, size, resize=config.resize, workers=config.workers, pack=pack)
+def feeder(split: Split, config: TrainConfig) -> Feeder:
+    """Batches of a split as the configuration says."""
+    return Feeder(split, config.image_size, resize=config.resize, workers=config.workers)
 
 
 # %% ../nbs/05_train.ipynb #3022e3e1
@@ -849,6 +820,7 @@ def run(
     folder: Path,
     resume: bool,
     progress: Progress,
+    checkpoint_minutes: float,
     started: dict,
 ) -> RunRecord | None:
     """`train` after the machine is settled: data, model, loop, record."""
@@ -859,9 +831,7 @@ def run(
         raise ConfigError(
             f"{config.dataset}: {len(splits[0])} training and {len(splits[1])} test images; there must be some of both"
         )
-    cut = config.crops == "multiscale" and config.method != "linear_probe"
-    sizes = canvas_size(config.image_size) if cut else config.image_size, config.image_size
-    train, test = (feeder(s, size, config) for s, size in zip(splits, sizes))
+    train, test = (feeder(split, config) for split in splits)
     steps = max(len(splits[0]) // config.batch_size, 1)
     trainer = Trainer(config, build_model(config, splits[0].classes), ours, steps)
     trainer.origin = {
@@ -876,14 +846,10 @@ def run(
         load_trainer(trainer, folder, config)
     progress.start(config, config.epochs * steps, trainer.epoch * steps + trainer.done)
     try:
-        scores = fit(trainer, train, test, folder, config, progress)
+        scores = fit(trainer, train, test, folder, progress, checkpoint_minutes)
     finally:
         progress.close()
-    if ours.agree(scores is None) or config.report_epoch == "best":  # all processes predict together, or none
-        if config.report_epoch == "best":
-            trainer.evaluated.load_state_dict(
-                CADM.from_pretrained(folder / "checkpoint" / "best").state_dict()
-            )
+    if ours.agree(scores is None):  # all processes predict together, or none
         scores = predict(trainer, test)
     return finish(trainer, asked, splits, scores, folder, started) if ours.main else None
 
@@ -913,7 +879,7 @@ def finish(
     )
     if maps:
         save_arrays(folder / "maps.npz", **maps)
-    trainer.evaluated.save_pretrained(folder / "checkpoint" / "model")
+    trainer.model.save_pretrained(folder / "checkpoint" / "model")
     metrics = run_metrics(scores, test.labels)
     if trainer.best:
         metrics |= {"mAP_best": trainer.best["mAP"], "epoch_best": trainer.best["epoch"]}
@@ -951,19 +917,13 @@ def finish(
         per_class_ap=per_class,
         weights=trainer.model.provenance,
         **extra,
-        effective_lambda=effective_lambda(
-            config.lam,
-            config.lce_scale,
-            reduction_cls=config.reduction_classes,
-            reduction_lce=config.reduction_classes,
-        ),
     )
     checkpoint_file(folder).unlink(missing_ok=True)  # the run is done; its models stay
     return record
 
 
 # %% ../nbs/05_train.ipynb #10e467d2
-def launch(config: TrainConfig, resume: bool) -> RunRecord:
+def launch(config: TrainConfig, resume: bool, checkpoint_minutes: float) -> RunRecord:
     """Run the configuration in `config.processes` processes on this machine through torchrun."""
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -977,6 +937,7 @@ def launch(config: TrainConfig, resume: bool) -> RunRecord:
         "-m",
         "cadm_paper.train",
         values,
+        f"--checkpoint-minutes={checkpoint_minutes}",
     ]
     done = subprocess.run(
         command + (["--resume"] if resume else []),
@@ -993,48 +954,19 @@ def launch(config: TrainConfig, resume: bool) -> RunRecord:
 
 # %% ../nbs/05_train.ipynb #16e2da75
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m cadm_paper.train CONFIG [--resume]`: CONFIG is JSON text or a file of it. What torchrun starts."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    text = (
-        arguments[0]
-        if arguments and arguments[0].lstrip().startswith("{")
-        else Path(arguments[0]).read_text()
-    )
+    """`python -m cadm_paper.train CONFIG [--resume] [--checkpoint-minutes M]`: what torchrun starts; CONFIG is JSON text or a file of it."""
+    parser = argparse.ArgumentParser(prog="python -m cadm_paper.train")
+    parser.add_argument("config")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--checkpoint-minutes", type=float, default=5.0)
+    given = parser.parse_args(arguments)
+    text = given.config if given.config.lstrip().startswith("{") else Path(given.config).read_text()
     train(
         TrainConfig(**json.loads(text)),
-        resume="--resume" in arguments,
+        resume=given.resume,
         progress=TextProgress() if int(os.environ.get("RANK", 0)) == 0 else None,
+        checkpoint_minutes=given.checkpoint_minutes,
     )
-
-
-# %% ../nbs/05_train.ipynb #10432909
-class TensorBoard(Progress):
-    """Writes the history to `folder/tensorboard` beside what another progress shows."""
-
-    def __init__(self, folder: Path, shown: Progress | None):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "tensorboard: the package is not installed; pip install tensorboard, or leave the parameter out"
-            ) from None
-        self.writer, self.shown = SummaryWriter(str(folder / "tensorboard")), shown or Progress()
-
-    def start(self, *arguments):
-        self.shown.start(*arguments)
-
-    def step(self, loss):
-        self.shown.step(loss)
-
-    def epoch(self, row, history):
-        for name, value in row.items():
-            if value is not None and name != "epoch":
-                self.writer.add_scalar(name, value, row["epoch"])
-        self.shown.epoch(row, history)
-
-    def close(self):
-        self.writer.close()
-        self.shown.close()
 
 
 # %% ../nbs/05_train.ipynb #5529525e

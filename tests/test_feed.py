@@ -24,16 +24,7 @@ from torchvision.transforms import functional as TF
 
 from cadm_paper.data import feed, images
 from cadm_paper.data import pack as packing
-from cadm_paper.data.feed import (
-    Feeder,
-    batch_plan,
-    crop_boxes,
-    cut_boxes,
-    epoch_order,
-    flip_mask,
-    prepare,
-    random_words,
-)
+from cadm_paper.data.feed import Feeder, batch_plan, epoch_order, flip_mask, prepare, random_words
 from cadm_paper.data.images import ImageError, decode_rgb, load_image, resize_square
 from cadm_paper.data.pack import Pack, PackError, pack, verify_pack
 from cadm_paper.data.split import DataError, Split
@@ -306,10 +297,9 @@ def test_chance_is_fair_and_unrelated():
     assert ((counts - 1000) ** 2 / 1000).sum() < 30  # chi-squared with 6 degrees: p < 1e-4
 
 
-def test_boxes_and_flips_belong_to_the_image_not_the_batch():
+def test_flips_belong_to_the_image_not_the_batch():
     order = epoch_order(50, 3, 2)
     assert (flip_mask(order, 3, 2) == flip_mask(np.arange(50), 3, 2)[order]).all()
-    assert (crop_boxes(order, 3, 2) == crop_boxes(np.arange(50), 3, 2)[order]).all()
     assert (flip_mask(torch.from_numpy(order), 3, 2) == flip_mask(order, 3, 2)).all()
 
 
@@ -434,28 +424,6 @@ def test_prepared_batches_that_are_kept_stay_as_they_are():
     assert all(((k + 1) * 127.5 - b[0, 0, 0, 0]).abs().max() < 1e-3 for k, b in zip(kept, batches))
     places = {prepare(b).data_ptr() for b in batches}
     assert len(places) <= 2  # nobody kept these: the same memory again
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), size=st.integers(8, 40))
-def test_cut_boxes_follow_a_ramp(seed, size):
-    """On a picture whose red is its column and green its row, a cut's colours are the coordinates it was cut from."""
-    side = 64
-    ramp = torch.arange(side, dtype=torch.uint8) * 3
-    canvas = torch.stack(
-        [
-            ramp.expand(side, side),
-            ramp[:, None].expand(side, side),
-            torch.zeros(side, side, dtype=torch.uint8),
-        ]
-    )[None]
-    left, top, width, height = crop_boxes([seed], 0, 0)[0]
-    cut = cut_boxes(canvas, [[left, top, width, height]], size)[0].double()
-    place = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    for channel, offset, extent in ((0, left, width), (1, top, height)):
-        want = (((offset + extent * place) * side - 0.5) * 3).clamp(0, 3 * (side - 1))
-        got = cut[channel][0] if channel == 0 else cut[channel][:, 0]
-        assert (got - want).abs().max() <= 0.51
 
 
 def test_decoding_on_a_device_gives_the_same_up_to_rounding(split, tmp_path):

@@ -38,7 +38,6 @@ LCE_SWITCHES = (
     "center",
 )
 switches = st.fixed_dictionaries({name: st.sampled_from(LOSS_SWITCHES[name]) for name in LCE_SWITCHES})
-kinds = st.sampled_from(LOSS_SWITCHES["classification"])
 many = settings(deadline=None, max_examples=60)
 
 
@@ -143,11 +142,11 @@ def test_hinge_outside_asks_for_less(batch):
 
 
 @many
-@given(batch=batches(), options=switches, kind=kinds, seed=st.integers(0, 2**31))
-def test_order_of_images_and_classes(batch, options, kind, seed):
+@given(batch=batches(), options=switches, seed=st.integers(0, 2**31))
+def test_order_of_images_and_classes(batch, options, seed):
     output, y = batch
     g = torch.Generator().manual_seed(seed)
-    loss = CADMLoss(classification=kind, **options)
+    loss = CADMLoss(**options)
     rows, columns = torch.randperm(len(y), generator=g), torch.randperm(y.shape[1], generator=g)
     mixed = part(part(output, rows), (slice(None), columns))
     for a, b in zip(loss.terms(output, y), loss.terms(mixed, y[rows][:, columns])):
@@ -168,11 +167,11 @@ def test_another_order_of_classes_in_every_image(batch, options, seed):
 
 
 @many
-@given(batch=batches(), options=switches, kind=kinds, cuts=st.lists(st.integers(0, 5), max_size=4))
-def test_parts_add_up(batch, options, kind, cuts):
+@given(batch=batches(), options=switches, cuts=st.lists(st.integers(0, 5), max_size=4))
+def test_parts_add_up(batch, options, cuts):
     """Micro-batches and processes, empty ones included: values and gradients are those of the whole."""
     output, y = batch
-    loss, edges = CADMLoss(classification=kind, **options), [0, *sorted(min(c, len(y)) for c in cuts), len(y)]
+    loss, edges = CADMLoss(**options), [0, *sorted(min(c, len(y)) for c in cuts), len(y)]
     leaves = [output.logits.requires_grad_(), output.label_vectors.requires_grad_()]
     whole = loss.terms(output, y)
     grads = torch.autograd.grad(whole.total, leaves)
@@ -186,8 +185,8 @@ def test_parts_add_up(batch, options, kind, cuts):
 
 
 @many
-@given(batch=batches(ignored=False), options=switches, kind=kinds, data=st.data())
-def test_an_ignored_label_is_a_class_less(batch, options, kind, data):
+@given(batch=batches(ignored=False), options=switches, data=st.data())
+def test_an_ignored_label_is_a_class_less(batch, options, data):
     output, y = batch
     drop = data.draw(
         st.lists(st.booleans(), min_size=y.shape[1], max_size=y.shape[1]).filter(lambda drop: not all(drop))
@@ -195,7 +194,7 @@ def test_an_ignored_label_is_a_class_less(batch, options, kind, data):
     keep = ~torch.tensor(drop)
     unknown = torch.where(keep, y, -1)
     output.logits[:, ~keep], output.label_vectors[:, ~keep] = 1e4, -1e4  # whatever stands there
-    loss = CADMLoss(classification=kind, **options)
+    loss = CADMLoss(**options)
     leaves = [output.logits.requires_grad_(), output.label_vectors.requires_grad_()]
     for a, b in zip(loss.terms(output, unknown), loss.terms(part(output, (slice(None), keep)), y[:, keep])):
         close(a, b)
@@ -225,15 +224,15 @@ def test_number_type_of_targets(dtype):
 
 
 @settings(deadline=None, max_examples=25)
-@given(batch=batches(images=3), options=switches, kind=kinds)
-def test_gradients_against_finite_differences(batch, options, kind):
+@given(batch=batches(images=3), options=switches)
+def test_gradients_against_finite_differences(batch, options):
     output, y = batch
     options |= {"detach_center": False}  # a stopped gradient is not a finite difference
     if (
         options["distance"] == "euclidean"
     ):  # plain distances have no derivative where a single present label is its own mean
         options["one_positive"] = "skip"
-    loss = CADMLoss(lam=0.7, classification=kind, clip=0, gamma_neg=2, gamma_pos=1, **options)
+    loss = CADMLoss(lam=0.7, **options)
     function = lambda logits, vectors: loss(SimpleNamespace(logits=logits, label_vectors=vectors), y)
     assert torch.autograd.gradcheck(
         function, (output.logits.requires_grad_(), output.label_vectors.requires_grad_()), atol=1e-6
@@ -241,31 +240,42 @@ def test_gradients_against_finite_differences(batch, options, kind):
 
 
 @many
-@given(batch=batches(), options=switches, kind=kinds)
-def test_gradients_are_finite_where_distances_are_zero(batch, options, kind):
+@given(batch=batches(), options=switches)
+def test_gradients_are_finite_where_distances_are_zero(batch, options):
     output, y = batch
     leaf = torch.zeros_like(output.label_vectors, requires_grad=True)
-    CADMLoss(classification=kind, **options)(
-        SimpleNamespace(logits=output.logits, label_vectors=leaf), y
-    ).backward()
+    CADMLoss(**options)(SimpleNamespace(logits=output.logits, label_vectors=leaf), y).backward()
     assert leaf.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", LOSS_SWITCHES["classification"])
+@pytest.mark.parametrize("function", [classification_loss, asymmetric_loss])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_extreme_logits(kind, dtype):
+def test_extreme_logits(function, dtype):
     logits = torch.tensor([[-6e4, -100, -5, 0, 5, 100, 6e4]] * 2).to(dtype).requires_grad_()
-    loss = CADMLoss(0, classification=kind, gamma_pos=1)(
-        SimpleNamespace(logits=logits), torch.tensor([[1] * 7, [0] * 7])
-    )
+    loss = function(logits, torch.tensor([[1] * 7, [0] * 7]))
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(batch=batches(images=3), reduction=st.sampled_from(["sum", "mean"]))
+def test_the_asymmetric_loss_by_its_definition(batch, reduction):
+    """Ridnik et al. with their three parameters, label by label; its gradient where nothing is clipped."""
+    output, y = batch
+    p = output.logits.sigmoid()
+    shifted = (p - 0.05).clamp(min=0)
+    each = torch.where(y == 1, (1 - p) * p.log(), shifted**2 * (1 - shifted).log()) * (y >= 0)
+    per_image = -each.sum(1) / ((y >= 0).sum(1).clamp(min=1) if reduction == "mean" else 1)
+    how = dict(gamma_neg=2, gamma_pos=1, reduction_classes=reduction)
+    close(asymmetric_loss(output.logits, y, **how), per_image.mean())
+    function = lambda logits: asymmetric_loss(logits, y, clip=0, **how)
+    assert torch.autograd.gradcheck(function, output.logits.requires_grad_(), atol=1e-6)
 
 
 # ---- number formats ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"classification": "asymmetric", "distance": "euclidean"}])
+@pytest.mark.parametrize("options", [{}, {"distance": "euclidean"}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_and_from_half_precision(options, dtype):
     """float32 inputs: the very same number. Half-precision inputs: what their own rounding (2^-8, 2^-11) makes of them, and no more."""
@@ -337,16 +347,7 @@ class Output(NamedTuple):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {
-            "classification": "asymmetric",
-            "hinge": "outside",
-            "distance": "euclidean",
-            "reduction_classes": "mean",
-        },
-    ],
+    "options", [{}, {"hinge": "outside", "distance": "euclidean", "reduction_classes": "mean"}]
 )
 def test_torch_compile_finds_no_graph_break(options):
     loss, y, output = (
@@ -383,8 +384,6 @@ def test_wrong_input(wrong, message):
         (dict(margin=0), "margin=0"),
         (dict(hinge="sum"), "'inside', 'outside'"),
         (dict(reduction_classes="none"), "'sum', 'mean'"),
-        (dict(classification="focal"), "'bce', 'asymmetric'"),
-        (dict(clip=1.5), "clip=1.5"),
     ],
 )
 def test_wrong_switches(wrong, message):
@@ -406,10 +405,10 @@ def test_wrong_switches_of_functions(function, wrong):
         function(torch.zeros(2, 3), torch.zeros(2, 3), **wrong)
 
 
-@given(lam=st.floats(0, 10), scale=st.floats(0.01, 10), C=st.integers(1, 1000))
-def test_mixed_reductions_undo_each_other(lam, scale, C):
-    mean_then_sum = effective_lambda(lam, scale, reduction_cls="mean", num_classes=C)
-    assert effective_lambda(mean_then_sum, reduction_lce="mean", num_classes=C) == pytest.approx(lam * scale)
+@given(lam=st.floats(0, 10), C=st.integers(1, 1000))
+def test_mixed_reductions_undo_each_other(lam, C):
+    mean_then_sum = effective_lambda(lam, reduction_cls="mean", num_classes=C)
+    assert effective_lambda(mean_then_sum, reduction_lce="mean", num_classes=C) == pytest.approx(lam)
 
 
 def test_light_to_import():

@@ -1492,13 +1492,7 @@ def config_problems(record: RunRecord, others: list[RunRecord]) -> list[str]:
         (".pth", ".pt", ".safetensors")
     ):
         problems.append("config: its digest is not the one in run.json")
-    like = lambda r: (
-        r.dataset.get("name"),
-        *(
-            r.config.get(k)
-            for k in ("unlabelled_test", "missing", "limit_test", "difficult", "crowd", "holdout")
-        ),
-    )
+    like = lambda r: (r.dataset.get("name"), *(r.config.get(k) for k in ("missing", "limit", "holdout")))
     prints = {r.dataset["test"].get("fingerprint") for r in others if like(r) == like(record)}
     if prints and record.dataset.get("test", {}).get("fingerprint") not in prints:
         problems.append(

@@ -282,9 +282,8 @@ def data_pack(
     quality: int = 90,
     workers: int = 2,
     missing: Literal["error", "drop"] = "error",
-    crops: Literal["none", "multiscale"] = "none",
 ) -> int:
-    """Decode and resize the training and test photographs once, into few large files for `pack_dir`.
+    """Decode and resize the training and test photographs once, into few large files.
 
     Args:
         name: of the dataset.
@@ -296,19 +295,14 @@ def data_pack(
         quality: of the JPEGs.
         workers: threads.
         missing: photographs that are listed but not there.
-        crops: multiscale: pack the training photographs at the size that such crops are cut from.
     """
     from cadm_paper.data import DATASETS, load_split
-    from cadm_paper.data.feed import canvas_size
     from cadm_paper.data.pack import pack
 
     place = root_of(name, root)
     for split_name in dict.fromkeys((DATASETS[name].train_split, DATASETS[name].test_split)):
         split = load_split(name, place, split_name, missing=missing)
-        side = (
-            canvas_size(size) if crops == "multiscale" and split_name == DATASETS[name].train_split else size
-        )
-        print(pack(split, out / split.split, side, resize, encoding, quality, workers=workers, progress=True))
+        print(pack(split, out / split.split, size, resize, encoding, quality, workers=workers, progress=True))
     return 0
 
 

@@ -9,8 +9,6 @@ __all__ = [
     "IN_MEMORY_BYTES",
     "PIXELS",
     "PREPARED",
-    "CROP",
-    "SCALES",
     "scramble",
     "random_words",
     "epoch_order",
@@ -28,9 +26,6 @@ __all__ = [
     "pixel_rows",
     "normalised",
     "prepare",
-    "canvas_size",
-    "crop_boxes",
-    "cut_boxes",
 ]
 
 # %% ../../nbs/data/feed.ipynb #391042ed
@@ -428,41 +423,3 @@ def prepare(
     return out.permute(0, 3, 1, 2).to(
         dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
-
-
-# %% ../../nbs/data/feed.ipynb #4cad068c
-CROP = 3  # purpose, beside ORDER and FLIP
-SCALES = (1.0, 0.875, 0.75, 0.66, 0.5)
-
-
-# %% ../../nbs/data/feed.ipynb #0fe0c735
-def canvas_size(image_size: int) -> int:
-    """Side of the canvas that multi-scale crops are cut from: 8/7 of the input's (512 for 448)."""
-    return round(image_size * 8 / 7)
-
-
-# %% ../../nbs/data/feed.ipynb #1192fdd0
-def crop_boxes(indices, seed: int, epoch: int, scales: Sequence[float] = SCALES) -> np.ndarray:
-    """A region per image as fractions of the canvas (float64 B x 4: left, top, width, height); depends on seed, epoch and index only."""
-    uniform = [
-        (random_words(indices, seed, epoch, CROP, draw) >> np.uint64(11)) * 2.0**-53 for draw in range(3)
-    ]
-    pairs = np.array([(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1])
-    width, height = pairs[(uniform[0] * len(pairs)).astype(int)].T
-    return np.stack([uniform[1] * (1 - width), uniform[2] * (1 - height), width, height], axis=1)
-
-
-# %% ../../nbs/data/feed.ipynb #078c85a7
-def cut_boxes(images: Tensor, boxes, size: int) -> Tensor:
-    """Cut a region (fractions left, top, width, height) from each uint8 B x 3 x H x W canvas, resized bilinearly to size x size."""
-    boxes = torch.as_tensor(boxes, dtype=torch.float32, device=images.device)
-    left, top, width, height = boxes.T
-    theta = torch.zeros(
-        len(images), 2, 3, device=images.device
-    )  # x' = width x + shift, in coordinates from -1 to 1
-    theta[:, 0, 0], theta[:, 0, 2] = width, 2 * left + width - 1
-    theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
-    grid = torch.nn.functional.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
-    canvas = images.to(torch.float32, memory_format=torch.channels_last)
-    cut = torch.nn.functional.grid_sample(canvas, grid, padding_mode="border", align_corners=False)
-    return cut.round_().to(torch.uint8, memory_format=torch.channels_last)

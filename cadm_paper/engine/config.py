@@ -7,6 +7,7 @@ __all__ = [
     "PRESETS",
     "WHERE",
     "LATER",
+    "GONE",
     "TaskFields",
     "DataFields",
     "ModelFields",
@@ -17,6 +18,7 @@ __all__ = [
     "TrainConfig",
     "explain",
     "learning_rate",
+    "without_gone",
     "portable",
     "config_digest",
     "given_parameters",
@@ -70,16 +72,8 @@ class DataFields(BaseModel):
     unlabelled_train: Literal["paper", "keep", "drop"] = Field(
         "paper", description="training images without any label; paper: dropped for COCO, kept elsewhere"
     )
-    unlabelled_test: Literal["keep", "drop"] = Field("keep", description="test images without any label")
-    crowd: bool = Field(True, description="COCO's crowd annotations count as labels")
-    difficult: Literal["ignore", "present", "absent"] = Field(
-        "ignore", description="VOC's difficult objects in training"
-    )
     missing: Literal["error", "drop"] = Field(
         "error", description="photographs that are listed but not there"
-    )
-    crops: Literal["none", "multiscale"] = Field(
-        "none", description="random crops of several sizes in training (the field's custom, not the paper's)"
     )
     holdout: float = Field(
         0.0,
@@ -87,8 +81,7 @@ class DataFields(BaseModel):
         lt=1,
         description="fraction of the training images to evaluate on in place of the test images (for exploring)",
     )
-    limit_train: int = Field(0, ge=0, description="only the first so many training images; 0: all")
-    limit_test: int = Field(0, ge=0, description="only the first so many test images; 0: all")
+    limit: int = Field(0, ge=0, description="only the first so many images of training and of test; 0: all")
 
 
 # %% ../../nbs/engine/config.ipynb #f92077f9
@@ -110,12 +103,6 @@ class ModelFields(BaseModel):
     )
     embed_hidden: int = Field(256, ge=1, description="width of the hidden layer of f_embed (Eq. 8)")
     embed_dim: int = Field(64, ge=1, description="length of a label vector a_c (Eq. 8)")
-    embed_relu: Literal["hidden", "both"] = Field(
-        "hidden", description="ReLU between the two layers of f_embed, or after the second too"
-    )
-    embed_resize: Literal["interpolate", "pool", "error"] = Field(
-        "interpolate", description="what f_embed does with maps of another size than its own"
-    )
     detach_embed_maps: Literal["none", "weights", "all"] = Field(
         "none", description="where the gradient of Eq. 12 stops (Eq. 9's minimum is over f_embed alone: all)"
     )
@@ -127,9 +114,6 @@ class LossFields(BaseModel):
 
     reduction_classes: Literal["sum", "mean"] = Field(
         "sum", description="over classes, in both losses alike (Eq. 4 and 12 print sums)"
-    )
-    lce_scale: float = Field(
-        1.0, gt=0, description="relative scale of the label correlation loss; multiplies lam"
     )
     hinge: Literal["inside", "outside"] = Field(
         "inside", description="hinge inside the sum (Eq. 12) or around it (its text)"
@@ -152,14 +136,6 @@ class LossFields(BaseModel):
     one_positive: Literal["keep", "skip"] = Field(
         "keep", description="Eq. 12 for an image with one present label"
     )
-    classification: Literal["bce", "asymmetric"] = Field(
-        "bce", description="Eq. 4, or the asymmetric loss (a later custom of the field)"
-    )
-    gamma_neg: float = Field(4.0, ge=0, description="asymmetric loss: focusing of absent labels")
-    gamma_pos: float = Field(0.0, ge=0, description="asymmetric loss: focusing of present labels")
-    asl_clip: float = Field(
-        0.05, ge=0, lt=1, description="asymmetric loss: absent labels below this score cost nothing"
-    )
 
 
 # %% ../../nbs/engine/config.ipynb #07ebb87e
@@ -170,11 +146,13 @@ class RecipeFields(BaseModel):
     batch_size: int = Field(
         32, ge=1, description="images per step, over all processes (the paper does not say)"
     )
+    optimizer: Literal["sgd", "adamw"] = Field(
+        "sgd", description="SGD with momentum (Sec. 3.2), or AdamW, which later methods use"
+    )
     lr: float = Field(0.01, gt=0, description="initial learning rate (Sec. 3.2)")
     head_lr_mult: float = Field(1.0, gt=0, description="factor on the learning rate of the new layers")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD (Sec. 3.2)")
     weight_decay: float = Field(1e-4, ge=0, description="(Sec. 3.2)")
-    decay_norms: bool = Field(True, description="weight decay on biases and norms too")
     schedule: Literal["step", "cosine"] = Field(
         "step", description="step: lr_plateaus equal plateaus; cosine: to zero"
     )
@@ -186,12 +164,6 @@ class RecipeFields(BaseModel):
     clip_grad: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: not clipped")
     accumulate: int = Field(
         1, ge=1, description="micro-batches a step is computed in; their sizes add up to batch_size"
-    )
-    ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="moving average of the weights, evaluated in their place; 0: none"
-    )
-    report_epoch: Literal["last", "best"] = Field(
-        "last", description="epoch whose numbers are the run's; best is selected on the test set and named so"
     )
 
 
@@ -206,28 +178,15 @@ class MachineFields(BaseModel):
     )
     threads: int = Field(0, ge=0, description="CPU threads of a run; 0: all physical cores")
     workers: int = Field(0, ge=0, description="processes or threads that read images")
-    pack_dir: str | None = Field(
-        None, description="folder of a packed copy of the photographs (cadm data pack)"
-    )
     processes: int = Field(
         1,
         ge=1,
         description="data-parallel processes on this machine; more than one are started through torchrun",
     )
-    sync_bn: bool = Field(False, description="batch norm over all processes (GPUs only)")
-    tf32: bool = Field(
-        True, description="TF32 matrix products and convolutions in float32 on GPUs that have them"
-    )
-    tensorboard: bool = Field(False, description="write TensorBoard logs into the run's folder")
     channels_last: bool = Field(True, description="memory layout of images and weights")
     compile: bool = Field(False, description="torch.compile the training step")
     eval_every: int = Field(
         1, ge=1, description="epochs between two evaluations; the last epoch is always evaluated"
-    )
-    checkpoint_minutes: float = Field(
-        5.0,
-        gt=0,
-        description="longest time between two checkpoints; one is written after every epoch as well",
     )
 
 
@@ -257,19 +216,6 @@ PRESETS = {
         device="cpu",
         threads=1,
     ),
-    # what the field does now: warm-up and cosine, moving average of the weights, larger steps for the new layers, asymmetric loss,
-    # crops of several sizes, clipped gradients, no decay of biases and norms
-    "modern": dict(
-        schedule="cosine",
-        warmup_epochs=2.0,
-        ema_decay=0.9997,
-        head_lr_mult=10.0,
-        classification="asymmetric",
-        crops="multiscale",
-        clip_grad=10.0,
-        decay_norms=False,
-        epochs=40,
-    ),
 }
 
 
@@ -283,7 +229,7 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
     """The complete configuration of one run. Raises `ConfigError` on unknown names, wrong types and values out of range."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-    preset: Literal["paper", "mini", "modern"] = Field(
+    preset: Literal["paper", "mini"] = Field(
         "mini", description="block of defaults that everything given here overrides"
     )
 
@@ -316,8 +262,6 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
             raise ValueError(
                 f"batch_size = {self.batch_size}: not a multiple of accumulate x processes = {self.accumulate} x {self.processes}"
             )
-        if self.sync_bn and self.device == "cpu":
-            raise ValueError("sync_bn: batch norm over processes needs GPUs; leave it out on a CPU")
         return self
 
 
@@ -354,22 +298,53 @@ def learning_rate(config: TrainConfig, epoch: float) -> float:
 
 
 # %% ../../nbs/engine/config.ipynb #a9e56f58
-WHERE = (
-    "data_dir",
-    "out_dir",
-    "pack_dir",
-    "workers",
-    "checkpoint_minutes",
-    "tensorboard",
-)  # where and how, not what
-LATER = {"center": "present"}  # fields that older records lack, and the value that they had
+WHERE = ("data_dir", "out_dir", "workers")  # where and how, not what
+LATER = {
+    "center": "present",
+    "optimizer": "sgd",
+}  # fields that older records lack, and the value that they had
+
+# %% ../../nbs/engine/config.ipynb #e71115c0
+GONE = {  # fields that older records have, and the one value that all of them had
+    "asl_clip": 0.05,
+    "checkpoint_minutes": 5.0,
+    "classification": "bce",
+    "crops": "none",
+    "crowd": True,
+    "decay_norms": True,
+    "difficult": "ignore",
+    "ema_decay": 0.0,
+    "embed_relu": "hidden",
+    "embed_resize": "interpolate",
+    "gamma_neg": 4.0,
+    "gamma_pos": 0.0,
+    "lce_scale": 1.0,
+    "limit_test": 0,
+    "pack_dir": None,
+    "report_epoch": "last",
+    "sync_bn": False,
+    "tensorboard": False,
+    "tf32": True,
+    "unlabelled_test": "keep",
+}
+
+
+# %% ../../nbs/engine/config.ipynb #8c9ccd51
+def without_gone(values: dict) -> dict:
+    """A configuration as an older version wrote it, with today's fields. Raises `ConfigError` where one that is gone had another value."""
+    if other := [k for k, v in GONE.items() if values.get(k, v) != v]:
+        raise ConfigError(
+            f"{', '.join(other)}: there is no such field any more, and it was not at its default"
+        )
+    kept = {k: v for k, v in values.items() if k not in GONE and k != "limit_train"}
+    return {**kept, "limit": values["limit_train"]} if "limit_train" in values else kept
 
 
 # %% ../../nbs/engine/config.ipynb #e5c11f93
 def portable(config: BaseModel) -> dict:
     """The configuration as plain values; of folders and files only the last part of the name is kept."""
     values = config.model_dump()
-    for key in ("data_dir", "out_dir", "pack_dir", "weights"):
+    for key in ("data_dir", "out_dir", "weights"):
         if values.get(key) and ("/" in values[key] or "\\" in values[key]):
             values[key] = Path(values[key].replace("\\", "/")).name
     return values
@@ -379,6 +354,11 @@ def portable(config: BaseModel) -> dict:
 def config_digest(config: BaseModel) -> str:
     """SHA-256 over every field that can change a number."""
     what = {k: v for k, v in portable(config).items() if k not in WHERE and (k not in LATER or v != LATER[k])}
+    if isinstance(
+        config, TrainConfig
+    ):  # as long as committed records carry the digest with the fields that are gone
+        gone = {k: v for k, v in GONE.items() if k not in ("pack_dir", "checkpoint_minutes", "tensorboard")}
+        what = {**gone, "limit_train": what.pop("limit"), **what}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

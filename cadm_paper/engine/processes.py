@@ -76,7 +76,7 @@ def machine_settings(config: TrainConfig):
         (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
     )
     torch.set_num_threads(config.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)

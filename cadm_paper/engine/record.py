@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 import cadm_paper
-from .config import ConfigError, TrainConfig, config_digest, portable
+from .config import ConfigError, TrainConfig, config_digest, portable, without_gone
 from ..files import checkout_root, sha256_file, whole_file, write_json
 
 # %% ../../nbs/engine/record.ipynb #38a6cf78
@@ -173,6 +173,9 @@ class RunRecord(RunParts):
             f"{p} is not a {kind[p].__name__}" for p in parts if not isinstance(content[p], kind[p])
         ]:
             raise RecordError(f"{path}: {', '.join(wrong)}")
+        for name in ("config", "requested"):
+            if name in content:
+                content = {**content, name: without_gone(content[name])}
         extra = {k: v for k, v in content.items() if k not in parts}
         return cls(folder=Path(folder), extra=extra, **{p: content[p] for p in parts})
 

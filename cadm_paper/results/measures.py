@@ -899,12 +899,8 @@ def correlation_claims(
 
 # %% ../../nbs/results/measures.ipynb #302d9136
 WITHOUT_LOSS = {
-    "asl_clip",
     "bias",
-    "classification",
     "flip",
-    "gamma_neg",
-    "gamma_pos",
     "reduction_classes",
     "share_weights",
     "unlabelled_train",
