@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Literal
@@ -62,6 +63,28 @@ def write_json(path, value) -> None:
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     with whole_file(path, "w") as file:
         file.write(text)
+
+
+# %% ../nbs/files.ipynb #fc4e2f16
+@contextlib.contextmanager
+def whole_folder(folder, known: tuple[str, ...], what: str):
+    """A new, empty folder to fill; it takes the name `folder` only if the block ends without an error. Raises `FileExistsError` where
+    `folder` holds anything but the `known` names of `what`."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= set(known)):
+        raise FileExistsError(f"{folder} exists and is not {what}: choose another name")
+    new, old = (folder.with_name(f".{folder.name}.{k}-{uuid.uuid4().hex[:8]}") for k in ("new", "old"))
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 # %% ../nbs/files.ipynb #c546ecb4

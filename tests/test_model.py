@@ -19,17 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from cadm_paper import model as module
-from cadm_paper.model import (
-    BACKBONES,
-    CADM,
-    METHODS,
-    CADMHead,
-    class_maps,
-    export_onnx,
-    global_pool,
-    load_backbone_weights,
-    read_state_dict,
-)
+from cadm_paper.model import BACKBONES, CADM, METHODS, CADMHead, class_maps, export_onnx, global_pool
+from cadm_paper.weights import UntrainedBackbone, load_backbone_weights, read_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("CADM_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -206,7 +197,7 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch):
 
 
 def test_training_from_nothing_is_warned_of_at_the_callers_line():
-    with pytest.warns(module.UntrainedBackbone, match="resnet18 starts from random weights") as caught:
+    with pytest.warns(UntrainedBackbone, match="resnet18 starts from random weights") as caught:
         CADM(4, "resnet18", None)
     assert caught[0].filename == __file__
 
@@ -378,7 +369,7 @@ def test_loading_draws_no_random_numbers_and_unpickles_nothing(tmp_path, small, 
 def test_a_deep_model_loads_without_a_warning(tmp_path, recwarn):
     model = CADM(3, "resnet18", None, quiet=True)
     CADM.from_pretrained(model.save_pretrained(tmp_path / "m"))
-    assert not [w for w in recwarn if w.category is module.UntrainedBackbone]
+    assert not [w for w in recwarn if w.category is UntrainedBackbone]
 
 
 def test_a_failed_save_leaves_the_old_model(tmp_path, small, monkeypatch):

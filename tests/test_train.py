@@ -526,7 +526,7 @@ def test_twenty_kills(config):
 @pytest.mark.slow
 def test_the_paper_preset_starts_trains_and_resumes_at_full_resolution(tmp_path):
     """ResNet-101 at 448 px from nothing on made photographs in COCO's layout: two steps, stopped after the first; it warns loudly."""
-    from cadm_paper.model import UntrainedBackbone
+    from cadm_paper.weights import UntrainedBackbone
 
     root = build_scenes(tmp_path / "coco", train=4, test=2, size=448)
     given = dict(preset="paper", data_dir=str(root), weights="none", batch_size=2, epochs=1, device="cpu")
