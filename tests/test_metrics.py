@@ -150,17 +150,6 @@ def test_order_of_classes_matters_only_in_ties_of_top_k(data, seed):
 
 
 @CHECKED
-@given(evaluations())
-def test_ap_depends_on_the_order_of_scores_alone(data):
-    scores, targets = data
-    ranks = np.unique(scores, return_inverse=True)[1].reshape(scores.shape)
-    for monotone in (ranks / (ranks.max() + 1), (ranks / (ranks.max() + 1)) ** 3 / 2):
-        assert np.array_equal(
-            average_precision(scores, targets), average_precision(monotone, targets), equal_nan=True
-        )
-
-
-@CHECKED
 @given(evaluations(), st.integers(0, 2**32 - 1))
 def test_what_is_scored_for_an_ignored_label_does_not_matter(data, seed):
     scores, targets = data
@@ -168,22 +157,6 @@ def test_what_is_scored_for_an_ignored_label_does_not_matter(data, seed):
         scores.dtype
     )
     assert multilabel_metrics(scores, targets) == multilabel_metrics(other, targets)
-
-
-@CHECKED
-@given(evaluations())
-def test_a_class_that_never_occurs_counts_in_overall_precision_alone(data):
-    scores, targets = data
-    more = (
-        np.concatenate([scores, np.full((len(scores), 1), 0.75, scores.dtype)], 1),
-        np.concatenate([targets, 0 * targets[:, :1]], 1),
-    )
-    before, after = multilabel_metrics(scores, targets, k=99), multilabel_metrics(*more, k=99)
-    assert all(
-        abs(before[key] - after[key]) < 1e-12
-        for key in ("mAP", "CP", "CR", "CF1", "OR", "CP_top99", "CR_top99")
-    )
-    assert before["OP"] > after["OP"] or before["OP"] == 0
 
 
 @CHECKED
@@ -199,20 +172,13 @@ def test_torch_and_float16_inputs(data):
 def test_streaming_keeps_its_inputs_and_its_answers():
     rng = np.random.default_rng(0)
     scores, targets = rng.random((20, 4)), rng.integers(-1, 2, (20, 4)).astype(np.int8)
-    kept = scores.copy(), targets.copy()
-    meter, other = MultiLabelMetrics(), MultiLabelMetrics()
+    meter, expected = MultiLabelMetrics(), multilabel_metrics(scores, targets)
     meter.update(scores, targets)
-    first = meter.compute()
     scores[:], targets[:] = 0.5, 0  # the caller's buffer is reused
-    assert meter.compute() == first == multilabel_metrics(*kept)
-    other.update(*kept)
-    assert len(MultiLabelMetrics().merge(meter).merge(meter)) == 40
-    meter.merge(other)
-    other.update(*kept)
-    other.reset()
-    assert (len(meter), len(other)) == (40, 0) and meter.compute() == multilabel_metrics(
-        *(np.concatenate([a, a]) for a in kept)
-    )
+    twice = MultiLabelMetrics().merge(meter).merge(meter)
+    assert meter.compute() == expected and (len(meter), len(twice)) == (20, 40)
+    meter.reset()
+    assert (len(meter), len(twice)) == (0, 40)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def evaluate(
         level: of the intervals.
         seed: of the bootstrap.
     """
-    from cadm_paper.results.statistics import evaluate_files
+    from cadm_paper.results.evaluation import evaluate_files
 
     evaluate_files(
         scores,

@@ -830,7 +830,7 @@ class Gain:
 # %% ../../nbs/app/report.ipynb #0e4781b8
 def gain_interval(without: RunRecord, with_: RunRecord) -> tuple[float, float] | None:
     """95 % interval over test images of the mAP difference in points (paired bootstrap); None without scores of the same images, or for very many of them."""
-    from cadm_paper.results.statistics import compare_scores
+    from cadm_paper.results.evaluation import compare_scores
 
     try:
         a, b = without.scores(), with_.scores()

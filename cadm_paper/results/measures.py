@@ -18,15 +18,11 @@ __all__ = [
     "readings",
     "row_of",
     "rows_by_seed",
-    "Difference",
-    "difference",
     "score_arrays",
     "with_replicates",
     "keep_replicates",
     "compare_rows",
-    "mean_difference",
     "beside",
-    "holm",
     "box_cover",
     "map_lines",
     "pmi",
@@ -92,7 +88,7 @@ from ..engine.record import RunRecord, load_runs, save_arrays
 from ..files import checkout_root, sha256_file
 from ..metrics import multilabel_metrics
 from ..paper import TABLES
-from .statistics import bootstrap, draws
+from .statistics import Difference, bootstrap, difference, draws, holm
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,51 +136,6 @@ def rows_by_seed(
     return {row: {seed: seeds[seed] for seed in complete} for row, seeds in found.items()}
 
 
-# %% ../../nbs/results/measures.ipynb #3d3a98f0
-@dataclass(frozen=True)
-class Difference:
-    """Mean paired difference over seeds, its 95 % interval over seeds and images, and what they are made of (fractions)."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-    by_seed: tuple[float, ...]
-    se_seeds: float
-    se_images: float
-
-    @property
-    def n(self) -> int:
-        return len(self.by_seed)
-
-    def __str__(self) -> str:
-        if self.n < 2:
-            return f"{100 * self.mean:+.1f} points (n = {self.n}: no interval)"
-        return f"{100 * self.mean:+.1f} points [{100 * self.low:+.1f}, {100 * self.high:+.1f}] (n = {self.n})"
-
-
-# %% ../../nbs/results/measures.ipynb #92f05136
-def difference(
-    by_seed: Sequence[float], image_replicates: np.ndarray | None = None, level: float = 0.95
-) -> Difference:
-    """Interval of a mean of paired differences; `image_replicates`: its bootstrap replicates over test images (None: seeds only)."""
-    from scipy.stats import t
-
-    d, n = np.asarray(by_seed, float), len(by_seed)
-    images = 0.0 if image_replicates is None else float(np.std(image_replicates))
-    if n < 2:
-        return Difference(
-            float(d.mean()) if n else np.nan, np.nan, np.nan, np.nan, tuple(d.tolist()), np.nan, images
-        )
-    seeds = float(d.std(ddof=1) / np.sqrt(n))
-    se = np.hypot(seeds, images)
-    half = t.ppf((1 + level) / 2, n - 1) * se
-    p = float(2 * t.sf(abs(d.mean()) / se, n - 1)) if se else float(d.mean() == 0)
-    return Difference(
-        float(d.mean()), float(d.mean() - half), float(d.mean() + half), p, tuple(d.tolist()), seeds, images
-    )
-
-
 # %% ../../nbs/results/measures.ipynb #bd0094e7
 def score_arrays(record: RunRecord, array: str = "scores") -> tuple[np.ndarray, np.ndarray]:
     """Scores and targets N x C of a record."""
@@ -227,14 +178,7 @@ def compare_rows(
         with_replicates(row[s], array, count) - with_replicates(against[s], against_array, count)
         for s in seeds
     ]
-    return mean_difference(both) if both else difference([])
-
-
-# %% ../../nbs/results/measures.ipynb #903b5353
-def mean_difference(per_seed: Sequence[np.ndarray]) -> Difference:
-    """`difference` of vectors whose first entry is the value and whose others are its image replicates."""
-    per_seed = np.array(per_seed)
-    return difference(per_seed[:, 0], per_seed[:, 1:].mean(0))
+    return difference(both)
 
 
 # %% ../../nbs/results/measures.ipynb #c235fd92
@@ -250,16 +194,6 @@ def beside(record: RunRecord, name: str) -> dict[str, np.ndarray] | None:
             f"{path} was made from another run than the run.json beside it: delete it and make it again"
         )
     return found
-
-
-# %% ../../nbs/results/measures.ipynb #6015ec60
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values after Holm's correction, in the order given."""
-    p = np.asarray(p, float)
-    order = np.argsort(p)
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
-    return adjusted.tolist()
 
 
 # %% ../../nbs/results/measures.ipynb #4fad854a
@@ -744,7 +678,7 @@ def pointing(found: Mapping[int, Mapping]) -> tuple[Difference, dict[str, float]
         return None
     weights = image_weights(1 + max(int(f["lines"][:, 0].max()) for f in found.values()))
     each = [place_measures(f, weights) for f in found.values()]
-    return mean_difference([e["own_less_other"] for e in each]), {
+    return difference([e["own_less_other"] for e in each]), {
         k: float(np.mean([e[k][0] for e in each])) for k in each[0]
     }
 
@@ -766,7 +700,7 @@ def strengthened(
         for other in (with_, without)
     )
     return (
-        mean_difference(np.subtract(with_loss, control)),
+        difference(np.subtract(with_loss, control)),
         float(np.mean(with_loss, 0)[0]),
         float(np.mean(control, 0)[0]),
     )
@@ -824,7 +758,7 @@ def gains_apart(
     gains = [compare_rows(*({s: r[name][s] for s in seeds} for name in ("cadm-0.5", "cadm-0"))) for r in rows]
     less = np.subtract(gains[0].by_seed, gains[1].by_seed)
     images = np.hypot(gains[0].se_images, gains[1].se_images)  # other test images: independent
-    return *gains, difference(less, images * np.array([-1.0, 1.0]))
+    return *gains, difference(less, images)
 
 
 # %% ../../nbs/results/measures.ipynb #d052bdae
@@ -845,7 +779,7 @@ def pair_shift(
     weights = image_weights(len(without[seeds[0]]["pairs_remaining"]))
     mean = lambda f: line_means(f["pairs_remaining"].astype(float), np.arange(len(weights)), weights)
     a, b = [mean(without[s]) for s in seeds], [mean(with_[s]) for s in seeds]
-    return mean_difference(np.subtract(a, b)), float(np.mean(a, 0)[0]), float(np.mean(b, 0)[0])
+    return difference(np.subtract(a, b)), float(np.mean(a, 0)[0]), float(np.mean(b, 0)[0])
 
 
 # %% ../../nbs/results/measures.ipynb #136d719e

@@ -1,0 +1,184 @@
+"""The bootstrap against evaluations of the drawn images, and score files as other programs write them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_metrics import evaluations
+
+from cadm_paper.metrics import multilabel_metrics
+from cadm_paper.results.evaluation import (
+    ScoreFileError,
+    compare_classes,
+    compare_scores,
+    evaluate_files,
+    per_class_metrics,
+)
+from cadm_paper.results.statistics import bootstrap, bootstrap_classes, draws
+
+CHECKED = settings(max_examples=40, deadline=None)
+
+
+@CHECKED
+@given(evaluations(), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 0.9]), st.integers(1, 10))
+def test_a_replicate_is_the_evaluation_of_the_drawn_images(data, seed, threshold, k):
+    scores, targets = data
+    found = bootstrap(scores, targets, 3, seed, threshold, k)
+    drawn = torch.cat(list(draws(len(scores), 3, seed)), 1).int().numpy()
+    for i in range(3):
+        copies = np.repeat(np.arange(len(scores)), drawn[:, i])
+        direct = multilabel_metrics(scores[copies], targets[copies], threshold, k)
+        assert all(abs(values[i] - direct[name]) < 1e-12 for name, values in found.items())
+        assert set(direct) - set(found) == {name for name in direct if name.endswith("_labelled")}
+
+
+@CHECKED
+@given(evaluations(), st.integers(0, 100))
+def test_the_order_of_classes_and_the_other_method_do_not_change_the_draws(data, seed):
+    scores, targets = data
+    order = np.random.default_rng(seed).permutation(scores.shape[1])
+    ours = bootstrap_classes(scores, targets, 4, seed)
+    turned = bootstrap_classes(scores[:, order], targets[:, order], 4, seed)
+    for name in ("positives", "ap", "predicted", "correct"):
+        assert np.array_equal(getattr(ours, name)[:, order], getattr(turned, name), equal_nan=True)
+    other = np.random.default_rng(seed).random(scores.shape)
+    assert np.array_equal(ours.positives, bootstrap_classes(other, targets, 4, seed).positives)
+
+
+@CHECKED
+@given(evaluations())
+def test_the_lines_of_classes_make_the_numbers(data):
+    table, numbers = per_class_metrics(*data), multilabel_metrics(*data)
+    means = table[table.positives > 0].mean().fillna(0)
+    for name, column in dict(
+        mAP="AP", CP="precision", CR="recall", CF1_mean="F1", CP_top3="precision_top3"
+    ).items():
+        assert abs(numbers[name] - means[column]) < 1e-12
+    assert table.AP.isna().equals(table.positives == 0) and (table.images == (data[1] >= 0).sum(0)).all()
+
+
+def test_differences_of_a_method_with_itself_and_swapped():
+    rng = np.random.default_rng(0)
+    a, b, y = rng.random((60, 5)), rng.random((60, 5)), (rng.random((60, 5)) < 0.3).astype(int)
+    assert not compare_scores(a, a, y, 50).filter(like="difference").dropna().to_numpy().any()
+    ab, ba = compare_scores(a, b, y, 50), compare_scores(b, a, y, 50)
+    np.testing.assert_allclose(ab.difference_value, -ba.difference_value)
+    np.testing.assert_allclose(ab.difference_low, -ba.difference_high, atol=1e-15)
+    classes = compare_classes(a, b, y, replicates=50)
+    assert (classes.low <= classes.difference).all() and (classes.difference <= classes.high).all()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two score files, the second in another order: an ignored label, an unlabelled image, an absent class."""
+    rng = np.random.default_rng(1)
+    y = (rng.random((50, 4)) < [0.5, 0.3, 0.2, 0]).astype(np.int8)
+    y[0], y[1, 0], turned = 0, -1, rng.permutation(50)
+    names = dict(
+        image_ids=np.array([f"{i:03d}" for i in range(50)]), classes=np.array(["cat", "dog", "cow", "yeti"])
+    )
+    a, b = rng.random((50, 4)).astype(np.float32), rng.random((50, 4)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", scores=a, scores_fcls=b, targets=y, **names)
+    names["image_ids"] = names["image_ids"][turned]
+    np.savez(tmp_path / "b.npz", scores=b[turned], targets=y[turned], **names)
+    return tmp_path, a, b, y
+
+
+def test_evaluate_files_writes_what_it_returns(files, capsys):
+    folder, a, b, y = files
+    out = dict(json=folder / "e.json", csv=folder / "e.csv", per_class=folder / "c.csv")
+    found = evaluate_files(folder / "a.npz", folder / "b.npz", **out, replicates=30)
+    assert found["metrics"] == multilabel_metrics(a, y)
+    assert found["against"]["metrics"] == multilabel_metrics(b, y)
+    assert json.loads(out["json"].read_text(), parse_constant=pytest.fail) == found
+    lines, classes = (pd.read_csv(out[name], index_col=0) for name in ("csv", "per_class"))
+    assert dict(lines.difference_value) == pytest.approx(found["difference"], abs=1e-15)
+    assert np.isnan(lines.low["mAP_labelled"]) and lines.low["mAP"] == found["intervals"]["mAP"][0]
+    assert list(classes.index[classes.AP.isna()]) == ["yeti"]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1] == "mAP CP CR CF1 OP OR OF1 CP CR CF1 OP OR OF1".split()
+    assert rows[2] == ["a.npz"] + [f"{100 * v:.1f}" for v in list(found["metrics"].values())[:13]]
+    assert [row[0] for row in rows[2:11]] == [
+        "a.npz",
+        "from",
+        "to",
+        "b.npz",
+        "from",
+        "to",
+        "difference",
+        "from",
+        "to",
+    ]
+    assert "50 images" in " ".join(rows[-2]) and "1 ignored" in " ".join(rows[-2])
+
+
+def test_swapped_files_give_the_opposite_difference(files):
+    folder = files[0]
+    ab, ba = (
+        evaluate_files(folder / f"{x}.npz", folder / f"{y}.npz", replicates=30) for x, y in ("ab", "ba")
+    )
+    for name, (low, high) in ab["difference_intervals"].items():
+        assert ba["difference_intervals"][name] == pytest.approx([-high, -low], abs=1e-15)
+    assert ab["intervals"] == ba["against"]["intervals"]
+
+
+def test_other_arrays_rules_and_run_folders(files):
+    folder, a, b, y = files
+    kept, plain = (y == 1).any(1), dict(replicates=0)
+    of = lambda **options: evaluate_files(folder / "a.npz", **plain, **options)
+    assert of(array="scores_fcls")["metrics"] == multilabel_metrics(b, y)
+    assert of(threshold=0.7, k=2)["metrics"] == multilabel_metrics(a, y, 0.7, 2) and of()["intervals"] == {}
+    dropped = of(unlabelled="drop")
+    assert dropped["metrics"] == multilabel_metrics(a[kept], y[kept])
+    assert dropped["counts"]["images"] == kept.sum()
+    (folder / "run").mkdir()
+    (folder / "a.npz").rename(folder / "run" / "scores.npz")
+    assert evaluate_files(folder / "run", **plain)["metrics"] == multilabel_metrics(a, y)
+
+
+GOOD = {"scores": np.full((3, 2), 0.5), "targets": np.array([[1, 0], [0, 1], [0, -1]])}
+NAMES = {"classes": np.array(["a", "b"]), "image_ids": np.array(["x", "y", "z"])}
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"scores": None}, "has no array 'scores': it has "),
+        ({"targets": None}, "has no array 'targets'"),
+        ({"scores": np.full((3, 2), 2.0)}, "scores[0, 0] is 2.0"),
+        ({"scores": np.full((2, 3), 0.5)}, "targets have the shape (3, 2) and scores (2, 3)"),
+        ({"scores": np.zeros((0, 2)), "targets": np.zeros((0, 2))}, "no images"),
+        ({"classes": np.array(["a"])}, "classes has 1 entries"),
+        ({"classes": np.array(["a", "a"])}, "(1 different ones)"),
+        ({"image_ids": np.array(["x", "y"])}, "image_ids has 2 entries"),
+        ({"image_ids": np.array([{}, {}, {}], dtype=object)}, "Python objects"),
+        ({"targets": np.array([[1, 0], [0, 0], [0, -1]])}, "different labels (first at image 1, class 1)"),
+        (
+            {"scores": np.full((3, 1), 0.5), "targets": GOOD["targets"][:, :1], "classes": None},
+            "classes (2 and 1",
+        ),
+        ({"classes": np.array(["b", "a"])}, "different classes"),
+        ({"image_ids": np.array(["x", "y", "w"])}, "'w' is in one of them only (2 such)"),
+    ],
+)
+def test_files_that_are_wrong_or_do_not_match_get_one_line(tmp_path, change, says):
+    np.savez(tmp_path / "p.npz", **GOOD, **NAMES)
+    np.savez(tmp_path / "q.npz", **{name: x for name, x in (GOOD | NAMES | change).items() if x is not None})
+    with pytest.raises(ScoreFileError) as error:
+        evaluate_files(tmp_path / "p.npz", tmp_path / "q.npz", replicates=0)
+    assert says in str(error.value) and "q.npz" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", **GOOD)
+    whole = (tmp_path / "x.npz").read_bytes()
+    np.save(tmp_path / "one.npy", GOOD["scores"])
+    one = (tmp_path / "one.npy").read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"scores", one, whole[:60] + bytes(40) + whole[100:]):
+        (tmp_path / "x.npz").write_bytes(content)
+        with pytest.raises(ScoreFileError, match="x.npz"):
+            evaluate_files(tmp_path / "x.npz")
