@@ -10,8 +10,6 @@ __all__ = [
     "held_out",
     "prepare_data",
     "describe",
-    "training_code",
-    "code_after_resume",
     "build_model",
     "build_loss",
     "parameter_groups",
@@ -96,13 +94,12 @@ from cadm_paper.engine.config import (
     without_gone,
 )
 from .engine.processes import MeanOverParts, Team, machine_settings, resolve_machine, team
-from .engine.record import RunRecord, environment, save_arrays, write_record
+from .engine.record import RunRecord, code_version, environment, save_arrays, write_record
 from .engine.variants import run_name
 from .files import default_folder, folder_lock
 from .loss import CADMLoss
 from .metrics import average_precision, metric_names, multilabel_metrics
 from .model import CADM, METHODS
-from .sources import changed_parts, source_digests
 
 
 # %% ../nbs/05_train.ipynb #1e5b2369
@@ -154,23 +151,6 @@ def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
 def describe(split: Split) -> dict:
     """What the record says of one split: its summary (counts, fingerprint of the labels) and the missing photographs by name."""
     return {**json.loads(json.dumps(split.summary(), default=float)), "missing_ids": list(split.missing)}
-
-
-# %% ../nbs/05_train.ipynb #605094f2
-def training_code() -> dict[str, str]:
-    """Digest by name of every module of this package that training reaches."""
-    return source_digests(["import cadm_paper.train"])
-
-
-# %% ../nbs/05_train.ipynb #342c32e8
-def code_after_resume(started: dict | None, now: dict) -> dict:
-    """What the record of a resumed run says of its code: what it started with (nothing if that is unknown), and the modules that changed since."""
-    if not (started or {}).get("sources"):
-        return {"sources": {}}
-    changed = sorted(
-        {*started.get("changed_while_training", ()), *changed_parts(started["sources"], now["sources"])}
-    )
-    return {"sources": started["sources"], **({"changed_while_training": changed} if changed else {})}
 
 
 # %% ../nbs/05_train.ipynb #7d3baffa
@@ -257,7 +237,7 @@ class Trainer:
             4, dtype=torch.float64, device=team.device
         )  # over this epoch's images: loss, its two terms, images
         self.history, self.best, self.seconds, self.recent = [], None, 0.0, []
-        self.code = {"sources": training_code()} if team.main else {}
+        self.code = code_version() if team.main else {}
         self.origin: dict[str, str | None] = {}  # fingerprints of what it is trained from, for a later resume
 
     def step(self, batch, global_images: int) -> None:
@@ -510,7 +490,8 @@ def load_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
         sums[trainer.team.rank].clone() if trainer.team.rank < len(sums) else torch.zeros_like(sums[0])
     )
     if trainer.team.main:
-        trainer.code = code_after_resume(state.get("code"), trainer.code)
+        began = state["code"]
+        trainer.code = {**began, "resumed": [*began.get("resumed", []), trainer.code]}
 
 
 # %% ../nbs/05_train.ipynb #ff4e920b

@@ -51,7 +51,6 @@ from cadm_paper.figures import (
 )
 from ..files import default_folder, whole_file, write_json
 from ..paper import COLUMNS, TABLE1, TABLE2, PrintedRow
-from ..sources import joint_digest
 
 # %% auto #0
 __all__ = [
@@ -1024,17 +1023,11 @@ def flat(value, name: str = "") -> list[tuple[str, str]]:
 
 # %% ../../nbs/app/report.ipynb #946d9f8d
 def shown_environment(environment: dict) -> dict:
-    """The environment of a record with the digests of its modules, one a line, drawn together into one."""
+    """The environment of a record without the digests of modules that older records hold."""
     code = environment.get("code")
-    if not isinstance(code, dict) or not code.get("sources"):
+    if not isinstance(code, dict):
         return environment
-    return {
-        **environment,
-        "code": {
-            **code,
-            "sources": f"{len(code['sources'])} modules, together {joint_digest(code['sources'])[:12]}",
-        },
-    }
+    return {**environment, "code": {k: v for k, v in code.items() if k != "sources"}}
 
 
 # %% ../../nbs/app/report.ipynb #0bfb0d36

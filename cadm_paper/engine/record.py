@@ -20,6 +20,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/engine/record.ipynb #8e892c69
+import functools
+import hashlib
 import json
 import platform
 import subprocess
@@ -56,10 +58,19 @@ def installed(package: str) -> str | None:
         return None
 
 
+# %% ../../nbs/engine/record.ipynb #cfe20c8a
+@functools.cache
+def package_digest() -> str:
+    """SHA-256 over the Python files of this package, as they were when it was first asked for."""
+    root = Path(cadm_paper.__file__).parent
+    files = {p.relative_to(root).as_posix(): sha256_file(p) for p in sorted(root.rglob("*.py"))}
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
 # %% ../../nbs/engine/record.ipynb #828b5ad2
 def code_version() -> dict:
-    """Version of this library and, in a checkout, the commit and whether tracked files differ from it."""
-    found = {"cadm_paper": cadm_paper.__version__}
+    """Version of this library, a digest of its modules and, in a checkout, the commit and whether tracked files differ from it."""
+    found = {"cadm_paper": cadm_paper.__version__, "package": package_digest()}
     root = checkout_root(Path(cadm_paper.__file__).parent)
     if root and (root / ".git").exists():
         git = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True)
