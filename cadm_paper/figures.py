@@ -14,90 +14,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image, PngImagePlugin
 
-from .engine.record import RecordError, RunRecord
-from .files import whole_file
+from cadm_paper.data.summary import cooccurrence
+from cadm_paper.engine.record import RecordError, RunRecord
+from cadm_paper.engine.variants import Variant, group
+from cadm_paper.files import whole_file
 
 # %% auto #0
 __all__ = [
-    "COLUMN",
-    "PAGE",
-    "GREY",
-    "MAP_COLOURS",
-    "STYLE",
-    "ROW_NAMES",
-    "ROW_COLOURS",
-    "PITCH",
-    "RECALLS",
     "house_style",
-    "row_key",
-    "row_name",
-    "row_colour",
-    "source",
-    "new_figure",
-    "settle",
-    "number_ids",
-    "small_png",
-    "picture_bytes",
-    "data_uri",
     "Picture",
-    "read_maps",
-    "activation",
-    "map_ranks",
-    "map_limit",
-    "enlarge",
     "overlay",
-    "short",
-    "draw_image",
-    "draw_map",
-    "block_size",
-    "sorted_maps",
-    "choose_images",
     "figure2",
-    "colour_bar",
-    "figure2_caption",
-    "choose_labels",
-    "same_draw",
-    "draw_boxes",
-    "rank_panel",
-    "figure4_line",
-    "figure4_numbers",
-    "figure4_caption",
     "figure4",
     "overlays",
-    "by_row",
-    "series",
-    "draw_curve",
     "curves",
-    "read_scores",
-    "class_precision",
-    "label_share",
-    "per_class",
-    "class_differences",
-    "interval_over_seeds",
     "class_gains",
-    "class_gains_caption",
-    "precision_recall",
-    "precision_at",
-    "operating_point",
-    "spread_classes",
-    "draw_precision_recall",
-    "f1_lines",
     "precision_recall_curves",
-    "precision_recall_caption",
-    "conditional",
-    "cooccurrence",
-    "vector_plane",
-    "strongest_pairs",
-    "place_names",
-    "vector_panel",
+    "cooccurrence_heatmap",
     "label_vectors",
 ]
 
 # %% ../nbs/06_figures.ipynb #7b7fde33
 COLUMN, PAGE = 3.35, 7.0  # inches: one column, the page
-GREY = "#666666"
+GREY, INK = "#666666", "#262626"
 MAP_COLOURS = "RdBu_r"  # zero is white
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -128,118 +73,42 @@ STYLE = {
 # %% ../nbs/06_figures.ipynb #4b6020a1
 @contextmanager
 def house_style():
-    """Draw and save inside this block, and fonts, sizes and lines are the house's."""
-    import matplotlib as mpl
-
+    """Draw and save inside this block, or in a function with this decorator, and fonts, sizes and lines are the house's."""
     with mpl.rc_context({**mpl.rcParamsDefault, **STYLE, "backend": mpl.rcParams["backend"]}):
         yield
 
 
-# %% ../nbs/06_figures.ipynb #cd7ccce3
-def row_key(record: RunRecord | dict) -> tuple[str, float | None]:
-    """The row that a record (or a configuration) belongs to: its method and, for cadm, its lambda."""
-    config = record if isinstance(record, dict) else record.config
-    return (config["method"], float(config["lam"]) if config["method"] == "cadm" else None)
-
-
-# %% ../nbs/06_figures.ipynb #11370a16
-ROW_NAMES = {
-    "linear_probe": "Linear probe, frozen backbone",
-    "baseline_gap": "Baseline, average pooling",
-    "baseline": "Baseline, max pooling",
-}
-
-
-# %% ../nbs/06_figures.ipynb #d60eff28
-def row_name(key: tuple[str, float | None]) -> str:
-    """What a row is called in tables and legends."""
-    return f"CADM (λ = {key[1]:g})" if key[0] == "cadm" else ROW_NAMES.get(key[0], key[0])
-
-
-# %% ../nbs/06_figures.ipynb #0960d17a
-ROW_COLOURS = {
-    ("linear_probe", None): "#000000",
-    ("baseline_gap", None): "#009E73",
-    ("baseline", None): "#0072B2",
-    ("cadm", 0.0): "#E69F00",
-    ("cadm", 0.5): "#D55E00",
-}
-
-
-# %% ../nbs/06_figures.ipynb #573fcb8d
-def row_colour(key: tuple[str, float | None]) -> str:
-    """The row's colour (Okabe and Ito's palette); rows beyond the five share one."""
-    return ROW_COLOURS.get(key, "#CC79A7")
-
-
 # %% ../nbs/06_figures.ipynb #c0198c1d
 def source(record: RunRecord) -> str:
-    """The record's name, with its data set, and the warning that a made-up one carries."""
-    made_up = " (SYNTHETIC, NOT A RESULT)" if record.extra.get("synthetic") else ""
-    return f"{record.dataset.get('name', '?')}/{record.name}{made_up}"
+    """The record's data set and name, and a warning if it is synthetic."""
+    warning = " (SYNTHETIC, NOT A RESULT)" if record.extra.get("synthetic") else ""
+    return f"{record.dataset['name']}/{record.name}{warning}"
 
 
 # %% ../nbs/06_figures.ipynb #c18cab3d
 def new_figure(width: float, height: float):
-    """An empty figure of the house, in inches, outside of pyplot's state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(
-        rect=(0.02, 0, 0.97, 1)
-    )  # type is a little wider at some resolutions than where it was measured
-    return figure
-
-
-# %% ../nbs/06_figures.ipynb #3a51ac89
-def settle(figure) -> None:
-    """Put everything the layout placed on a grid of 1/10,000 of the figure: its solver's last digits follow memory addresses, and a letter's grey pixels would follow them."""
-    for ax in figure.axes:
-        ax.set_position([round(v, 4) for v in ax.get_position(original=True).bounds])
-    for text in filter(None, (figure._suptitle, figure._supxlabel, figure._supylabel)):
-        text.set_position([round(v, 4) for v in text.get_position()])
+    """An empty figure in inches, outside of pyplot's state."""
+    # type is a little wider at some resolutions than where it was measured
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(rect=(0.02, 0, 0.97, 1)))
 
 
 # %% ../nbs/06_figures.ipynb #3270bf16
 def number_ids(svg: str) -> str:
-    """The same SVG with its made names (some come from memory addresses) numbered in order of appearance."""
-    made = dict.fromkeys(re.findall(r'id="([a-z]+[0-9a-f]{10})"', svg))
-    names = {name: f"{name.rstrip('0123456789abcdef') or 'c'}{n}" for n, name in enumerate(made)}
+    """The same SVG with its generated names (some come from memory addresses) numbered in order of appearance."""
+    found = dict.fromkeys(re.findall(r'id="([a-z]+[0-9a-f]{10})"', svg))
+    names = {name: f"{name.rstrip('0123456789abcdef') or 'c'}{n}" for n, name in enumerate(found)}
     return re.sub(r"\b[a-z]+[0-9a-f]{10}\b", lambda m: names.get(m[0], m[0]), svg)
 
 
 # %% ../nbs/06_figures.ipynb #8a82011e
 def small_png(buffer: io.BytesIO, description: str) -> bytes:
-    """The same picture with a palette of 256 colours, and a description in it."""
-    from PIL import Image, PngImagePlugin
-
+    """The same image with a palette of 256 colours, and a description in it."""
     info, out = PngImagePlugin.PngInfo(), io.BytesIO()
     info.add_itxt("Description", description)
-    image = (
-        Image.open(buffer)
-        .convert("RGB")
-        .quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    )
+    palette = dict(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    image = Image.open(buffer).convert("RGB").quantize(256, **palette)
     image.save(out, format="png", optimize=True, pnginfo=info)
     return out.getvalue()
-
-
-# %% ../nbs/06_figures.ipynb #d50eb61a
-def picture_bytes(picture: Picture, form: str, dpi: int) -> bytes:
-    """Render without a date; caption and records become the file's title and description."""
-    about = {
-        "svg": {"Date": None, "Title": picture.name, "Description": repr(picture)},
-        "pdf": {"CreationDate": None, "Title": picture.name, "Subject": repr(picture)},
-        "png": {"Software": None},
-    }
-    if form not in about:
-        raise ValueError(f"form {form!r}: one of {', '.join(about)}")
-    buffer = io.BytesIO()
-    with house_style():
-        picture.figure.savefig(buffer, format=form, dpi=dpi, metadata=about[form])
-    if form == "svg":
-        return number_ids(buffer.getvalue().decode()).encode()
-    return small_png(buffer, repr(picture)) if form == "png" else buffer.getvalue()
 
 
 # %% ../nbs/06_figures.ipynb #5039b415
@@ -257,36 +126,46 @@ class Picture:
     figure: object
     name: str
     caption: str
-    records: list[RunRecord] = field(default_factory=list)
+    records: Sequence[RunRecord] = field(default_factory=list)
 
+    @house_style()
     def __post_init__(self):
-        self.sources = list(dict.fromkeys(source(r) for r in self.records))
-        if self.sources:
-            shown = (
-                self.sources
-                if len(self.sources) <= 2
-                else [f"{len(self.sources)} records, {self.sources[0]} ..."]
-            )
-            foot = textwrap.fill("from " + ", ".join(shown), int(29 * self.figure.get_figwidth()))
-            self.figure.supxlabel(foot, x=0.995, ha="right", fontsize=4.5, color=GREY)
-        with house_style():  # lay it out once: a second layout would differ in the last digits
-            self.figure.draw_without_rendering()
-            self.figure.set_layout_engine("none")
-        settle(self.figure)
+        self.sources = list(dict.fromkeys(map(source, self.records))) or ["no record"]
+        many = [f"{len(self.sources)} records, {self.sources[0]} ..."]
+        text = "from " + ", ".join(self.sources if len(self.sources) <= 2 else many)
+        text = textwrap.fill(text, int(29 * self.figure.get_figwidth()))
+        foot = self.figure.supxlabel(text, x=0.995, ha="right", fontsize=4.5, color=GREY)
+        self.figure.draw_without_rendering()  # once: a second layout would differ in the last digits
+        self.figure.set_layout_engine("none")
+        for ax in self.figure.axes:
+            ax.set_position([round(v, 4) for v in ax.get_position(original=True).bounds])
+        foot.set_position([round(v, 4) for v in foot.get_position()])
 
     def __repr__(self) -> str:
-        return f"{self.caption} From {', '.join(self.sources) or 'no record'}."
+        return f"{self.caption} From {', '.join(self.sources)}."
 
+    @house_style()
     def data(self, form: str = "png", dpi: int = 160) -> bytes:
-        """The picture as bytes of an svg, pdf or png."""
-        return picture_bytes(self, form, dpi)
+        """The figure as bytes of an svg, pdf or png without a date; caption and records are its description."""
+        about = {
+            "svg": {"Date": None, "Title": self.name, "Description": repr(self)},
+            "pdf": {"CreationDate": None, "Title": self.name, "Subject": repr(self)},
+            "png": {"Software": None},
+        }
+        if form not in about:
+            raise ValueError(f"form {form!r}: one of {', '.join(about)}")
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format=form, dpi=dpi, metadata=about[form])
+        if form == "svg":
+            return number_ids(buffer.getvalue().decode()).encode()
+        return small_png(buffer, repr(self)) if form == "png" else buffer.getvalue()
 
     def _repr_png_(self) -> bytes:
         return self.data("png", 130)
 
-    def save(self, folder, forms: Sequence[str] = ("svg", "pdf", "png")) -> dict[str, Path]:
-        """Write folder/name.form for each form, whole files; returns the paths by form."""
-        paths = {form: Path(folder) / f"{self.name}.{form}" for form in forms}
+    def save(self, folder) -> dict[str, Path]:
+        """Write folder/name.svg, .pdf and .png atomically; returns the paths by form."""
+        paths = {form: Path(folder) / f"{self.name}.{form}" for form in ("svg", "pdf", "png")}
         for form, path in paths.items():
             with whole_file(path) as file:
                 file.write(self.data(form))
@@ -294,59 +173,37 @@ class Picture:
 
 
 # %% ../nbs/06_figures.ipynb #a0decc15
-def read_maps(record: RunRecord) -> dict[str, np.ndarray]:
-    """The record's maps as float32 with all that belongs to them. Raises `RecordError` for a run that kept none."""
-    found = record.maps()
-    if found is None or "maps" not in found:
-        raise RecordError(f"{record.name}: this run kept no maps, so there is nothing to draw")
-    return {**found, "maps": found["maps"].astype(np.float32)}
-
-
-# %% ../nbs/06_figures.ipynb #24427e46
-def activation(maps: np.ndarray, positive: bool = False) -> np.ndarray:
-    """Sum of each map over its positions: ... x C x h x w -> ... x C; `positive` leaves negative positions out."""
-    return (np.maximum(maps, 0) if positive else maps).sum((-2, -1))
+def read_kept(record: RunRecord, what: str) -> dict[str, np.ndarray]:
+    """The `maps` or `scores` of a record with all that belongs to them, float16 as float32. Raises `RecordError` for a run that kept none."""
+    if (found := getattr(record, what)()) is None:
+        raise RecordError(f"{record.name}: this run kept no {what}, so there is nothing to draw")
+    return {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in found.items()}
 
 
 # %% ../nbs/06_figures.ipynb #56d26334
 def map_ranks(maps: np.ndarray, positive: bool = False) -> np.ndarray:
-    """Rank of each class's map by activation among all classes of the image, 1 the strongest; ties go to the lower class index."""
-    order = np.argsort(-activation(maps, positive), axis=-1, kind="stable")
+    """... x C x h x w -> ... x C: rank of a class's map by its sum (of positive values only), 1 the largest; ties go to the lower class index."""
+    activation = (np.maximum(maps, 0) if positive else maps).sum((-2, -1))
+    order = np.argsort(-activation, axis=-1, kind="stable")
     return np.argsort(order, axis=-1, kind="stable") + 1
 
 
 # %% ../nbs/06_figures.ipynb #65d17860
 def map_limit(*arrays: np.ndarray) -> float:
-    """Half-width of one colour scale for all given maps: the largest magnitude but for the outermost 0.5 per cent of positions."""
-    values = np.abs(np.concatenate([np.ravel(a) for a in arrays]).astype(np.float32))
-    return float(np.quantile(values, 0.995)) or 1.0
-
-
-# %% ../nbs/06_figures.ipynb #7cf31a8d
-def enlarge(map_: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A map h x w at another size, bilinearly; positions are taken as areas, so nothing shifts."""
-    from PIL import Image
-
-    return np.asarray(
-        Image.fromarray(np.asarray(map_, np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    )
+    """Half-width of one colour scale for all given maps: the 99.5 % quantile of their magnitudes."""
+    return float(np.quantile(np.abs(np.concatenate([np.ravel(a) for a in arrays])), 0.995)) or 1.0
 
 
 # %% ../nbs/06_figures.ipynb #047f8916
 def overlay(
-    image: np.ndarray,
-    map_: np.ndarray,
-    limit: float | None = None,
-    signed: bool = False,
-    strength: float = 0.8,
+    image: np.ndarray, map_: np.ndarray, limit: float | None = None, signed: bool = False
 ) -> np.ndarray:
     """A map over its image: uint8 H x W x 3 and h x w -> uint8 H x W x 3. `limit`: the map value of full colour (its largest magnitude if None)."""
-    import matplotlib as mpl
-
-    large = enlarge(map_ if signed else np.maximum(map_, 0), *image.shape[:2])
+    small = np.asarray(map_ if signed else np.maximum(map_, 0), np.float32)
+    large = np.asarray(Image.fromarray(small).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
     limit = limit or float(np.abs(large).max()) or 1.0
     colour = mpl.colormaps[MAP_COLOURS](np.clip(0.5 + large / (2 * limit), 0, 1))[..., :3] * 255
-    weight = strength * np.clip(1.5 * np.abs(large) / limit, 0, 1)[..., None]
+    weight = 0.8 * np.clip(1.5 * np.abs(large) / limit, 0, 1)[..., None]
     return np.rint((1 - weight) * image + weight * colour).astype(np.uint8)
 
 
@@ -357,112 +214,64 @@ def short(name: str, longest: int) -> str:
 
 
 # %% ../nbs/06_figures.ipynb #c16f79f1
-def draw_image(ax, maps: dict, row: int, extent: tuple | None = None, size: float = 5) -> None:
-    """The thumbnail of a drawn image, or a note where the record kept no photograph."""
-    if "thumbnails" in maps:
-        ax.imshow(maps["thumbnails"][row], extent=extent, interpolation="nearest")
-        return
-    left, right, bottom, top = extent or (0, 1, 0, 1)
-    ax.fill([left, right, right, left], [bottom, bottom, top, top], color="0.93", lw=0)
-    ax.text(
-        (left + right) / 2,
-        (bottom + top) / 2,
-        f"photograph\n{maps['image_ids'][row]}\nnot in the record",
-        ha="center",
-        va="center",
-        fontsize=size,
-        color=GREY,
-    )
+def thumbnail(maps: dict, row: int) -> np.ndarray:
+    """A drawn image as the record kept it, else light grey."""
+    return maps["thumbnails"][row] if "thumbnails" in maps else np.full((64, 64, 3), 237, np.uint8)
+
+
+# %% ../nbs/06_figures.ipynb #075edacc
+def draw_image(ax, maps: dict, row: int, extent: tuple = (0, 1, 0, 1)) -> None:
+    """The thumbnail of a drawn image, with a note where the record kept no photograph."""
+    ax.imshow(thumbnail(maps, row), extent=extent, interpolation="nearest")
+    if "thumbnails" not in maps:
+        note, x, y = f"photograph\n{maps['image_ids'][row]}\nnot in the record", extent[:2], extent[2:]
+        ax.text(np.mean(x), np.mean(y), note, ha="center", va="center", fontsize=5, color=GREY)
 
 
 # %% ../nbs/06_figures.ipynb #74efd683
 def draw_map(ax, map_: np.ndarray, limit: float, extent: tuple | None = None):
-    """One map on the house's scale, its positions left visible as squares."""
+    """One map on a colour scale of -limit to limit, its positions left visible as squares."""
     return ax.imshow(map_, cmap=MAP_COLOURS, vmin=-limit, vmax=limit, extent=extent, interpolation="nearest")
 
 
-# %% ../nbs/06_figures.ipynb #9040223c
-PITCH = 1.4  # a map is one unit wide and high; under it two lines of type
-
-
-# %% ../nbs/06_figures.ipynb #65fad633
-def block_size(classes: int, columns: int) -> tuple[float, float, float]:
-    """Width and height of an image's block, and the side of its picture, in widths of a map."""
-    height = -(-classes // columns) * PITCH
-    side = min(height - PITCH + 1, 3.6)
-    return side + 0.6 + 1.12 * columns, height, side
-
-
 # %% ../nbs/06_figures.ipynb #0657d4ae
-def sorted_maps(ax, maps: dict, row: int, limit: float, columns: int, positive: bool = False):
-    """One image's block of Figure 2: the picture at the left, then all maps by rank, `columns` to a line."""
+def sorted_maps(ax, maps: dict, row: int, limit: float, columns: int, positive: bool):
+    """One image's block of Figure 2: the thumbnail at the left, then all maps by rank, `columns` to a line. A map is one unit wide, a line 1.4 units high.
+    The drawn map, and the block's height by its width."""
     order = np.argsort(map_ranks(maps["maps"][row], positive))
-    width, height, side = block_size(len(order), columns)
+    height = 1.4 * -(-len(order) // columns)
+    side = min(height - 0.4, 3.6)
+    width = side + 0.6 + 1.12 * columns
     unit = 72 * 0.95 * PAGE / width  # points that a map is wide
-    type_ = min(5.0, unit / 7)
+    size = min(5.0, unit / 7)
     draw_image(ax, maps, row, (-side - 0.5, -0.5, -side, 0))
     for place, c in enumerate(order):
-        x, y = 1.12 * (place % columns), -PITCH * (place // columns)
+        x, y, target = 1.12 * (place % columns), -1.4 * (place // columns), maps["targets"][row, c]
         shown = draw_map(ax, maps["maps"][row, c], limit, (x, x + 1, y - 1, y))
-        there, ignored = maps["targets"][row, c] == 1, maps["targets"][row, c] == -1
-        frame = dict(color="black", lw=1.1) if there else dict(color="0.8", lw=0.4)
-        ax.plot([x, x + 1, x + 1, x, x], [y, y, y - 1, y - 1, y], **frame)
-        name = short(str(maps["classes"][c]), int(1.08 * unit / (0.62 * type_)) - 2 * there)
-        ax.text(
-            x + 0.5,
-            y - 1.04,
-            ("● " if there else "? " if ignored else "") + name,
-            ha="center",
-            va="top",
-            fontsize=type_,
-            weight="bold" if there else "normal",
-            color="black" if there else GREY,
+        colour, edge, lw, weight = (
+            ("black", "black", 1.1, "bold") if target == 1 else (GREY, "0.8", 0.4, "normal")
         )
-        ax.text(
-            x + 0.5,
-            y - 1.06 - 1.25 * type_ / unit,
-            f"{maps['scores'][row, c]:.2f}",
-            ha="center",
-            va="top",
-            fontsize=0.9 * type_,
-            color=GREY,
+        ax.plot([x, x + 1, x + 1, x, x], [y, y, y - 1, y - 1, y], color=edge, lw=lw)
+        name = {1: "● ", -1: "? "}.get(int(target), "") + str(maps["classes"][c])
+        text, style = (
+            short(name, int(1.08 * unit / (0.62 * size))),
+            dict(ha="center", va="top", fontsize=size),
         )
+        ax.text(x + 0.5, y - 1.04, text, color=colour, weight=weight, **style)
+        ax.text(x + 0.5, y - 1.06 - 1.25 * size / unit, f"{maps['scores'][row, c]:.2f}", color=GREY, **style)
     ax.set(xlim=(-side - 0.55, width - side - 0.55), ylim=(-height, 0.06), aspect="equal")
     ax.axis("off")
-    return shown
+    return shown, height / width
 
 
 # %% ../nbs/06_figures.ipynb #ea496886
 def choose_images(maps: dict, images: int | Sequence[int]) -> list[int]:
     """Rows of the draw: the first so many, or the ones named. Raises `ValueError` for rows that are not there."""
-    total = len(maps["maps"])
-    rows = list(range(min(images, total))) if isinstance(images, int) else list(images)
-    if not rows or any(not 0 <= r < total for r in rows):
-        raise ValueError(f"images {images!r}: the record has {total} drawn images, numbered from 0")
+    known = range(len(maps["maps"]))
+    rows = list(known[:images] if isinstance(images, int) else images)
+    if not rows or not set(rows) <= set(known):
+        raise ValueError(f"images {images!r}: the record has {len(known)} drawn images, numbered from 0")
     return rows
-
-
-# %% ../nbs/06_figures.ipynb #8ac07ccb
-def figure2(
-    record: RunRecord, images: int | Sequence[int] = 4, columns: int | None = None, positive: bool = False
-) -> Picture:
-    """The maps of all classes of drawn test images, sorted by activation (Figure 2). `images`: the first so many, or rows of the draw."""
-    maps = read_maps(record)
-    rows, classes = choose_images(maps, images), len(maps["classes"])
-    columns = columns or (10 if classes <= 40 else 12)
-    limit, (width, height, _) = map_limit(maps["maps"][rows]), block_size(classes, columns)
-    with house_style():
-        fig = new_figure(PAGE, (height + 0.1) * PAGE / width * len(rows) + 0.55)
-        axes = fig.subplots(len(rows), squeeze=False)[:, 0]
-        for ax, row in zip(axes, rows):
-            shown = sorted_maps(ax, maps, row, limit, columns, positive)
-        colour_bar(fig, shown, list(axes))
-        return Picture(
-            fig,
-            f"figure2-{record.dataset.get('name', 'run')}",
-            figure2_caption(record, maps, rows, positive),
-            [record],
-        )
 
 
 # %% ../nbs/06_figures.ipynb #dda9b225
@@ -473,563 +282,380 @@ def colour_bar(fig, shown, axes) -> None:
     bar.outline.set_linewidth(0.4)
 
 
-# %% ../nbs/06_figures.ipynb #fc221f1c
-def figure2_caption(record: RunRecord, maps: dict, rows: list[int], positive: bool) -> str:
-    """What is shown and, over all drawn images, how many present labels lead their image's maps."""
-    there = maps["targets"] == 1
+# %% ../nbs/06_figures.ipynb #8ac07ccb
+@house_style()
+def figure2(record: RunRecord, images: int | Sequence[int] = 4, positive: bool = False) -> Picture:
+    """The maps of all classes of drawn test images, sorted by activation (Figure 2). `images`: the first so many, or rows of the draw."""
+    maps, name = read_kept(record, "maps"), record.dataset["name"]
+    rows, columns = choose_images(maps, images), 10 if len(maps["classes"]) <= 40 else 12
+    limit, there = map_limit(maps["maps"][rows]), maps["targets"] == 1
+    fig = new_figure(PAGE, 1)
+    axes = list(fig.subplots(len(rows), squeeze=False)[:, 0])
+    for ax, row in zip(axes, rows):
+        shown, aspect = sorted_maps(ax, maps, row, limit, columns, positive)
+    fig.set_figheight((aspect * PAGE + 0.05) * len(rows) + 0.55)
+    colour_bar(fig, shown, axes)
     leading = (map_ranks(maps["maps"], positive) <= there.sum(1, keepdims=True)) & there
-    sums = "positive part of the maps" if positive else "signed maps"
-    return (
-        f"Class-aware maps of {len(rows)} test images ({record.dataset.get('name')}, {row_name(row_key(record))}), drawn by seed before training, all classes sorted "
-        f"by summed activation ({sums}), descending. Framed and dotted: labels that are present; numbers: confidence. Over the {len(there)} images of the "
-        f"draw, {leading.sum()} of {there.sum()} present labels are among as many leading maps as the image has labels."
+    caption = (
+        f"Class-aware maps of {len(rows)} test images ({name}, {Variant.of(record).label}), drawn by seed before training, all classes "
+        f"sorted by summed activation ({'positive part of the maps' if positive else 'signed maps'}), descending. Framed and dotted: labels "
+        f"that are present; numbers: confidence. R-precision over all {len(there)} images of the draw: {leading.sum()} of {there.sum()} present labels."
     )
+    return Picture(fig, f"figure2-{name}", caption, [record])
 
 
 # %% ../nbs/06_figures.ipynb #a8830267
 def choose_labels(maps: dict, row: int, count: int = 2) -> list[int]:
     """Present labels of a drawn image: those with the largest boxes, else the first in class order."""
-    there = [int(c) for c in np.flatnonzero(maps["targets"][row] == 1)]
-    area = dict.fromkeys(there, 0.0)
-    for r, c, _, _, w, h in maps.get("boxes", ()):
-        if int(r) == row and int(c) in area:
-            area[int(c)] = max(area[int(c)], float(w * h))
-    return sorted(sorted(there, key=lambda c: -area[c])[:count])
+    boxes = maps.get("boxes", np.empty((0, 6)))
+    area = lambda c: max((w * h for r, k, _, _, w, h in boxes if (int(r), int(k)) == (row, c)), default=0)
+    present = np.flatnonzero(maps["targets"][row] == 1).tolist()
+    return sorted(sorted(present, key=lambda c: -area(c))[:count])
 
 
 # %% ../nbs/06_figures.ipynb #03a29675
 def same_draw(without: RunRecord, with_: RunRecord) -> tuple[dict, dict]:
     """The maps of both runs. Raises `RecordError` unless they are of the same images and classes."""
-    a, b = read_maps(without), read_maps(with_)
+    a, b = read_kept(without, "maps"), read_kept(with_, "maps")
     for what in ("image_ids", "classes"):
         if not np.array_equal(a[what], b[what]):
             raise RecordError(
-                f"{without.name} and {with_.name} have different {what} in maps.npz: they cannot stand side by side"
+                f"{without.name} and {with_.name} cannot be compared: different {what} in maps.npz"
             )
     return a, b
 
 
 # %% ../nbs/06_figures.ipynb #9961e77d
 def draw_boxes(ax, maps: dict, row: int, c: int, width: float, height: float) -> None:
-    """Outlines of a class's objects, where the record has boxes."""
-    from matplotlib.patches import Rectangle
-
+    """Outlines of a class's objects, where the record has boxes: dashes that are seen on dark and on light."""
     for r, k, x, y, w, h in maps.get("boxes", ()):
         if (int(r), int(k)) == (row, c):
-            for line in (
-                dict(lw=1.1, ec="white"),
-                dict(lw=0.8, ec="black", ls=(0, (2, 1.5))),
-            ):  # seen on dark and on light
-                ax.add_patch(
-                    Rectangle((x * width - 0.5, y * height - 0.5), w * width, h * height, fill=False, **line)
-                )
+            for line in (dict(lw=1.1, ec="white"), dict(lw=0.8, ec="black", ls=(0, (2, 1.5)))):
+                corner = (x * width - 0.5, y * height - 0.5)
+                ax.add_patch(mpl.patches.Rectangle(corner, w * width, h * height, fill=False, **line))
 
 
 # %% ../nbs/06_figures.ipynb #4595cb77
-def rank_panel(ax, names: list[str], before: Sequence[int], after: Sequence[int], classes: int) -> None:
-    """Dumbbells: for each label the rank of its map without (open) and with (filled) the embedding loss; left is strongest."""
-    for y, (name, a, b) in enumerate(zip(names, before, after)):
+def rank_panel(ax, names: list[str], ranks: np.ndarray, colours: list[str], classes: int) -> None:
+    """Dumbbells: for each label the rank of its map without (open) and with (filled) the embedding loss; left is strongest. `ranks`: 2 x labels."""
+    for y, (name, a, b) in enumerate(zip(names, *ranks)):
         ax.plot([a, b], [y, y], color="0.6", lw=1, zorder=1)
-        ax.plot(a, y, "o", ms=4.5, mfc="white", mec=row_colour(("cadm", 0.0)), mew=1.2, zorder=3)
-        ax.plot(b, y, "o", ms=3.4, color=row_colour(("cadm", 0.5)), zorder=4)
+        ax.plot(a, y, "o", ms=4.5, mfc="white", mec=colours[0], mew=1.2, zorder=3)
+        ax.plot(b, y, "o", ms=3.4, color=colours[1], zorder=4)
         ax.text(1, y - 0.22, f"{name}: {a} → {b}", fontsize=5.5, va="bottom")
-    ax.set(
-        xlim=(0.3, classes + 0.7),
-        ylim=(len(names) - 0.6, -0.8),
-        yticks=[],
-        xticks=[1, *range(5, classes + 1, max(5, classes // 20 * 5))],
-    )
+    ticks = [1, *range(5, classes + 1, max(5, classes // 20 * 5))]
+    ax.set(xlim=(0.3, classes + 0.7), ylim=(len(names) - 0.6, -0.8), yticks=[], xticks=ticks)
     ax.spines["left"].set_visible(False)
     ax.tick_params(labelsize=5, length=2)
 
 
 # %% ../nbs/06_figures.ipynb #a5f2ef6b
-def figure4_line(axes, a: dict, b: dict, row: int, labels: list[int], limit: float, positive: bool):
-    """One image of Figure 4: picture, two pairs of maps, ranks. An image with a single label leaves the second pair empty."""
-    draw_image(axes[0], a, row)
-    shown, size = None, a["maps"].shape[-2:]
-    for place, c in enumerate(labels):
-        for k, maps in enumerate((a, b)):
-            ax = axes[1 + 2 * place + k]
-            shown = draw_map(ax, maps["maps"][row, c], limit)
-            draw_boxes(ax, maps, row, c, size[1], size[0])
-            ax.set_title(
-                short(str(a["classes"][c]), 18) if k == 0 else "", fontsize=6, loc="left", weight="bold"
-            )
-            ax.set_xlabel(("without", "with")[k], fontsize=5.5, color=GREY, labelpad=2)
-    for ax in axes[:5]:
+def figure4_line(axes, pair: tuple[dict, dict], row: int, labels: list[int], limit: float):
+    """One image of Figure 4: thumbnail and two pairs of maps. An image with a single label leaves the second pair empty."""
+    names, size = pair[0]["classes"], pair[0]["maps"].shape[-2:]
+    draw_image(axes[0], pair[0], row)
+    for n, ax in enumerate(axes[1 : 1 + 2 * len(labels)]):
+        c, maps = labels[n // 2], pair[n % 2]
+        shown = draw_map(ax, maps["maps"][row, c], limit)
+        draw_boxes(ax, maps, row, c, size[1], size[0])
+        ax.set_title("" if n % 2 else short(str(names[c]), 18), fontsize=6, loc="left", weight="bold")
+        ax.set_xlabel(("without", "with")[n % 2], fontsize=5.5, color=GREY, labelpad=2)
+    for ax in axes:
         ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(bool(ax.images))
-        ax.spines[:].set_linewidth(0.4)
-    before, after = (map_ranks(m["maps"][row], positive)[labels] for m in (a, b))
-    rank_panel(axes[5], [short(str(a["classes"][c]), 16) for c in labels], before, after, len(a["classes"]))
+        ax.spines[:].set(visible=bool(ax.images), linewidth=0.4)
     return shown
 
 
 # %% ../nbs/06_figures.ipynb #40236fff
 def figure4_numbers(record_without: RunRecord, record_with: RunRecord, positive: bool = False) -> dict:
     """Over all present labels of the draw: ratio of map sizes with/without (present labels, all classes), and ranks gained, kept and lost."""
-    a, b = same_draw(record_without, record_with)
-    there = a["targets"] == 1
-    size = lambda m, where: float(np.abs(m["maps"]).mean((2, 3))[where].mean())
-    moved = (map_ranks(a["maps"], positive) - map_ranks(b["maps"], positive))[there]
+    pair = same_draw(record_without, record_with)
+    there = pair[0]["targets"] == 1
+    a, b = (np.abs(m["maps"]).mean((2, 3)) for m in pair)
+    before, after = (map_ranks(m["maps"], positive)[there] for m in pair)
     return {
         "labels": int(there.sum()),
-        "scale_present": size(b, there) / max(size(a, there), 1e-12),
-        "scale_all": size(b, there | True) / max(size(a, there | True), 1e-12),
-        "gained": int((moved > 0).sum()),
-        "kept": int((moved == 0).sum()),
-        "lost": int((moved < 0).sum()),
-        "mean_rank_without": float(map_ranks(a["maps"], positive)[there].mean()),
-        "mean_rank_with": float(map_ranks(b["maps"], positive)[there].mean()),
+        "scale_present": float(b[there].mean() / max(a[there].mean(), 1e-12)),
+        "scale_all": float(b.mean() / max(a.mean(), 1e-12)),
+        "gained": int((after < before).sum()),
+        "kept": int((after == before).sum()),
+        "lost": int((after > before).sum()),
+        "mean_rank_without": float(before.mean()),
+        "mean_rank_with": float(after.mean()),
     }
 
 
-# %% ../nbs/06_figures.ipynb #04221973
-def figure4_caption(record_without: RunRecord, record_with: RunRecord, positive: bool = False) -> str:
-    """What is shown, and what happened to scale and rank over the whole draw."""
-    n = figure4_numbers(record_without, record_with, positive)
-    return (
-        f"Maps of two present labels without (left, {row_name(row_key(record_without))}) and with (right, {row_name(row_key(record_with))}) the label correlation "
-        f"embedding loss, on one colour scale; dashed: the label's objects. At the right the rank of each map among all {len(record_with.dataset['classes'])} classes, "
-        f"which no rescaling can change. Over all {n['labels']} present labels of the draw, the mean magnitude of their maps changes by a factor of {n['scale_present']:.2f} "
-        f"(all classes: {n['scale_all']:.2f}); the rank improves for {n['gained']}, stays for {n['kept']} and worsens for {n['lost']} (mean rank {n['mean_rank_without']:.1f} without, {n['mean_rank_with']:.1f} with)."
-    )
-
-
 # %% ../nbs/06_figures.ipynb #c20163d6
+@house_style()
 def figure4(
     record_without: RunRecord, record_with: RunRecord, images: int | Sequence[int] = 4, positive: bool = False
 ) -> Picture:
     """Two labels' maps of several images without (left) and with (right) the embedding loss on one colour scale, with ranks beside (Figure 4)."""
-    a, b = same_draw(record_without, record_with)
-    rows = choose_images(a, images)
-    labels = {row: choose_labels(a, row) for row in rows}
-    limit = map_limit(*(m["maps"][row, labels[row]] for m in (a, b) for row in rows))
-    with house_style():
-        fig = new_figure(PAGE, 1.3 * len(rows) + 0.7)
-        axes = fig.subplots(len(rows), 6, squeeze=False, width_ratios=[1, 1, 1, 1, 1, 2.1])
-        for line, row in zip(axes, rows):
-            shown = figure4_line(line, a, b, row, labels[row], limit, positive)
-        axes[0, 5].set_title("rank of the map, 1 the strongest\n○ without   ● with", fontsize=6)
-        colour_bar(fig, shown, list(axes[:, :5].ravel()))
-        name = f"figure4-{record_with.dataset.get('name', 'run')}"
-        return Picture(
-            fig, name, figure4_caption(record_without, record_with, positive), [record_without, record_with]
-        )
+    pair, records = same_draw(record_without, record_with), [record_without, record_with]
+    classes, (left, right) = pair[0]["classes"], map(Variant.of, records)
+    labels = {row: choose_labels(pair[0], row) for row in choose_images(pair[0], images)}
+    limit = map_limit(*(m["maps"][row, labels[row]] for m in pair for row in labels))
+    fig = new_figure(PAGE, 1.3 * len(labels) + 0.7)
+    axes = fig.subplots(len(labels), 6, squeeze=False, width_ratios=[1, 1, 1, 1, 1, 2.1])
+    for line, (row, chosen) in zip(axes, labels.items()):
+        shown = figure4_line(line[:5], pair, row, chosen, limit)
+        ranks = np.array([map_ranks(m["maps"][row], positive)[chosen] for m in pair])
+        names = [short(str(classes[c]), 16) for c in chosen]
+        rank_panel(line[5], names, ranks, [left.colour, right.colour], len(classes))
+    axes[0, 5].set_title("rank of the map, 1 the strongest\n○ without   ● with", fontsize=6)
+    colour_bar(fig, shown, list(axes[:, :5].ravel()))
+    n = figure4_numbers(*records, positive)
+    caption = (
+        f"Maps of two present labels without (left, {left.label}) and with (right, {right.label}) the label correlation embedding loss, on one "
+        f"colour scale; dashed: the label's objects. At the right the rank of each map among all {len(classes)} classes, which no rescaling can "
+        f"change. Over all {n['labels']} present labels of the draw, the mean magnitude of their maps changes by a factor of {n['scale_present']:.2f} "
+        f"(all classes: {n['scale_all']:.2f}); the rank improves for {n['gained']}, stays for {n['kept']} and worsens for {n['lost']} "
+        f"(mean rank {n['mean_rank_without']:.1f} without, {n['mean_rank_with']:.1f} with)."
+    )
+    return Picture(fig, f"figure4-{record_with.dataset['name']}", caption, records)
 
 
 # %% ../nbs/06_figures.ipynb #150fcc3d
-def overlays(record: RunRecord, image: int = 0, labels: Sequence[int] | None = None) -> Picture:
-    """The maps of an image's present labels (or of `labels`) over its picture; maps alone where the record kept no photograph."""
-    maps = read_maps(record)
+@house_style()
+def overlays(record: RunRecord, image: int = 0) -> Picture:
+    """The maps of the labels of a drawn image over it, or over grey where the record kept no photograph."""
+    maps, variant = read_kept(record, "maps"), Variant.of(record)
     (row,) = choose_images(maps, [image])
-    labels = (
-        list(labels) if labels is not None else [int(c) for c in np.flatnonzero(maps["targets"][row] == 1)]
-    )
+    labels, back = np.flatnonzero(maps["targets"][row] == 1), thumbnail(maps, row)
     limit = map_limit(maps["maps"][row])  # of all classes: what is weak among them looks weak
-    with house_style():
-        fig = new_figure(min(PAGE, 1.25 * (len(labels) + 1)), 1.6)
-        axes = fig.subplots(1, len(labels) + 1, squeeze=False)[0]
-        draw_image(axes[0], maps, row)
-        for ax, c in zip(axes[1:], labels):
-            if "thumbnails" in maps:
-                ax.imshow(
-                    overlay(maps["thumbnails"][row], maps["maps"][row, c], limit), interpolation="nearest"
-                )
-                draw_boxes(ax, maps, row, c, *maps["thumbnails"].shape[2:0:-1])
-            else:
-                draw_map(ax, maps["maps"][row, c], limit)
-            ax.set_title(f"{short(str(maps['classes'][c]), 16)}\n{maps['scores'][row, c]:.2f}", fontsize=6)
-        for ax in axes:
-            ax.axis("off")
-        caption = f"Maps of the labels of test image {maps['image_ids'][row]} over its picture ({row_name(row_key(record))}); under each name the confidence, dashed the objects."
-        return Picture(fig, f"overlay-{record.dataset.get('name', 'run')}-{row}", caption, [record])
-
-
-# %% ../nbs/06_figures.ipynb #24a3a7e8
-def by_row(runs: Sequence[RunRecord]) -> dict[tuple, list[RunRecord]]:
-    """Runs grouped by row, in the order of the tables."""
-    keys = sorted(
-        {row_key(r) for r in runs},
-        key=lambda k: (list(ROW_COLOURS).index(k) if k in ROW_COLOURS else 99, k[1] or 0),
+    fig = new_figure(min(PAGE, 1.25 * (len(labels) + 1)), 1.75)
+    axes = fig.subplots(1, len(labels) + 1, squeeze=False)[0]
+    draw_image(axes[0], maps, row)
+    for ax, c in zip(axes[1:], labels):
+        ax.imshow(overlay(back, maps["maps"][row, c], limit), interpolation="nearest")
+        draw_boxes(ax, maps, row, c, *back.shape[1::-1])
+        ax.set_title(f"{short(str(maps['classes'][c]), 16)}\n{maps['scores'][row, c]:.2f}", fontsize=6)
+    for ax in axes:
+        ax.axis("off")
+    caption = (
+        f"Maps of the labels of test image {maps['image_ids'][row]} over the image ({variant.label}); "
+        f"under each name the confidence, dashed the objects."
     )
-    return {key: [r for r in runs if row_key(r) == key] for key in keys}
-
-
-# %% ../nbs/06_figures.ipynb #c6bf8131
-def series(runs: Sequence[RunRecord], value: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs and a history's value, one line for each run; epochs that some run lacks or did not evaluate are left out."""
-    found = [{h["epoch"]: h[value] for h in r.history if h.get(value) is not None} for r in runs]
-    epochs = sorted(set.intersection(*map(set, found))) if found else []
-    return np.array(epochs), np.array([[line[e] for e in epochs] for line in found], float).reshape(
-        len(found), len(epochs)
-    )
+    return Picture(fig, f"overlay-{record.dataset['name']}-{row}", caption, [record])
 
 
 # %% ../nbs/06_figures.ipynb #e7cc019b
-def draw_curve(ax, runs: Sequence[RunRecord], value: str, factor: float = 1.0) -> None:
-    """Mean over runs of one row, and the range between them as a band."""
-    epochs, lines = series(runs, value)
-    if len(epochs):
-        colour = row_colour(row_key(runs[0]))
-        ax.plot(
-            epochs,
-            factor * lines.mean(0),
-            color=colour,
-            label=row_name(row_key(runs[0])),
-            marker="o" if len(epochs) == 1 else None,
-            ms=3,
-        )
-        ax.fill_between(epochs, factor * lines.min(0), factor * lines.max(0), color=colour, alpha=0.2, lw=0)
+def draw_runs(ax, x: np.ndarray, lines: np.ndarray, variant: Variant) -> None:
+    """Mean over a variant's runs (runs x N), and the range between them as a band."""
+    if len(x):
+        marker = "o" if len(x) == 1 else None
+        ax.plot(x, lines.mean(0), color=variant.colour, label=variant.label, marker=marker, ms=3, lw=1.1)
+        ax.fill_between(x, lines.min(0), lines.max(0), color=variant.colour, alpha=0.2, lw=0)
+
+
+# %% ../nbs/06_figures.ipynb #7b6cd6d7
+def seeds_drawn(grouped: dict) -> str:
+    """How many runs a line stands for, in words."""
+    seeds = max(map(len, grouped.values()))
+    return f"mean and range of up to {seeds} seeds" if seeds > 1 else "one seed"
+
+
+# %% ../nbs/06_figures.ipynb #493f3e5d
+def legend_above(fig, ax, columns: int = 5) -> None:
+    """The axis's legend above the figure."""
+    style = dict(handlelength=1.4, columnspacing=1.2)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns, **style)
 
 
 # %% ../nbs/06_figures.ipynb #521d8a70
+@house_style()
 def curves(runs: Sequence[RunRecord]) -> Picture:
-    """Classification loss, embedding loss and mAP per epoch, one colour a row."""
-    name = runs[0].dataset.get("name", "runs")
-    with house_style():
-        fig = new_figure(PAGE, 2.1)
-        axes = fig.subplots(1, 3)
-        for _, same in by_row(runs).items():
-            draw_curve(axes[0], same, "loss_cls")
-            draw_curve(axes[2], same, "mAP", 100)
-            if same[0].config["lam"] > 0:  # without it, the loss is not computed
-                draw_curve(axes[1], same, "loss_lce")
-        for ax, title in zip(
-            axes,
-            [
-                "classification loss (Eq. 4)",
-                "embedding loss (Eq. 12), unweighted",
-                "mAP on the test split, %",
-            ],
-        ):
-            ax.set(title=title, xlabel="epoch")
-            ax.xaxis.get_major_locator().set_params(integer=True)
-        handles, labels = axes[2].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside upper center", ncols=5, handlelength=1.4, columnspacing=1.2)
-        spread = max(map(len, by_row(runs).values()))
-        caption = f"Training on {name}: losses and mAP per epoch" + (
-            f", mean and range of up to {spread} seeds." if spread > 1 else ", one seed."
-        )
-        return Picture(fig, f"curves-{name}", caption, list(runs))
+    """Classification loss, embedding loss and mAP per epoch of runs of one data set and recipe, one colour a variant."""
+    import pandas as pd
 
-
-# %% ../nbs/06_figures.ipynb #ea0fee1b
-def read_scores(record: RunRecord) -> dict[str, np.ndarray]:
-    """The record's scores with targets, classes and image ids. Raises `RecordError` for a run that kept none."""
-    if (found := record.scores()) is None:
-        raise RecordError(f"{record.name}: this run kept no scores, so there is nothing to draw")
-    return found
+    grouped, name = group(runs), runs[0].dataset["name"]
+    panels = {
+        "loss_cls": ("classification loss (Eq. 4)", 1),
+        "loss_lce": ("embedding loss (Eq. 12), unweighted", 1),
+        "mAP": ("mAP on the test split, %", 100),
+    }
+    fig = new_figure(PAGE, 2.1)
+    for ax, (value, (title, factor)) in zip(fig.subplots(1, 3), panels.items()):
+        for variant, seeds in grouped.items():
+            if variant.lam or value != "loss_lce":  # at lambda = 0 the embedding loss is not computed
+                found = [{h["epoch"]: h.get(value) for h in r.history} for r in seeds.values()]
+                lines = factor * pd.DataFrame(found, dtype=float).dropna(axis=1)  # epochs that all have
+                draw_runs(ax, lines.columns, lines.to_numpy(), variant)
+        ax.set(title=title, xlabel="epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    legend_above(fig, ax)
+    caption = f"Training on {name}: losses and mAP per epoch, {seeds_drawn(grouped)}."
+    return Picture(fig, f"curves-{name}", caption, runs)
 
 
 # %% ../nbs/06_figures.ipynb #47f908ee
 def class_precision(record: RunRecord) -> np.ndarray:
-    """Average precision of each class: the record's own where it holds them, else from its scores; NaN for a class without a positive test image."""
-    from cadm_paper.metrics import average_precision
-
-    if (kept := record.extra.get("per_class_ap")) is not None:
-        return np.array([np.nan if v is None else v for v in kept], float)
-    found = read_scores(record)
-    return np.asarray(average_precision(found["scores"], found["targets"]), float)
+    """Average precision of each class; NaN for a class without a positive test image."""
+    return np.array(record.extra["per_class_ap"], float)  # JSON's null becomes NaN
 
 
 # %% ../nbs/06_figures.ipynb #f4d31949
 def label_share(record: RunRecord) -> np.ndarray:
-    """Share of test images that have each label: from the record's counts, else from its targets."""
-    counts = record.dataset.get("test") or {}
-    if positives := counts.get("positives"):
-        return np.array([positives.get(str(c), 0) for c in record.dataset["classes"]]) / counts["images"]
-    return (read_scores(record)["targets"] == 1).mean(0)
+    """Share of test images that have each label."""
+    test = record.dataset["test"]
+    return np.array([test["positives"].get(str(c), 0) for c in record.dataset["classes"]]) / test["images"]
+
+
+# %% ../nbs/06_figures.ipynb #af1a4402
+def class_axes(record: RunRecord, order: Sequence[int], xlabel: str):
+    """Figure and axis with a line for each class, the first at the bottom, named with its share of test images."""
+    share, classes = label_share(record), record.dataset["classes"]
+    fig = new_figure(COLUMN if len(order) <= 40 else PAGE, min(max(2.0, 0.13 * len(order) + 0.7), 9))
+    ax = fig.subplots()
+    names = [f"{short(str(classes[c]), 20)}  {100 * share[c]:.0f} %" for c in order]
+    ax.set_yticks(range(len(order)), names, fontsize=5)
+    ax.set(ylim=(-0.6, len(order) - 0.4), xlabel=xlabel)
+    ax.grid(axis="y", color="0.9", lw=0.4)
+    ax.set_axisbelow(True)
+    return fig, ax
 
 
 # %% ../nbs/06_figures.ipynb #76d14b39
+@house_style()
 def per_class(runs: Sequence[RunRecord]) -> Picture:
-    """Average precision of each class, one mark a row (mean over its seeds), classes by frequency in the test split."""
-    classes, share = runs[0].dataset["classes"], label_share(runs[0])
-    order = np.argsort(share, kind="stable")
-    height = max(2.0, 0.13 * len(order) + 0.7)
-    with house_style():
-        fig = new_figure(COLUMN if len(order) <= 40 else PAGE, min(height, 9))
-        ax = fig.subplots()
-        for key, same in by_row(runs).items():
-            values = 100 * np.mean([class_precision(r) for r in same], axis=0)
-            ax.plot(
-                values[order],
-                np.arange(len(order)),
-                "o",
-                ms=3.2,
-                color=row_colour(key),
-                label=row_name(key),
-                alpha=0.9,
-            )
-        ax.set(yticks=range(len(order)), xlabel="average precision, %", ylim=(-0.6, len(order) - 0.4))
-        ax.set_yticklabels(
-            [f"{short(str(classes[c]), 20)}  {100 * share[c]:.0f} %" for c in order], fontsize=5
-        )
-        ax.grid(axis="y", color="0.9", lw=0.4)
-        ax.set_axisbelow(True)
-        fig.legend(
-            *ax.get_legend_handles_labels(),
-            loc="outside upper center",
-            ncols=2,
-            handletextpad=0.2,
-            columnspacing=1,
-        )
-        name = runs[0].dataset.get("name", "runs")
-        return Picture(
-            fig,
-            f"per-class-{name}",
-            f"Average precision by class on {name}, the most frequent class on top; beside the names the share of test images.",
-            list(runs),
-        )
+    """Average precision of each class, one mark a variant (mean over its seeds), classes by frequency in the test split."""
+    order, name = np.argsort(label_share(runs[0]), kind="stable"), runs[0].dataset["name"]
+    fig, ax = class_axes(runs[0], order, "average precision, %")
+    for variant, seeds in group(runs).items():
+        values = 100 * np.mean([class_precision(r) for r in seeds.values()], axis=0)
+        ax.plot(values[order], range(len(order)), "o", ms=3.2, color=variant.colour, label=variant.label)
+    legend_above(fig, ax, 2)
+    caption = f"Average precision by class on {name}, the most frequent class on top; beside the names the share of test images."
+    return Picture(fig, f"per-class-{name}", caption, runs)
 
 
 # %% ../nbs/06_figures.ipynb #6258253f
-def class_differences(
-    runs: Sequence[RunRecord], against: Sequence[RunRecord]
-) -> tuple[list[int], np.ndarray]:
-    """Seeds that both rows have, and runs - against in average precision by class: S x C. Raises `RecordError` without such a seed, or for other classes or images."""
-    mine, theirs = ({r.config["seed"]: r for r in some} for some in (runs, against))
+def class_changes(mine: dict[int, RunRecord], theirs: dict[int, RunRecord]) -> tuple[list[int], np.ndarray]:
+    """Seeds that two variants have (seed -> record), and mine - theirs in average precision by class: S x C. Raises `RecordError` without such a seed, or for other classes or images."""
+    (one, *_), (other, *_) = mine.values(), theirs.values()
     if not (seeds := sorted(mine.keys() & theirs.keys())):
-        raise RecordError(f"no seed that {runs[0].name} and {against[0].name} have in common")
+        raise RecordError(f"no seed that {one.name} and {other.name} have in common")
     for part, what in (("classes", "classes"), ("test", "test images or labels")):
         if any(mine[s].dataset.get(part) != theirs[s].dataset.get(part) for s in seeds):
-            raise RecordError(
-                f"{runs[0].name} and {against[0].name} were tested on different {what}: their difference means nothing"
-            )
+            raise RecordError(f"{one.name} and {other.name} cannot be compared: tested on different {what}")
     return seeds, np.stack([class_precision(mine[s]) - class_precision(theirs[s]) for s in seeds])
 
 
-# %% ../nbs/06_figures.ipynb #ca794af7
-def interval_over_seeds(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis (seeds) and half the width of Student's interval around it; NaN for a single seed."""
-    from scipy.stats import t
-
-    n = len(values)
-    if n < 2:
-        return np.mean(values, 0), np.full(np.shape(values)[1:], np.nan)
-    return np.mean(values, 0), t.ppf(0.5 + level / 2, n - 1) * np.std(values, 0, ddof=1) / n**0.5
-
-
 # %% ../nbs/06_figures.ipynb #15e51e1e
+@house_style()
 def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Picture:
-    """Change of each class's average precision from the row `against` to the row `runs`, in points, sorted; filled: the interval over seeds leaves out zero."""
-    classes, (seeds, change) = runs[0].dataset["classes"], class_differences(runs, against)
-    share, (mean, half) = label_share(runs[0]), interval_over_seeds(100 * change)
+    """Change of each class's average precision from the variant of `against` to that of `runs`, in points, sorted; filled: the interval over seeds leaves out zero."""
+    from scipy.stats import sem, t
+
+    [(this, mine)], [(that, theirs)] = group(runs).items(), group(against).items()
+    (seeds, change), name = class_changes(mine, theirs), runs[0].dataset["name"]
+    n, mean = len(seeds), 100 * change.mean(0)
+    half = 100 * t.ppf(0.975, n - 1) * sem(change) if n > 1 else np.full(len(mean), np.nan)
     order = [c for c in np.argsort(mean, kind="stable") if np.isfinite(mean[c])]
-    with house_style():
-        fig = new_figure(COLUMN if len(order) <= 40 else PAGE, min(max(2.0, 0.13 * len(order) + 0.6), 9))
-        ax = fig.subplots()
-        ax.axvline(0, color=GREY, lw=0.6)
-        for y, c in enumerate(order):
-            colour, sure = "#D55E00" if mean[c] > 0 else "#0072B2", abs(mean[c]) > half[c]
-            ax.errorbar(
-                mean[c],
-                y,
-                xerr=None if len(seeds) < 2 else half[c],
-                fmt="o",
-                ms=3.4,
-                color=colour,
-                mfc=colour if sure else "white",
-                elinewidth=0.8,
-            )
-        ax.set(
-            yticks=range(len(order)),
-            ylim=(-0.6, len(order) - 0.4),
-            xlabel="change of average precision, points",
-        )
-        ax.set_yticklabels(
-            [f"{short(str(classes[c]), 20)}  {100 * share[c]:.0f} %" for c in order], fontsize=5
-        )
-        ax.grid(axis="y", color="0.9", lw=0.4)
-        ax.set_axisbelow(True)
-        name = f"class-gains-{runs[0].dataset.get('name', 'runs')}"
-        return Picture(fig, name, class_gains_caption(runs, against, seeds, mean, half), [*runs, *against])
-
-
-# %% ../nbs/06_figures.ipynb #d2f0836e
-def class_gains_caption(
-    runs: Sequence[RunRecord],
-    against: Sequence[RunRecord],
-    seeds: list[int],
-    mean: np.ndarray,
-    half: np.ndarray,
-) -> str:
-    """What is compared, the mean over classes, and for how many of them the change is sure."""
-    signed = f"{np.nanmean(mean):+.1f}".replace("-", "−")
-    said = (
-        f"{row_name(row_key(runs[0]))} less {row_name(row_key(against[0]))} on {runs[0].dataset.get('name')}: change of average precision by class, "
-        f"beside the names the share of test images; mean over classes {signed} points. "
+    up, down = mean > half, -mean > half
+    fig, ax = class_axes(runs[0], order, "change of average precision, points")
+    ax.axvline(0, color=GREY, lw=0.6)
+    ax.hlines(range(len(order)), (mean - half)[order], (mean + half)[order], color=INK, lw=0.8)
+    colours = np.where((up | down)[order], INK, "white")
+    ax.scatter(mean[order], range(len(order)), s=11, c=colours, edgecolors=INK, zorder=3)
+    caption = (
+        f"{this.label} minus {that.label} on {name}: change of average precision by class, beside the names the share of test images; "
+        f"mean over classes {f'{np.nanmean(mean):+.1f}'.replace('-', '−')} points. "
     )
-    if len(seeds) < 2:
-        return (
-            said
-            + f"One seed ({seeds[0]}): how much another training would differ is not known, so no interval is drawn."
+    if n > 1:
+        unclear = len(order) - up.sum() - down.sum()
+        caption += (
+            f"Mean of {n} seeds with 95 % intervals over seeds (one class at a time); filled where they leave out zero: "
+            f"{up.sum()} classes up, {down.sum()} down, {unclear} not told from zero."
         )
-    up, down = int((mean > half).sum()), int((-mean > half).sum())
-    return said + (
-        f"Mean of {len(seeds)} seeds with 95 % intervals over seeds (one class at a time); filled where they leave out zero: "
-        f"{up} classes up, {down} down, {int(np.isfinite(mean).sum()) - up - down} not told from zero."
-    )
-
-
-# %% ../nbs/06_figures.ipynb #ad4a6b3c
-def precision_recall(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Recall, ascending, and precision at every threshold; arrays of one shape, targets of -1 left out. Two empty arrays without a positive."""
-    from sklearn.metrics import precision_recall_curve
-
-    scores, targets = np.ravel(scores), np.ravel(targets)
-    if not (targets == 1).any():
-        return np.empty(0), np.empty(0)
-    precision, recall, _ = precision_recall_curve(targets[targets != -1] == 1, scores[targets != -1])
-    return recall[-2::-1], precision[
-        -2::-1
-    ]  # the last point, precision 1 at recall 0, was measured by nobody
+    else:
+        caption += f"One seed ({seeds[0]}): the spread over trainings is not known, so no interval is drawn."
+    return Picture(fig, f"class-gains-{name}", caption, [*runs, *against])
 
 
 # %% ../nbs/06_figures.ipynb #b1d5b0b4
-def precision_at(recalls: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Precision of the highest threshold that reaches each recall (in 0..1, above 0); NaN without a positive."""
-    recall, precision = precision_recall(scores, targets)
-    if not len(recall):
-        return np.full(len(recalls), np.nan)
-    return precision[np.minimum(np.searchsorted(recall, np.asarray(recalls) - 1e-9), len(recall) - 1)]
+def curve_at(
+    recalls: np.ndarray, scores: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """Precision of the highest threshold that reaches each recall (in 0..1, above 0) over all entries but targets of -1, and (recall, precision) at the threshold
+    0.5: 0 where no score is above it."""
+    from sklearn.metrics import precision_recall_curve
 
-
-# %% ../nbs/06_figures.ipynb #08a9970a
-def operating_point(scores: np.ndarray, targets: np.ndarray, threshold: float = 0.5) -> tuple[float, float]:
-    """Recall and precision of calling present what scores above the threshold; precision 0 where nothing does."""
-    chosen, there = (scores > threshold) & (targets != -1), targets == 1
-    hits = float((chosen & there).sum())
-    return hits / max(int(there.sum()), 1), hits / max(int(chosen.sum()), 1)
-
-
-# %% ../nbs/06_figures.ipynb #8c431722
-def spread_classes(targets: np.ndarray, count: int = 3) -> list[int]:
-    """The most frequent class, the rarest that occurs, and those evenly between, in descending frequency."""
-    positives = (np.asarray(targets) == 1).sum(0)
-    order = [int(c) for c in np.argsort(-positives, kind="stable") if positives[c]]
-    return list(
-        dict.fromkeys(order[round(place)] for place in np.linspace(0, len(order) - 1, min(count, len(order))))
-    )
-
-
-# %% ../nbs/06_figures.ipynb #0369160d
-RECALLS = np.linspace(0.005, 1, 200)
+    known = targets != -1
+    precision, recall, threshold = precision_recall_curve(targets[known] == 1, scores[known])
+    above = (
+        threshold > 0.5
+    ).sum()  # scores fall from right to left, where sklearn adds precision 1 at recall 0
+    point = recall[-1 - above], precision[-1 - above] if above else 0.0
+    return precision[::-1][np.searchsorted(recall[::-1], np.asarray(recalls) - 1e-9)], point
 
 
 # %% ../nbs/06_figures.ipynb #4faeee87
-def draw_precision_recall(ax, key: tuple, found: Sequence[dict], classes: Sequence[int] | slice) -> None:
-    """Mean curve over a row's runs, the range between them as a band, and the point that threshold 0.5 gives."""
-    parts = [(f["scores"][:, classes], f["targets"][:, classes]) for f in found]
-    lines, points = (
-        np.stack([precision_at(RECALLS, *part) for part in parts]),
-        np.mean([operating_point(*part) for part in parts], 0),
-    )
-    colour = row_colour(key)
-    ax.plot(RECALLS, lines.mean(0), color=colour, label=row_name(key), lw=1)
-    if len(lines) > 1:
-        ax.fill_between(RECALLS, lines.min(0), lines.max(0), color=colour, alpha=0.2, lw=0)
-    ax.plot(*points, "o", ms=3.2, color=colour, mec="white", mew=0.5, zorder=4)
-
-
-# %% ../nbs/06_figures.ipynb #f0a9af49
-def f1_lines(ax, levels: Sequence[float] = (0.2, 0.4, 0.6, 0.8)) -> None:
-    """Thin lines of equal F1, named at the right edge."""
-    for f in levels:
+def precision_recall_panel(ax, found: dict[Variant, list[dict]], classes: list[int]) -> None:
+    """Curves of all variants over the labels of some classes, the points that threshold 0.5 gives, and thin lines of equal F1."""
+    recalls = np.linspace(0.005, 1, 200)
+    for variant, runs in found.items():
+        parts = [curve_at(recalls, f["scores"][:, classes], f["targets"][:, classes]) for f in runs]
+        draw_runs(ax, recalls, np.stack([line for line, _ in parts]), variant)
+        ax.plot(
+            *np.mean([point for _, point in parts], 0),
+            "o",
+            ms=3.2,
+            color=variant.colour,
+            mec="white",
+            mew=0.5,
+            zorder=4,
+        )
+    for f in (0.2, 0.4, 0.6, 0.8):
         recall = np.linspace(f / (2 - f), 1, 100)
         ax.plot(recall, f * recall / (2 * recall - f), color="0.85", lw=0.5, zorder=0)
         ax.text(1.01, f / (2 - f), f"{f:.1f}", fontsize=4.5, color=GREY, va="center", clip_on=False)
+    ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall")
 
 
 # %% ../nbs/06_figures.ipynb #aeaa17c5
-def precision_recall_curves(runs: Sequence[RunRecord], classes: Sequence[int] | None = None) -> Picture:
-    """Precision against recall of every row: over all labels together, then for single classes (three spread over the frequencies unless named)."""
-    found = {key: [read_scores(r) for r in same] for key, same in by_row(runs).items()}
-    first = found[row_key(runs[0])][0]
-    classes = spread_classes(first["targets"]) if classes is None else list(classes)
-    share = (first["targets"] == 1).mean(0)
-    with house_style():
-        fig = new_figure(PAGE, 2.15)
-        axes = fig.subplots(1, 1 + len(classes), sharey=True, squeeze=False)[0]
-        for ax, where in zip(axes, [slice(None), *([c] for c in classes)]):
-            f1_lines(ax)
-            for key, same in found.items():
-                draw_precision_recall(ax, key, same, where)
-            ax.set(
-                xlim=(0, 1),
-                ylim=(0, 1.02),
-                xlabel="recall",
-                title="all labels together"
-                if where == slice(None)
-                else f"{short(str(first['classes'][where[0]]), 18)}, {100 * share[where[0]]:.1f} %",
-            )
-        axes[0].set_ylabel("precision")
-        fig.legend(
-            *axes[0].get_legend_handles_labels(),
-            loc="outside upper center",
-            ncols=5,
-            handlelength=1.4,
-            columnspacing=1.2,
-        )
-        return Picture(
-            fig,
-            f"precision-recall-{runs[0].dataset.get('name', 'runs')}",
-            precision_recall_caption(runs),
-            list(runs),
-        )
-
-
-# %% ../nbs/06_figures.ipynb #a8660ed5
-def precision_recall_caption(runs: Sequence[RunRecord]) -> str:
-    """What the lines, bands and dots are."""
-    seeds = max(map(len, by_row(runs).values()))
-    return (
-        f"Precision and recall on the test split of {runs[0].dataset.get('name')}: all labels of all images together, and single classes with their share of test images. "
-        f"Dots: the threshold 0.5 of the tables; thin lines: equal F1. "
-        + (f"Mean and range of up to {seeds} seeds." if seeds > 1 else "One seed.")
+@house_style()
+def precision_recall_curves(runs: Sequence[RunRecord]) -> Picture:
+    """Precision against recall of every variant: over all labels together, then for the most frequent, a middle and the rarest class."""
+    grouped, name = group(runs), runs[0].dataset["name"]
+    found = {variant: [read_kept(r, "scores") for r in seeds.values()] for variant, seeds in grouped.items()}
+    first = read_kept(runs[0], "scores")
+    share = 100 * (first["targets"] == 1).mean(0)
+    order = [c for c in np.argsort(-share, kind="stable") if share[c]]
+    classes = dict.fromkeys([order[0], order[len(order) // 2], order[-1]])  # without a choice of ours
+    fig = new_figure(PAGE, 2.15)
+    axes = fig.subplots(1, 1 + len(classes), sharey=True, squeeze=False)[0]
+    axes[0].set(title="all labels together", ylabel="precision")
+    precision_recall_panel(axes[0], found, list(range(len(share))))
+    for ax, c in zip(axes[1:], classes):
+        ax.set_title(f"{short(str(first['classes'][c]), 18)}, {share[c]:.1f} %")
+        precision_recall_panel(ax, found, [c])
+    legend_above(fig, axes[0])
+    caption = (
+        f"Precision and recall on the test split of {name}: all labels of all images together, and the most frequent, a middle and the rarest class with their share of test images. "
+        f"Dots: the threshold 0.5 of the tables; thin lines: equal F1. Lines: {seeds_drawn(grouped)}."
     )
-
-
-# %% ../nbs/06_figures.ipynb #898e61e3
-def conditional(targets: np.ndarray) -> np.ndarray:
-    """P(j | i) over images, C x C with 1 on the diagonal; NaN in the row of a class that never occurs."""
-    there = (np.asarray(targets) == 1).astype(float)
-    together = there.T @ there
-    with np.errstate(invalid="ignore"):
-        return together / np.diag(together)[:, None]
+    return Picture(fig, f"precision-recall-{name}", caption, runs)
 
 
 # %% ../nbs/06_figures.ipynb #1605db05
-def cooccurrence(record: RunRecord) -> Picture:
+@house_style()
+def cooccurrence_heatmap(record: RunRecord) -> Picture:
     """Label co-occurrence of the test split, P(column | row), classes as in the record."""
     import seaborn as sns
 
-    found = read_scores(record)
-    table, names = conditional(found["targets"]), [short(str(c), 14) for c in found["classes"]]
-    np.fill_diagonal(table, np.nan)  # always 1, and would set the scale
-    with house_style():
-        fig = new_figure(COLUMN, 0.92 * COLUMN)
-        ax = fig.subplots()
-        sns.heatmap(
-            table,
-            ax=ax,
-            cmap="viridis",
-            square=True,
-            xticklabels=names,
-            yticklabels=names,
-            vmin=0,
-            cbar_kws={"shrink": 0.7, "label": "P(column | row)"},
-        )
-        ax.tick_params(labelsize=4 if len(names) > 40 else 5, length=0)
-        name = record.dataset.get("name", "run")
-        return Picture(
-            fig,
-            f"cooccurrence-{name}",
-            f"Label co-occurrence in the test split of {name}: share of images with the column's label among those with the row's.",
-            [record],
-        )
+    found, name = read_kept(record, "scores"), record.dataset["name"]
+    table = cooccurrence(found["targets"], [short(str(c), 14) for c in found["classes"]])
+    off, bar = table.mask(np.eye(len(table), dtype=bool)), {"shrink": 0.7, "label": "P(column | row)"}
+    fig = new_figure(COLUMN, 0.92 * COLUMN)
+    ax = fig.subplots()
+    # the diagonal is always 1, and would set the scale
+    sns.heatmap(
+        off, ax=ax, cmap="viridis", square=True, vmin=0, cbar_kws=bar, xticklabels=True, yticklabels=True
+    )
+    ax.tick_params(labelsize=4 if len(table) > 40 else 5, length=0)
+    caption = f"Label co-occurrence in the test split of {name}: share of images with the column's label among those with the row's."
+    return Picture(fig, f"cooccurrence-{name}", caption, [record])
 
 
 # %% ../nbs/06_figures.ipynb #f0c6efab
@@ -1038,10 +664,8 @@ def vector_plane(present: np.ndarray, absent: np.ndarray) -> tuple[np.ndarray, n
     from sklearn.decomposition import PCA
 
     both = np.concatenate([present, absent]).astype(float)
-    known = np.isfinite(both).all(1)
-    fitted = PCA(2, svd_solver="full").fit(both[known])
-    flat = np.full((len(both), 2), np.nan)
-    flat[known] = fitted.transform(both[known])
+    fitted = PCA(2, svd_solver="full").fit(both[np.isfinite(both).all(1)])
+    flat = (both - fitted.mean_) @ fitted.components_.T
     return flat[: len(present)], flat[len(present) :], fitted.explained_variance_ratio_
 
 
@@ -1057,57 +681,71 @@ def strongest_pairs(information: np.ndarray, count: int) -> list[tuple[int, int]
 def place_names(points: np.ndarray, names: Sequence[str], size: float) -> np.ndarray:
     """Lower left corner of each name, N x 2, beside its point (N x 2, both in typographic points), where it covers the fewest of the points and of the names before it."""
     taken = [(x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in points]
-    corners = []
     for (x, y), name in zip(points, names):
         w, h = 0.62 * size * len(name), size
         near = [(2.5, -h / 2), (-2.5 - w, -h / 2), (-w / 2, 2.5), (-w / 2, -2.5 - h)]
         around = near + [(dx, dy) for dy in (2, -2 - h, 2 + h, -2 - 2 * h) for dx in (2, -2 - w)]
         boxes = [(x + dx, y + dy, x + dx + w, y + dy + h) for dx, dy in around]
-        covered = lambda box: sum(
-            box[0] < r and l < box[2] and box[1] < t and b < box[3] for l, b, r, t in taken
-        )
-        best = min(boxes, key=covered)
-        taken.append(best)
-        corners.append(best[:2])
-    return np.array(corners).reshape(-1, 2)
+        hit = lambda a: sum(a[0] < r and l < a[2] and a[1] < t and b < a[3] for l, b, r, t in taken)
+        taken.append(min(boxes, key=hit))
+    return np.array(taken[len(points) :]).reshape(-1, 4)[:, :2]
 
 
 # %% ../nbs/06_figures.ipynb #c490d190
-def vector_panel(ax, found: dict, names: Sequence[str], count: int) -> None:
-    """One run's mean vectors: named and filled over images that show the label, open over the others; lines between the `count` most correlated pairs."""
+def vector_panel(ax, found: dict, names: Sequence[str], colour: str) -> None:
+    """One run's mean vectors: named and filled over images that show the label, open over the others; a line for each of the most correlated pairs, as many as classes."""
     present, absent, share = vector_plane(found["vectors_present"], found["vectors_absent"])
-    for j, k in strongest_pairs(found["pmi"], count) if "pmi" in found else ():
-        ax.plot(*present[[j, k]].T, color="#CC79A7", lw=0.6, alpha=0.7, zorder=1)
+    for j, k in strongest_pairs(found["pmi"], len(names)):
+        ax.plot(*present[[j, k]].T, color="0.7", lw=0.6, zorder=1)
     ax.plot(*absent.T, "o", ms=2.6, mfc="white", mec=GREY, mew=0.6, zorder=2)
-    ax.plot(*present.T, "o", ms=3, color="#D55E00", mec="white", mew=0.3, zorder=3)
+    ax.plot(*present.T, "o", ms=3, color=colour, mec="white", mew=0.3, zorder=3)
     known, both = np.flatnonzero(np.isfinite(present).all(1)), np.concatenate([present, absent])
     unit = 180 / (np.nanmax(both, 0) - np.nanmin(both, 0)).max()  # points a data unit, about
     for c, corner in zip(known, place_names(unit * present[known], [names[c] for c in known], 4.5) / unit):
         ax.text(*corner, names[c], fontsize=4.5, va="bottom", zorder=4)
     ax.margins(0.1)
     ax.set_aspect("equal", adjustable="datalim")
-    ax.set(
-        xlabel=f"first axis, {100 * share[0]:.0f} % of the variance",
-        ylabel=f"second axis, {100 * share[1]:.0f} %",
-    )
+    first, second = (f"{100 * s:.0f} %" for s in share)
+    ax.set(xlabel=f"first axis, {first} of the variance", ylabel=f"second axis, {second}")
 
 
 # %% ../nbs/06_figures.ipynb #7608af34
-def label_vectors(records: Sequence[RunRecord], found: Sequence[dict], pairs: int | None = None) -> Picture:
+@house_style()
+def label_vectors(records: Sequence[RunRecord], found: Sequence[dict]) -> Picture:
     """Mean label vectors of runs (Figure 3, measured), a panel a run, each on its own axes. `found`: for each record the arrays `vectors_present`,
-    `vectors_absent` (C x k) and, for the lines, `pmi` (C x C), as in `evidence.npz`; `pairs`: how many lines (one a class). Raises `ValueError` for other lengths."""
-    if len(records) != len(found) or not records:
-        raise ValueError(f"{len(records)} records and arrays of {len(found)}: one of each for every panel")
-    names = [short(str(c), 14) for c in records[0].dataset["classes"]]
-    with house_style():
-        fig = new_figure(COLUMN if len(records) == 1 else PAGE, 3.2 if len(records) <= 2 else 2.4)
-        for ax, record, arrays in zip(fig.subplots(1, len(records), squeeze=False)[0], records, found):
-            vector_panel(ax, arrays, names, len(names) if pairs is None else pairs)
-            ax.set_title(
-                row_name(row_key(record)) + ("" if record.config["lam"] else ": $f_{embed}$ untrained")
-            )
-        caption = (
-            f"Mean label vectors (Eq. 8) of every class on {records[0].dataset.get('name')}, first two principal axes of each run: filled over the test images that show the label, "
-            f"open over those that do not; lines: the pairs of labels that co-occur most beyond chance (pointwise mutual information). With λ = 0 nothing trains f_embed."
-        )
-        return Picture(fig, f"label-vectors-{records[0].dataset.get('name', 'run')}", caption, list(records))
+    `vectors_absent` (C x k) and `pmi` (C x C), as in `evidence.npz`."""
+    names, dataset = [short(str(c), 14) for c in records[0].dataset["classes"]], records[0].dataset["name"]
+    fig = new_figure(COLUMN if len(records) == 1 else PAGE, 3.2 if len(records) <= 2 else 2.4)
+    for ax, record, arrays in zip(
+        fig.subplots(1, len(records), squeeze=False)[0], records, found, strict=True
+    ):
+        variant = Variant.of(record)
+        vector_panel(ax, arrays, names, variant.colour)
+        ax.set_title(variant.label + ("" if variant.lam else ": $f_{embed}$ untrained"))
+    caption = (
+        f"Mean label vectors (Eq. 8) of every class on {dataset}, first two principal axes of each run: filled over the test images that show the label, "
+        f"open over those that do not; lines: the pairs of labels that co-occur most beyond chance (pointwise mutual information). With λ = 0 nothing trains f_embed."
+    )
+    return Picture(fig, f"label-vectors-{dataset}", caption, records)
+
+
+# %% ../nbs/06_figures.ipynb #b3823ec1
+ROW_COLOURS = {}
+
+
+def row_key(record):
+    v = Variant.of(record)
+    return v.method, v.lam
+
+
+def row_name(key):
+    return Variant(*key).label
+
+
+def row_colour(key):
+    return Variant(*key).colour
+
+
+def by_row(runs):
+    keys = sorted({row_key(r) for r in runs}, key=lambda k: Variant(*k))
+    return {key: [r for r in runs if row_key(r) == key] for key in keys}

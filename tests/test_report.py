@@ -15,29 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 
 from cadm_paper.app.explorer import build_explorers
 from cadm_paper.app.report import ROWS, build_report, standing, table
 from cadm_paper.engine.config import TrainConfig, config_digest, portable
-from cadm_paper.engine.record import RecordError, RunRecord, load_runs
-from cadm_paper.engine.synthetic import synthetic_run, synthetic_runs
-from cadm_paper.figures import (
-    class_precision,
-    conditional,
-    figure2,
-    figure4,
-    figure4_numbers,
-    map_ranks,
-    operating_point,
-    overlays,
-    place_names,
-    precision_at,
-    precision_recall,
-    row_key,
-    spread_classes,
-    vector_plane,
-)
+from cadm_paper.engine.record import RunRecord, load_runs
+from cadm_paper.engine.synthetic import synthetic_runs
+from cadm_paper.figures import row_key
 from cadm_paper.paper import COLUMNS, TABLE1, TABLE2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,147 +151,16 @@ def test_any_name_stays_text(name):
     assert "<script" not in shown.html() or "<script" not in name
 
 
-@given(
-    st.integers(1, 5),
-    st.integers(1, 6),
-    st.integers(1, 4),
-    st.floats(1e-3, 1e3),
-    st.booleans(),
-    st.integers(0, 2**32 - 1),
-)
-@settings(max_examples=50, deadline=None)
-def test_ranks_are_a_permutation_that_no_rescaling_moves(images, classes, side, scale, positive, seed):
-    maps = np.random.default_rng(seed).normal(size=(images, classes, side, side))
-    ranks = map_ranks(maps, positive)
-    assert (np.sort(ranks, 1) == np.arange(1, classes + 1)).all()
-    sums = (np.maximum(maps, 0) if positive else maps).sum((2, 3))
-    assert (np.diff(np.take_along_axis(sums, np.argsort(ranks, 1), 1), axis=1) <= 0).all()
-    assert (map_ranks(maps * 2.0 ** round(np.log2(scale)), positive) == ranks).all()
-
-
-@given(st.integers(1, 30), st.integers(1, 6), st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
-def test_cooccurrence_against_counting(images, classes, seed):
-    targets = np.random.default_rng(seed).integers(-1, 2, (images, classes))
-    found = conditional(targets)
-    for i in range(classes):
-        given_i = targets[targets[:, i] == 1]
-        for j in range(classes):
-            assert found[i, j] == pytest.approx(
-                np.mean(given_i[:, j] == 1) if len(given_i) else np.nan, nan_ok=True
-            )
-
-
-@given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
-def test_the_area_under_precision_and_recall_is_the_average_precision(images, levels, seed):
-    """With ties (few levels of scores) and ignored labels; and the point at a threshold is one of the curve's."""
-    from cadm_paper.metrics import average_precision
-
-    rng = np.random.default_rng(seed)
-    scores, targets = rng.integers(0, levels, images) / levels, rng.integers(-1, 2, images)
-    positives = int((targets == 1).sum())
-    if not positives:
-        assert np.isnan(precision_at(np.array([0.5, 1]), scores, targets)).all() and not len(
-            precision_recall(scores, targets)[0]
-        )
-        return
-    middles = (np.arange(positives) + 0.5) / positives
-    assert precision_at(middles, scores, targets).mean() == pytest.approx(
-        float(average_precision(scores[:, None], targets[:, None])[0])
-    )
-    recall, precision = operating_point(scores, targets, 0.5)
-    if (scores > 0.5)[targets != -1].any():
-        assert any(
-            np.allclose([recall, precision], point) for point in zip(*precision_recall(scores, targets))
-        )
-
-
-@given(st.integers(2, 12), st.integers(2, 9), st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
-def test_a_plane_of_label_vectors_only_shortens_distances(classes, dim, seed):
-    """Principal axes are a projection; classes without a vector stay without a place, and every name gets one."""
-    rng = np.random.default_rng(seed)
-    present, absent = rng.normal(size=(2, classes, dim))
-    present[rng.random(classes) < 0.2] = np.nan
-    a, b, share = vector_plane(present, absent)
-    assert (np.isnan(a).all(1) == np.isnan(present).all(1)).all() and 0 < share.sum() <= 1 + 1e-9
-    flat, full = (np.linalg.norm(x[:, None] - y, axis=2) for x, y in ((a, b), (present, absent)))
-    assert not (flat > full + 1e-9).any()
-    assert np.isfinite(place_names(b, ["name"] * classes, 4.5)).all()
-
-
-@given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 5), st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
-def test_chosen_classes_occur_and_go_from_frequent_to_rare(images, classes, count, seed):
-    targets = np.random.default_rng(seed).integers(-1, 2, (images, classes))
-    positives = (targets == 1).sum(0)
-    chosen = spread_classes(targets, count)
-    assert (
-        len(set(chosen)) == len(chosen) == min(count, (positives > 0).sum())
-        and (np.diff(positives[chosen]) <= 0).all()
-    )
-    if chosen:
-        assert positives[chosen[0]] == positives.max() and (positives[chosen] > 0).all()
-
-
-def test_figures_of_photographs_that_the_record_does_not_hold(tmp_path):
-    runs = [
-        synthetic_run(tmp_path / str(lam), lam=lam, images=20, drawn=2, thumbnails=False) for lam in (0, 0.5)
-    ]
-    for picture in (figure2(runs[1]), figure4(*runs), overlays(runs[1], 1)):
-        files = picture.save(tmp_path)
-        texts = files["svg"].read_text()
-        assert "not in the record" in texts and "SYNTHETIC" in texts
-        assert all(r.name in texts for r in picture.records)
-        assert files["png"].stat().st_size < 200_000 and files["pdf"].read_bytes()[:4] == b"%PDF"
-
-
-def test_an_image_with_one_label_and_an_ignored_one_are_drawn(tmp_path):
-    made = synthetic_run(tmp_path / "a", images=20, drawn=2)
-    maps = made.maps()
-    maps["targets"][:] = 0
-    maps["targets"][0, 3], maps["targets"][0, 4], maps["targets"][1, :3] = 1, -1, 1
-    made.maps = lambda: maps
-    assert len(figure4(made, made, images=2).figure.axes) == 13  # 2 x 6 and the colour bar
-    assert "1 present" in figure2(made, [0]).caption or " of 4 present" in figure2(made, [0]).caption
-    assert figure4_numbers(made, made)["labels"] == 4
-    assert "? made-up 4" in figure2(made, [0]).data("svg").decode()
-
-
-def test_the_last_digits_of_the_layout_move_no_pixel(runs_dir, monkeypatch):
-    """The layout's solver follows memory addresses in its last digits, so that about one drawing in ten had another letter's grey: here they are nudged."""
-    run = next(r for r in load_runs(runs_dir) if r.config["method"] == "cadm")
-    as_solved, laid_out = overlays(run, 0), Figure.draw_without_rendering
-
-    def nudged(figure):
-        laid_out(figure)
-        figure.set_layout_engine("none")
-        for ax in figure.axes:
-            ax.set_position([v + 3e-10 for v in ax.get_position(original=True).bounds])
-
-    monkeypatch.setattr(Figure, "draw_without_rendering", nudged)
-    again = overlays(run, 0)
-    assert [ax.get_position().bounds for ax in again.figure.axes] == [
-        ax.get_position().bounds for ax in as_solved.figure.axes
-    ]
-    assert again.data() == as_solved.data()
-
-
 def test_a_changed_record_is_not_drawn_and_the_report_goes_on(runs_dir, tmp_path):
     folder = Path(shutil.copytree(runs_dir, tmp_path / "runs"))
     changed = next(r for r in load_runs(folder) if row_key(r) == ("cadm", 0.5))
     (changed.folder / "maps.npz").write_bytes(b"not what it was")
     (changed.folder / "scores.npz").unlink()
-    with pytest.raises(RecordError, match="differs from the checksum"):
-        figure2(changed)
-    with pytest.raises(RecordError, match="not there"):
-        class_precision(changed)
     lost = next(r for r in load_runs(folder) if row_key(r) == ("baseline", None))
     (lost.folder / "run.json").write_text("{ half")
     page = build_report(folder, tmp_path / "out").path.read_text()
     assert (
-        page.count("is not drawn") == 6 and "differs from the checksum" in page and str(tmp_path) not in page
+        page.count("is not drawn") == 4 and "differs from the checksum" in page and str(tmp_path) not in page
     )
     assert (
         build_explorers(load_runs(folder), tmp_path / "out") == {}

@@ -36,7 +36,7 @@ from cadm_paper.figures import (
     Picture,
     by_row,
     class_gains,
-    cooccurrence,
+    cooccurrence_heatmap,
     curves,
     data_uri,
     figure2,
@@ -975,7 +975,7 @@ def plates(dataset: str, runs: Sequence[RunRecord]) -> list[Plate]:
             mine,
             "svg",
         ),
-        plate("Which labels occur together", lambda: cooccurrence(mine[0]), mine),
+        plate("Which labels occur together", lambda: cooccurrence_heatmap(mine[0]), mine),
     ]
 
 

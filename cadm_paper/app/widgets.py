@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..engine.record import RecordError, RunRecord
-from ..figures import map_ranks, overlay, read_maps, row_key, row_name
+from ..figures import map_ranks, overlay, read_kept, row_key, row_name
 
 # %% auto #0
 __all__ = ["Seen", "drawn_images", "own_image", "map_picture", "png", "caption", "explore"]
@@ -39,7 +39,7 @@ class Seen:
 # %% ../../nbs/app/widgets.ipynb #dcd32cb5
 def drawn_images(record: RunRecord) -> list[Seen]:
     """The drawn test images of a record. Raises `RecordError` for a run without maps."""
-    maps = read_maps(record)
+    maps = read_kept(record, "maps")
     pictures = maps.get("thumbnails", [None] * len(maps["maps"]))
     boxes = [
         tuple((int(c), *map(float, place)) for r, c, *place in maps.get("boxes", ()) if int(r) == row)

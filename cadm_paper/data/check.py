@@ -24,7 +24,7 @@ import numpy as np
 from .datasets import Dataset, dataset, find_photographs, load_split, opened
 from .own import own_tables
 from .split import ABSENT, DIFFICULT, DataError, Index, index_folder
-from .summary import class_table, split_table, summary_figure
+from .summary import label_table, split_table, summary_figure
 from ..files import default_folder
 
 
@@ -173,7 +173,7 @@ def data_show(name: str, root=None, *, splits: Sequence[str] = (), out=None) -> 
     """Counts of the training and test split (or of `splits`) and frequencies as text; `out` is a folder for the pictures, one a split."""
     data = dataset(name)
     read = [load_split(name, root, s, missing="drop") for s in splits or (data.train_split, data.test_split)]
-    frequencies = class_table(read[0])[["images", "share"]].sort_values(
+    frequencies = label_table(read[0])[["images", "share"]].sort_values(
         "images", ascending=False, kind="stable"
     )
     text = [
