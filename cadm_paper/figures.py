@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 import textwrap
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -59,6 +58,9 @@ STYLE = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "lines.linewidth": 1.2,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.4,
     "figure.dpi": 100,
     "savefig.dpi": 200,
     # text stays text, and the names inside an SVG do not change from one drawing to the next
@@ -73,7 +75,9 @@ STYLE = {
 # %% ../nbs/06_figures.ipynb #4b6020a1
 @contextmanager
 def house_style():
-    """Draw and save inside this block, or in a function with this decorator, and fonts, sizes and lines are the house's."""
+    """Draw and save inside this block, or in a function with this decorator, and fonts, sizes and lines are
+    the house's.
+    """
     with mpl.rc_context({**mpl.rcParamsDefault, **STYLE, "backend": mpl.rcParams["backend"]}):
         yield
 
@@ -90,14 +94,6 @@ def new_figure(width: float, height: float):
     """An empty figure in inches, outside of pyplot's state."""
     # type is a little wider at some resolutions than where it was measured
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(rect=(0.02, 0, 0.97, 1)))
-
-
-# %% ../nbs/06_figures.ipynb #3270bf16
-def number_ids(svg: str) -> str:
-    """The same SVG with its generated names (some come from memory addresses) numbered in order of appearance."""
-    found = dict.fromkeys(re.findall(r'id="([a-z]+[0-9a-f]{10})"', svg))
-    names = {name: f"{name.rstrip('0123456789abcdef') or 'c'}{n}" for n, name in enumerate(found)}
-    return re.sub(r"\b[a-z]+[0-9a-f]{10}\b", lambda m: names.get(m[0], m[0]), svg)
 
 
 # %% ../nbs/06_figures.ipynb #8a82011e
@@ -146,7 +142,7 @@ class Picture:
 
     @house_style()
     def data(self, form: str = "png", dpi: int = 160) -> bytes:
-        """The figure as bytes of an svg, pdf or png without a date; caption and records are its description."""
+        """Bytes of an svg, pdf or png without a date; caption and records are its description."""
         about = {
             "svg": {"Date": None, "Title": self.name, "Description": repr(self)},
             "pdf": {"CreationDate": None, "Title": self.name, "Subject": repr(self)},
@@ -156,8 +152,6 @@ class Picture:
             raise ValueError(f"form {form!r}: one of {', '.join(about)}")
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format=form, dpi=dpi, metadata=about[form])
-        if form == "svg":
-            return number_ids(buffer.getvalue().decode()).encode()
         return small_png(buffer, repr(self)) if form == "png" else buffer.getvalue()
 
     def _repr_png_(self) -> bytes:
@@ -174,7 +168,10 @@ class Picture:
 
 # %% ../nbs/06_figures.ipynb #a0decc15
 def read_kept(record: RunRecord, what: str) -> dict[str, np.ndarray]:
-    """The `maps` or `scores` of a record with all that belongs to them, float16 as float32. Raises `RecordError` for a run that kept none."""
+    """The `maps` or `scores` of a record with all that belongs to them, float16 as float32.
+
+    Raises `RecordError` for a run that kept none.
+    """
     if (found := getattr(record, what)()) is None:
         raise RecordError(f"{record.name}: this run kept no {what}, so there is nothing to draw")
     return {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in found.items()}
@@ -182,7 +179,9 @@ def read_kept(record: RunRecord, what: str) -> dict[str, np.ndarray]:
 
 # %% ../nbs/06_figures.ipynb #56d26334
 def map_ranks(maps: np.ndarray, positive: bool = False) -> np.ndarray:
-    """... x C x h x w -> ... x C: rank of a class's map by its sum (of positive values only), 1 the largest; ties go to the lower class index."""
+    """... x C x h x w -> ... x C: rank of a class's map by its sum (of positive values only), 1 the largest;
+    ties go to the lower class index.
+    """
     activation = (np.maximum(maps, 0) if positive else maps).sum((-2, -1))
     order = np.argsort(-activation, axis=-1, kind="stable")
     return np.argsort(order, axis=-1, kind="stable") + 1
@@ -198,7 +197,10 @@ def map_limit(*arrays: np.ndarray) -> float:
 def overlay(
     image: np.ndarray, map_: np.ndarray, limit: float | None = None, signed: bool = False
 ) -> np.ndarray:
-    """A map over its image: uint8 H x W x 3 and h x w -> uint8 H x W x 3. `limit`: the map value of full colour (its largest magnitude if None)."""
+    """A map over its image: uint8 H x W x 3 and h x w -> uint8 H x W x 3.
+
+    `limit`: the map value of full colour (its largest magnitude if None).
+    """
     small = np.asarray(map_ if signed else np.maximum(map_, 0), np.float32)
     large = np.asarray(Image.fromarray(small).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
     limit = limit or float(np.abs(large).max()) or 1.0
@@ -219,7 +221,7 @@ def thumbnail(maps: dict, row: int) -> np.ndarray:
     return maps["thumbnails"][row] if "thumbnails" in maps else np.full((64, 64, 3), 237, np.uint8)
 
 
-# %% ../nbs/06_figures.ipynb #075edacc
+# %% ../nbs/06_figures.ipynb #963ed7b7
 def draw_image(ax, maps: dict, row: int, extent: tuple = (0, 1, 0, 1)) -> None:
     """The thumbnail of a drawn image, with a note where the record kept no photograph."""
     ax.imshow(thumbnail(maps, row), extent=extent, interpolation="nearest")
@@ -236,8 +238,10 @@ def draw_map(ax, map_: np.ndarray, limit: float, extent: tuple | None = None):
 
 # %% ../nbs/06_figures.ipynb #0657d4ae
 def sorted_maps(ax, maps: dict, row: int, limit: float, columns: int, positive: bool):
-    """One image's block of Figure 2: the thumbnail at the left, then all maps by rank, `columns` to a line. A map is one unit wide, a line 1.4 units high.
-    The drawn map, and the block's height by its width."""
+    """One image's block of Figure 2: the thumbnail at the left, then all maps by rank, `columns` to a line.
+
+    A map is one unit wide, a line 1.4 units high. The drawn map, and the block's height by its width.
+    """
     order = np.argsort(map_ranks(maps["maps"][row], positive))
     height = 1.4 * -(-len(order) // columns)
     side = min(height - 0.4, 3.6)
@@ -266,7 +270,10 @@ def sorted_maps(ax, maps: dict, row: int, limit: float, columns: int, positive: 
 
 # %% ../nbs/06_figures.ipynb #ea496886
 def choose_images(maps: dict, images: int | Sequence[int]) -> list[int]:
-    """Rows of the draw: the first so many, or the ones named. Raises `ValueError` for rows that are not there."""
+    """Rows of the draw: the first so many, or the ones named.
+
+    Raises `ValueError` for rows that are not there.
+    """
     known = range(len(maps["maps"]))
     rows = list(known[:images] if isinstance(images, int) else images)
     if not rows or not set(rows) <= set(known):
@@ -285,7 +292,10 @@ def colour_bar(fig, shown, axes) -> None:
 # %% ../nbs/06_figures.ipynb #8ac07ccb
 @house_style()
 def figure2(record: RunRecord, images: int | Sequence[int] = 4, positive: bool = False) -> Picture:
-    """The maps of all classes of drawn test images, sorted by activation (Figure 2). `images`: the first so many, or rows of the draw."""
+    """The maps of all classes of drawn test images, sorted by activation (Figure 2).
+
+    `images`: the first so many, or rows of the draw.
+    """
     maps, name = read_kept(record, "maps"), record.dataset["name"]
     rows, columns = choose_images(maps, images), 10 if len(maps["classes"]) <= 40 else 12
     limit, there = map_limit(maps["maps"][rows]), maps["targets"] == 1
@@ -296,12 +306,16 @@ def figure2(record: RunRecord, images: int | Sequence[int] = 4, positive: bool =
     fig.set_figheight((aspect * PAGE + 0.05) * len(rows) + 0.55)
     colour_bar(fig, shown, axes)
     leading = (map_ranks(maps["maps"], positive) <= there.sum(1, keepdims=True)) & there
-    caption = (
-        f"Class-aware maps of {len(rows)} test images ({name}, {Variant.of(record).label}), drawn by seed before training, all classes "
-        f"sorted by summed activation ({'positive part of the maps' if positive else 'signed maps'}), descending. Framed and dotted: labels "
-        f"that are present; numbers: confidence. R-precision over all {len(there)} images of the draw: {leading.sum()} of {there.sum()} present labels."
+    return Picture(
+        fig,
+        f"figure2-{name}",
+        f"Class-aware maps of {len(rows)} test images ({name}, {Variant.of(record).label}), drawn by seed "
+        "before training, all classes sorted by summed activation "
+        f"({'positive part of the maps' if positive else 'signed maps'}), descending. Framed and dotted: "
+        f"labels that are present; numbers: confidence. R-precision over all {len(there)} images of the "
+        f"draw: {leading.sum()} of {there.sum()} present labels.",
+        [record],
     )
-    return Picture(fig, f"figure2-{name}", caption, [record])
 
 
 # %% ../nbs/06_figures.ipynb #a8830267
@@ -327,7 +341,7 @@ def same_draw(without: RunRecord, with_: RunRecord) -> tuple[dict, dict]:
 
 # %% ../nbs/06_figures.ipynb #9961e77d
 def draw_boxes(ax, maps: dict, row: int, c: int, width: float, height: float) -> None:
-    """Outlines of a class's objects, where the record has boxes: dashes that are seen on dark and on light."""
+    """Outlines of a class's objects where the record has boxes; the dashes show on dark and on light."""
     for r, k, x, y, w, h in maps.get("boxes", ()):
         if (int(r), int(k)) == (row, c):
             for line in (dict(lw=1.1, ec="white"), dict(lw=0.8, ec="black", ls=(0, (2, 1.5)))):
@@ -337,7 +351,11 @@ def draw_boxes(ax, maps: dict, row: int, c: int, width: float, height: float) ->
 
 # %% ../nbs/06_figures.ipynb #4595cb77
 def rank_panel(ax, names: list[str], ranks: np.ndarray, colours: list[str], classes: int) -> None:
-    """Dumbbells: for each label the rank of its map without (open) and with (filled) the embedding loss; left is strongest. `ranks`: 2 x labels."""
+    """Dumbbells: for each label the rank of its map without (open) and with (filled) the embedding loss; left
+    is strongest.
+
+    `ranks`: 2 x labels.
+    """
     for y, (name, a, b) in enumerate(zip(names, *ranks)):
         ax.plot([a, b], [y, y], color="0.6", lw=1, zorder=1)
         ax.plot(a, y, "o", ms=4.5, mfc="white", mec=colours[0], mew=1.2, zorder=3)
@@ -351,7 +369,10 @@ def rank_panel(ax, names: list[str], ranks: np.ndarray, colours: list[str], clas
 
 # %% ../nbs/06_figures.ipynb #a5f2ef6b
 def figure4_line(axes, pair: tuple[dict, dict], row: int, labels: list[int], limit: float):
-    """One image of Figure 4: thumbnail and two pairs of maps. An image with a single label leaves the second pair empty."""
+    """One image of Figure 4: thumbnail and two pairs of maps.
+
+    An image with a single label leaves the second pair empty.
+    """
     names, size = pair[0]["classes"], pair[0]["maps"].shape[-2:]
     draw_image(axes[0], pair[0], row)
     for n, ax in enumerate(axes[1 : 1 + 2 * len(labels)]):
@@ -368,7 +389,9 @@ def figure4_line(axes, pair: tuple[dict, dict], row: int, labels: list[int], lim
 
 # %% ../nbs/06_figures.ipynb #40236fff
 def figure4_numbers(record_without: RunRecord, record_with: RunRecord, positive: bool = False) -> dict:
-    """Over all present labels of the draw: ratio of map sizes with/without (present labels, all classes), and ranks gained, kept and lost."""
+    """Over all present labels of the draw: ratio of map sizes with/without (present labels, all classes), and
+    ranks gained, kept and lost.
+    """
     pair = same_draw(record_without, record_with)
     there = pair[0]["targets"] == 1
     a, b = (np.abs(m["maps"]).mean((2, 3)) for m in pair)
@@ -390,7 +413,9 @@ def figure4_numbers(record_without: RunRecord, record_with: RunRecord, positive:
 def figure4(
     record_without: RunRecord, record_with: RunRecord, images: int | Sequence[int] = 4, positive: bool = False
 ) -> Picture:
-    """Two labels' maps of several images without (left) and with (right) the embedding loss on one colour scale, with ranks beside (Figure 4)."""
+    """Two labels' maps of several images without (left) and with (right) the embedding loss on one colour
+    scale, with ranks beside (Figure 4).
+    """
     pair, records = same_draw(record_without, record_with), [record_without, record_with]
     classes, (left, right) = pair[0]["classes"], map(Variant.of, records)
     labels = {row: choose_labels(pair[0], row) for row in choose_images(pair[0], images)}
@@ -405,14 +430,18 @@ def figure4(
     axes[0, 5].set_title("rank of the map, 1 the strongest\n○ without   ● with", fontsize=6)
     colour_bar(fig, shown, list(axes[:, :5].ravel()))
     n = figure4_numbers(*records, positive)
-    caption = (
-        f"Maps of two present labels without (left, {left.label}) and with (right, {right.label}) the label correlation embedding loss, on one "
-        f"colour scale; dashed: the label's objects. At the right the rank of each map among all {len(classes)} classes, which no rescaling can "
-        f"change. Over all {n['labels']} present labels of the draw, the mean magnitude of their maps changes by a factor of {n['scale_present']:.2f} "
-        f"(all classes: {n['scale_all']:.2f}); the rank improves for {n['gained']}, stays for {n['kept']} and worsens for {n['lost']} "
-        f"(mean rank {n['mean_rank_without']:.1f} without, {n['mean_rank_with']:.1f} with)."
+    return Picture(
+        fig,
+        f"figure4-{record_with.dataset['name']}",
+        f"Maps of two present labels without (left, {left.label}) and with (right, {right.label}) the label "
+        "correlation embedding loss, on one colour scale; dashed: the label's objects. At the right the "
+        f"rank of each map among all {len(classes)} classes, which no rescaling can change. Over all "
+        f"{n['labels']} present labels of the draw, the mean magnitude of their maps changes by a factor of "
+        f"{n['scale_present']:.2f} (all classes: {n['scale_all']:.2f}); the rank improves for "
+        f"{n['gained']}, stays for {n['kept']} and worsens for {n['lost']} (mean rank "
+        f"{n['mean_rank_without']:.1f} without, {n['mean_rank_with']:.1f} with).",
+        records,
     )
-    return Picture(fig, f"figure4-{record_with.dataset['name']}", caption, records)
 
 
 # %% ../nbs/06_figures.ipynb #150fcc3d
@@ -432,11 +461,13 @@ def overlays(record: RunRecord, image: int = 0) -> Picture:
         ax.set_title(f"{short(str(maps['classes'][c]), 16)}\n{maps['scores'][row, c]:.2f}", fontsize=6)
     for ax in axes:
         ax.axis("off")
-    caption = (
+    return Picture(
+        fig,
+        f"overlay-{record.dataset['name']}-{row}",
         f"Maps of the labels of test image {maps['image_ids'][row]} over the image ({variant.label}); "
-        f"under each name the confidence, dashed the objects."
+        f"under each name the confidence, dashed the objects.",
+        [record],
     )
-    return Picture(fig, f"overlay-{record.dataset['name']}-{row}", caption, [record])
 
 
 # %% ../nbs/06_figures.ipynb #e7cc019b
@@ -448,14 +479,14 @@ def draw_runs(ax, x: np.ndarray, lines: np.ndarray, variant: Variant) -> None:
         ax.fill_between(x, lines.min(0), lines.max(0), color=variant.colour, alpha=0.2, lw=0)
 
 
-# %% ../nbs/06_figures.ipynb #7b6cd6d7
+# %% ../nbs/06_figures.ipynb #f701e0b5
 def seeds_drawn(grouped: dict) -> str:
     """How many runs a line stands for, in words."""
     seeds = max(map(len, grouped.values()))
     return f"mean and range of up to {seeds} seeds" if seeds > 1 else "one seed"
 
 
-# %% ../nbs/06_figures.ipynb #493f3e5d
+# %% ../nbs/06_figures.ipynb #66b80b65
 def legend_above(fig, ax, columns: int = 5) -> None:
     """The axis's legend above the figure."""
     style = dict(handlelength=1.4, columnspacing=1.2)
@@ -465,7 +496,9 @@ def legend_above(fig, ax, columns: int = 5) -> None:
 # %% ../nbs/06_figures.ipynb #521d8a70
 @house_style()
 def curves(runs: Sequence[RunRecord]) -> Picture:
-    """Classification loss, embedding loss and mAP per epoch of runs of one data set and recipe, one colour a variant."""
+    """Classification loss, embedding loss and mAP per epoch of runs of one data set and recipe, one colour a
+    variant.
+    """
     import pandas as pd
 
     grouped, name = group(runs), runs[0].dataset["name"]
@@ -484,8 +517,9 @@ def curves(runs: Sequence[RunRecord]) -> Picture:
         ax.set(title=title, xlabel="epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
     legend_above(fig, ax)
-    caption = f"Training on {name}: losses and mAP per epoch, {seeds_drawn(grouped)}."
-    return Picture(fig, f"curves-{name}", caption, runs)
+    return Picture(
+        fig, f"curves-{name}", f"Training on {name}: losses and mAP per epoch, {seeds_drawn(grouped)}.", runs
+    )
 
 
 # %% ../nbs/06_figures.ipynb #47f908ee
@@ -501,37 +535,48 @@ def label_share(record: RunRecord) -> np.ndarray:
     return np.array([test["positives"].get(str(c), 0) for c in record.dataset["classes"]]) / test["images"]
 
 
-# %% ../nbs/06_figures.ipynb #af1a4402
+# %% ../nbs/06_figures.ipynb #fb0d4734
 def class_axes(record: RunRecord, order: Sequence[int], xlabel: str):
-    """Figure and axis with a line for each class, the first at the bottom, named with its share of test images."""
+    """Figure and axis with a line for each class, the first at the bottom, named with its share of test
+    images.
+    """
     share, classes = label_share(record), record.dataset["classes"]
     fig = new_figure(COLUMN if len(order) <= 40 else PAGE, min(max(2.0, 0.13 * len(order) + 0.7), 9))
     ax = fig.subplots()
     names = [f"{short(str(classes[c]), 20)}  {100 * share[c]:.0f} %" for c in order]
     ax.set_yticks(range(len(order)), names, fontsize=5)
     ax.set(ylim=(-0.6, len(order) - 0.4), xlabel=xlabel)
-    ax.grid(axis="y", color="0.9", lw=0.4)
-    ax.set_axisbelow(True)
+    ax.grid(axis="y")
     return fig, ax
 
 
 # %% ../nbs/06_figures.ipynb #76d14b39
 @house_style()
 def per_class(runs: Sequence[RunRecord]) -> Picture:
-    """Average precision of each class, one mark a variant (mean over its seeds), classes by frequency in the test split."""
+    """Average precision of each class, one mark a variant (mean over its seeds), classes by frequency in the
+    test split.
+    """
     order, name = np.argsort(label_share(runs[0]), kind="stable"), runs[0].dataset["name"]
     fig, ax = class_axes(runs[0], order, "average precision, %")
     for variant, seeds in group(runs).items():
         values = 100 * np.mean([class_precision(r) for r in seeds.values()], axis=0)
         ax.plot(values[order], range(len(order)), "o", ms=3.2, color=variant.colour, label=variant.label)
     legend_above(fig, ax, 2)
-    caption = f"Average precision by class on {name}, the most frequent class on top; beside the names the share of test images."
-    return Picture(fig, f"per-class-{name}", caption, runs)
+    return Picture(
+        fig,
+        f"per-class-{name}",
+        f"Average precision by class on {name}, the most frequent class on top; beside the names the share "
+        "of test images.",
+        runs,
+    )
 
 
 # %% ../nbs/06_figures.ipynb #6258253f
 def class_changes(mine: dict[int, RunRecord], theirs: dict[int, RunRecord]) -> tuple[list[int], np.ndarray]:
-    """Seeds that two variants have (seed -> record), and mine - theirs in average precision by class: S x C. Raises `RecordError` without such a seed, or for other classes or images."""
+    """Seeds that two variants have (seed -> record), and mine - theirs in average precision by class: S x C.
+
+    Raises `RecordError` without such a seed, or for other classes or images.
+    """
     (one, *_), (other, *_) = mine.values(), theirs.values()
     if not (seeds := sorted(mine.keys() & theirs.keys())):
         raise RecordError(f"no seed that {one.name} and {other.name} have in common")
@@ -544,7 +589,9 @@ def class_changes(mine: dict[int, RunRecord], theirs: dict[int, RunRecord]) -> t
 # %% ../nbs/06_figures.ipynb #15e51e1e
 @house_style()
 def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Picture:
-    """Change of each class's average precision from the variant of `against` to that of `runs`, in points, sorted; filled: the interval over seeds leaves out zero."""
+    """Change of each class's average precision from the variant of `against` to that of `runs`, in points,
+    sorted; filled: the interval over seeds leaves out zero.
+    """
     from scipy.stats import sem, t
 
     [(this, mine)], [(that, theirs)] = group(runs).items(), group(against).items()
@@ -558,27 +605,30 @@ def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Pict
     ax.hlines(range(len(order)), (mean - half)[order], (mean + half)[order], color=INK, lw=0.8)
     colours = np.where((up | down)[order], INK, "white")
     ax.scatter(mean[order], range(len(order)), s=11, c=colours, edgecolors=INK, zorder=3)
-    caption = (
-        f"{this.label} minus {that.label} on {name}: change of average precision by class, beside the names the share of test images; "
-        f"mean over classes {f'{np.nanmean(mean):+.1f}'.replace('-', '−')} points. "
-    )
+    spread = f"One seed ({seeds[0]}): the spread over trainings is not known, so no interval is drawn."
     if n > 1:
-        unclear = len(order) - up.sum() - down.sum()
-        caption += (
-            f"Mean of {n} seeds with 95 % intervals over seeds (one class at a time); filled where they leave out zero: "
-            f"{up.sum()} classes up, {down.sum()} down, {unclear} not told from zero."
+        spread = (
+            f"Mean of {n} seeds with 95 % intervals over seeds (one class at a time); filled where they "
+            f"leave out zero: {up.sum()} classes up, {down.sum()} down, {len(order) - up.sum() - down.sum()} "
+            "not told from zero."
         )
-    else:
-        caption += f"One seed ({seeds[0]}): the spread over trainings is not known, so no interval is drawn."
-    return Picture(fig, f"class-gains-{name}", caption, [*runs, *against])
+    gain = f"{np.nanmean(mean):+.1f}".replace("-", "−")
+    return Picture(
+        fig,
+        f"class-gains-{name}",
+        f"{this.label} minus {that.label} on {name}: change of average precision by class, beside the names "
+        f"the share of test images; mean over classes {gain} points. {spread}",
+        [*runs, *against],
+    )
 
 
 # %% ../nbs/06_figures.ipynb #b1d5b0b4
 def curve_at(
     recalls: np.ndarray, scores: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, tuple[float, float]]:
-    """Precision of the highest threshold that reaches each recall (in 0..1, above 0) over all entries but targets of -1, and (recall, precision) at the threshold
-    0.5: 0 where no score is above it."""
+    """Precision of the highest threshold that reaches each recall (in 0..1, above 0) over all entries but
+    targets of -1, and (recall, precision) at the threshold 0.5: 0 where no score is above it.
+    """
     from sklearn.metrics import precision_recall_curve
 
     known = targets != -1
@@ -592,7 +642,9 @@ def curve_at(
 
 # %% ../nbs/06_figures.ipynb #4faeee87
 def precision_recall_panel(ax, found: dict[Variant, list[dict]], classes: list[int]) -> None:
-    """Curves of all variants over the labels of some classes, the points that threshold 0.5 gives, and thin lines of equal F1."""
+    """Curves of all variants over the labels of some classes, the points that threshold 0.5 gives, and thin
+    lines of equal F1.
+    """
     recalls = np.linspace(0.005, 1, 200)
     for variant, runs in found.items():
         parts = [curve_at(recalls, f["scores"][:, classes], f["targets"][:, classes]) for f in runs]
@@ -616,7 +668,9 @@ def precision_recall_panel(ax, found: dict[Variant, list[dict]], classes: list[i
 # %% ../nbs/06_figures.ipynb #aeaa17c5
 @house_style()
 def precision_recall_curves(runs: Sequence[RunRecord]) -> Picture:
-    """Precision against recall of every variant: over all labels together, then for the most frequent, a middle and the rarest class."""
+    """Precision against recall of every variant: over all labels together, then for the most frequent, a
+    middle and the rarest class.
+    """
     grouped, name = group(runs), runs[0].dataset["name"]
     found = {variant: [read_kept(r, "scores") for r in seeds.values()] for variant, seeds in grouped.items()}
     first = read_kept(runs[0], "scores")
@@ -631,11 +685,14 @@ def precision_recall_curves(runs: Sequence[RunRecord]) -> Picture:
         ax.set_title(f"{short(str(first['classes'][c]), 18)}, {share[c]:.1f} %")
         precision_recall_panel(ax, found, [c])
     legend_above(fig, axes[0])
-    caption = (
-        f"Precision and recall on the test split of {name}: all labels of all images together, and the most frequent, a middle and the rarest class with their share of test images. "
-        f"Dots: the threshold 0.5 of the tables; thin lines: equal F1. Lines: {seeds_drawn(grouped)}."
+    return Picture(
+        fig,
+        f"precision-recall-{name}",
+        f"Precision and recall on the test split of {name}: all labels of all images together, and the most "
+        "frequent, a middle and the rarest class with their share of test images. Dots: the threshold 0.5 "
+        f"of the tables; thin lines: equal F1. Lines: {seeds_drawn(grouped)}.",
+        runs,
     )
-    return Picture(fig, f"precision-recall-{name}", caption, runs)
 
 
 # %% ../nbs/06_figures.ipynb #1605db05
@@ -654,13 +711,22 @@ def cooccurrence_heatmap(record: RunRecord) -> Picture:
         off, ax=ax, cmap="viridis", square=True, vmin=0, cbar_kws=bar, xticklabels=True, yticklabels=True
     )
     ax.tick_params(labelsize=4 if len(table) > 40 else 5, length=0)
-    caption = f"Label co-occurrence in the test split of {name}: share of images with the column's label among those with the row's."
-    return Picture(fig, f"cooccurrence-{name}", caption, [record])
+    return Picture(
+        fig,
+        f"cooccurrence-{name}",
+        f"Label co-occurrence in the test split of {name}: share of images with the column's label among "
+        "those with the row's.",
+        [record],
+    )
 
 
 # %% ../nbs/06_figures.ipynb #f0c6efab
 def vector_plane(present: np.ndarray, absent: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean label vectors (two of C x k) on their first two principal axes: two of C x 2, and each axis's share of the variance. A class without a vector stays NaN."""
+    """Mean label vectors (two of C x k) on their first two principal axes: two of C x 2, and each axis's
+    share of the variance.
+
+    A class without a vector stays NaN.
+    """
     from sklearn.decomposition import PCA
 
     both = np.concatenate([present, absent]).astype(float)
@@ -669,17 +735,11 @@ def vector_plane(present: np.ndarray, absent: np.ndarray) -> tuple[np.ndarray, n
     return flat[: len(present)], flat[len(present) :], fitted.explained_variance_ratio_
 
 
-# %% ../nbs/06_figures.ipynb #cdcc9fee
-def strongest_pairs(information: np.ndarray, count: int) -> list[tuple[int, int]]:
-    """The pairs j < k of classes with the largest entries of a symmetric C x C matrix (as of pointwise mutual information), above zero only."""
-    j, k = np.triu_indices(len(information), 1)
-    order = np.argsort(-information[j, k], kind="stable")[:count]
-    return [(int(j[n]), int(k[n])) for n in order if information[j[n], k[n]] > 0]
-
-
 # %% ../nbs/06_figures.ipynb #eca780d9
 def place_names(points: np.ndarray, names: Sequence[str], size: float) -> np.ndarray:
-    """Lower left corner of each name, N x 2, beside its point (N x 2, both in typographic points), where it covers the fewest of the points and of the names before it."""
+    """Lower left corner of each name, N x 2, beside its point (N x 2, both in typographic points), where it
+    covers the fewest of the points and of the names before it.
+    """
     taken = [(x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in points]
     for (x, y), name in zip(points, names):
         w, h = 0.62 * size * len(name), size
@@ -693,10 +753,14 @@ def place_names(points: np.ndarray, names: Sequence[str], size: float) -> np.nda
 
 # %% ../nbs/06_figures.ipynb #c490d190
 def vector_panel(ax, found: dict, names: Sequence[str], colour: str) -> None:
-    """One run's mean vectors: named and filled over images that show the label, open over the others; a line for each of the most correlated pairs, as many as classes."""
+    """One run's mean vectors: named and filled over images that show the label, open over the others; a line
+    for each of the most correlated pairs, as many as classes.
+    """
     present, absent, share = vector_plane(found["vectors_present"], found["vectors_absent"])
-    for j, k in strongest_pairs(found["pmi"], len(names)):
-        ax.plot(*present[[j, k]].T, color="0.7", lw=0.6, zorder=1)
+    pmi = np.triu(found["pmi"], 1)
+    for pair in zip(*np.unravel_index(np.argsort(-pmi, axis=None, kind="stable")[: len(names)], pmi.shape)):
+        if pmi[pair] > 0:
+            ax.plot(*present[list(pair)].T, color="0.7", lw=0.6, zorder=1)
     ax.plot(*absent.T, "o", ms=2.6, mfc="white", mec=GREY, mew=0.6, zorder=2)
     ax.plot(*present.T, "o", ms=3, color=colour, mec="white", mew=0.3, zorder=3)
     known, both = np.flatnonzero(np.isfinite(present).all(1)), np.concatenate([present, absent])
@@ -712,8 +776,11 @@ def vector_panel(ax, found: dict, names: Sequence[str], colour: str) -> None:
 # %% ../nbs/06_figures.ipynb #7608af34
 @house_style()
 def label_vectors(records: Sequence[RunRecord], found: Sequence[dict]) -> Picture:
-    """Mean label vectors of runs (Figure 3, measured), a panel a run, each on its own axes. `found`: for each record the arrays `vectors_present`,
-    `vectors_absent` (C x k) and `pmi` (C x C), as in `evidence.npz`."""
+    """Mean label vectors of runs (Figure 3, measured), a panel a run, each on its own axes.
+
+    `found`: for each record the arrays `vectors_present`, `vectors_absent` (C x k) and `pmi` (C x C), as in
+    `evidence.npz`.
+    """
     names, dataset = [short(str(c), 14) for c in records[0].dataset["classes"]], records[0].dataset["name"]
     fig = new_figure(COLUMN if len(records) == 1 else PAGE, 3.2 if len(records) <= 2 else 2.4)
     for ax, record, arrays in zip(
@@ -722,14 +789,18 @@ def label_vectors(records: Sequence[RunRecord], found: Sequence[dict]) -> Pictur
         variant = Variant.of(record)
         vector_panel(ax, arrays, names, variant.colour)
         ax.set_title(variant.label + ("" if variant.lam else ": $f_{embed}$ untrained"))
-    caption = (
-        f"Mean label vectors (Eq. 8) of every class on {dataset}, first two principal axes of each run: filled over the test images that show the label, "
-        f"open over those that do not; lines: the pairs of labels that co-occur most beyond chance (pointwise mutual information). With λ = 0 nothing trains f_embed."
+    return Picture(
+        fig,
+        f"label-vectors-{dataset}",
+        f"Mean label vectors (Eq. 8) of every class on {dataset}, first two principal axes of each run: "
+        "filled over the test images that show the label, open over those that do not; lines: the pairs of "
+        "labels that co-occur most beyond chance (pointwise mutual information). With λ = 0 nothing trains "
+        "f_embed.",
+        records,
     )
-    return Picture(fig, f"label-vectors-{dataset}", caption, records)
 
 
-# %% ../nbs/06_figures.ipynb #b3823ec1
+# %% ../nbs/06_figures.ipynb #4b1e2844
 ROW_COLOURS = {}
 
 

@@ -1,4 +1,6 @@
-"""Figures from run records: ranks, curves and projections against their definitions, damaged and odd records, bytes that repeat."""
+"""Figures from run records: ranks, curves and projections against their definitions, damaged and odd records,
+bytes that repeat.
+"""
 
 import numpy as np
 import pytest
@@ -40,7 +42,9 @@ def test_cooccurrence_against_counting(images, classes, seed):
 @given(st.integers(1, 60), st.integers(1, 6), SEEDS)
 @settings(max_examples=60, deadline=None)
 def test_the_area_under_precision_and_recall_is_the_average_precision(images, levels, seed):
-    """With ties (few levels of scores) and ignored labels; and the point is that of calling present what scores above 0.5."""
+    """With ties (few levels of scores) and ignored labels; and the point is that of calling present what
+    scores above 0.5.
+    """
     rng = np.random.default_rng(seed)
     scores, targets = rng.integers(0, levels, images) / levels, rng.integers(-1, 2, images)
     targets[0] = 1
@@ -54,7 +58,9 @@ def test_the_area_under_precision_and_recall_is_the_average_precision(images, le
 @given(st.integers(2, 12), st.integers(2, 9), SEEDS)
 @settings(max_examples=30, deadline=None)
 def test_a_plane_of_label_vectors_only_shortens_distances(classes, dim, seed):
-    """Principal axes are a projection; classes without a vector stay without a place, and every name gets one."""
+    """Principal axes are a projection; classes without a vector stay without a place, and every name gets
+    one.
+    """
     rng = np.random.default_rng(seed)
     present, absent = rng.normal(size=(2, classes, dim))
     present[rng.random(classes) < 0.2] = np.nan
@@ -88,7 +94,9 @@ def test_an_image_with_one_label_and_an_ignored_one_are_drawn(tmp_path):
 
 
 def test_the_last_digits_of_the_layout_move_no_pixel(tmp_path, monkeypatch):
-    """The layout's solver follows memory addresses in its last digits, so that about one drawing in ten had another letter's grey: here they are nudged."""
+    """The layout's solver follows memory addresses in its last digits, so that about one drawing in ten had
+    another letter's grey: here they are nudged.
+    """
     run = synthetic_run(tmp_path, images=20, drawn=2)
     as_solved, laid_out = overlays(run, 0), Figure.draw_without_rendering
 

@@ -20,7 +20,9 @@ from ..metrics import average_precision, multilabel_metrics
 
 # %% ../../nbs/engine/synthetic.ipynb #47feb1b7
 def random_targets(images: int, classes: int) -> np.ndarray:
-    """Random labels, int8 N x C in {0, 1}, at least two an image, co-occurring within four contexts; always the same for one shape."""
+    """Random labels, int8 N x C in {0, 1}, at least two an image, co-occurring within four contexts; always
+    the same for one shape.
+    """
     rng = np.random.default_rng(7)
     context = rng.integers(4, size=(images, 1))
     draws = rng.random((images, classes)) / np.where(np.arange(classes) % 4 == context, 0.4, 0.04)
@@ -38,7 +40,9 @@ def random_scores(targets: np.ndarray, skill: float, rng: np.random.Generator) -
 
 # %% ../../nbs/engine/synthetic.ipynb #3e2bef99
 def random_maps(targets: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A box for each present label (float32 M x 6: row, class, x, y, w, h as fractions of the image), maps float16 K x C x 10 x 10, thumbnails uint8 K x 64 x 64 x 3."""
+    """A box for each present label (float32 M x 6: row, class, x, y, w, h as fractions of the image), maps
+    float16 K x C x 10 x 10, thumbnails uint8 K x 64 x 64 x 3.
+    """
     fixed, (rows, classes) = np.random.default_rng(8), np.nonzero(targets)
     sizes = fixed.uniform(0.15, 0.4, (len(rows), 2))
     corners = fixed.random(sizes.shape) * (1 - sizes)
@@ -60,13 +64,14 @@ def random_maps(targets: np.ndarray, rng: np.random.Generator) -> dict[str, np.n
 # %% ../../nbs/engine/synthetic.ipynb #b520d5a9
 def random_history(config: TrainConfig, final: float) -> list[dict]:
     """Losses and mAP per epoch; the last epoch has the mAP `final`."""
-    history = []
-    for epoch in range(config.epochs):
-        left = 0.75 ** (epoch + 1)
-        losses = {"loss": 2 + (4 + 3 * config.lam) * left, "loss_cls": 2 + 4 * left, "loss_lce": 3 * left}
-        history.append(
-            {"epoch": epoch + 1, "lr": learning_rate(config, epoch), **losses, "mAP": final * (1 - left)}
-        )
+    left = (0.75 ** np.arange(1, config.epochs + 1)).tolist()
+    part = lambda x: {
+        "loss": 2 + (4 + 3 * config.lam) * x,
+        "loss_cls": 2 + 4 * x,
+        "loss_lce": 3 * x,
+        "mAP": final * (1 - x),
+    }
+    history = [{"epoch": n + 1, "lr": learning_rate(config, n), **part(x)} for n, x in enumerate(left)]
     return [*history[:-1], {**history[-1], "mAP": final}]
 
 
@@ -88,19 +93,8 @@ def synthetic_run(
         found = found if thumbnails else {"maps": found["maps"]}
         save_arrays(folder / "maps.npz", classes=names, indices=np.arange(drawn), **first, **found)
     metrics, ap = multilabel_metrics(scores["scores"], targets), average_precision(scores["scores"], targets)
-    positives = dict(zip(names, targets.sum(0).tolist()))
-    data = {
-        "images": images,
-        "classes": classes,
-        "positives": positives,
-        "fingerprint": "none",
-        "missing_ids": [],
-    }
-    nowhere = {
-        "code": {"cadm_paper": __version__},
-        "packages": {},
-        **dict.fromkeys(("python", "device"), "none"),
-    }
+    data = {"images": images, "classes": classes, "fingerprint": "none", "missing_ids": []}
+    data["positives"] = dict(zip(names, targets.sum(0).tolist()))
     return write_record(
         folder,
         run_name(config),
@@ -109,7 +103,7 @@ def synthetic_run(
         metrics=metrics,
         history=random_history(config, metrics["mAP"]),
         dataset={"name": config.dataset, "classes": names, "train": data, "test": data},
-        environment={**nowhere, "precision": "none", "threads": 0},
+        environment={"code": {"cadm_paper": __version__}, "packages": {}, "python": "none", "device": "none"},
         timing={"wall_s": 0.0, "training_s": 0.0},
         per_class_ap=[None if np.isnan(v) else float(v) for v in ap],
         synthetic=True,
@@ -118,7 +112,7 @@ def synthetic_run(
 
 # %% ../../nbs/engine/synthetic.ipynb #655e3608
 def synthetic_runs(folder, datasets=("scenes-coco", "scenes-nus"), seeds=(0,), **config) -> list[RunRecord]:
-    """Synthetic records of the main variants, in the layout of `outputs/runs`: folder/<data set>/<run name>."""
+    """Synthetic records of the main variants as folder/<data set>/<run name>, like `outputs/runs`."""
     runs, fields = [], {name: value for name, value in config.items() if name in TrainConfig.model_fields}
     for dataset, variant, seed in product(datasets, MAIN, seeds):
         given = dict(dataset=dataset, method=variant.method, lam=variant.lam, seed=seed)

@@ -20,7 +20,9 @@ SWITCHES = sorted({*LossFields.model_fields, *ModelFields.model_fields, "flip", 
 
 # %% ../../nbs/engine/variants.ipynb #428d8199
 def _split(run) -> tuple[dict, dict]:
-    """Fields of a record, a `TrainConfig` or a dictionary, without and with the switches; a method's own arguments are switches."""
+    """Fields of a record, a `TrainConfig` or a dictionary, without and with the switches; a method's own
+    arguments are switches.
+    """
     fields = dict(getattr(run, "config", run))
     args = fields.pop("method_args", None) or {}
     switches = {name: fields.pop(name) for name in SWITCHES if name in fields}
@@ -42,25 +44,29 @@ def _words(name: str, value) -> str:
 
 
 # %% ../../nbs/engine/variants.ipynb #bb318661
-LABELS = {
+LABELS = {  # in the order of the tables
     "linear_probe": "Linear probe, frozen backbone",
     "baseline_gap": "Baseline, average pooling",
     "baseline": "Baseline, max pooling",
+    "cadm": "CADM",
+    "csra": "CSRA",
 }
-METHODS = (*LABELS, "cadm")  # in the order of the tables
 COLOURS = {
     "linear_probe": "#000000",
     "baseline_gap": "#009E73",
     "baseline": "#0072B2",
     "cadm-lam0": "#E69F00",
     "cadm-lam0.5": "#D55E00",
+    "csra": "#56B4E9",
 }
 
 
 # %% ../../nbs/engine/variants.ipynb #d0d2618f
 @dataclass(frozen=True)
 class Variant:
-    """A method with its λ (CADM alone has one) and its switches (name, value) that differ from the preset; sorted as in the tables."""
+    """A method with its λ (CADM alone has one) and its switches (name, value) that differ from the preset;
+    sorted as in the tables.
+    """
 
     method: str
     lam: float | None = None
@@ -83,13 +89,13 @@ class Variant:
     @property
     def label(self) -> str:
         """How tables and legends name it: CADM (λ = 0.5), hinge outside."""
-        name = LABELS.get(self.method, self.method.replace("_", " "))
-        name = name if self.lam is None else f"{name.upper()} (λ = {self.lam:g})"
+        lam = "" if self.lam is None else f" (λ = {self.lam:g})"
+        name = LABELS.get(self.method, self.method) + lam
         return ", ".join([name, *(_words(*switch) for switch in self.switches)])
 
     @property
     def colour(self) -> str:
-        """Its colour; all beyond the main five share one."""
+        """Its colour; variants without a separate one share one."""
         return COLOURS.get(self.slug, "#CC79A7")
 
     def __lt__(self, other: "Variant") -> bool:
@@ -97,7 +103,7 @@ class Variant:
 
     @property
     def _place(self) -> tuple:
-        known = METHODS.index(self.method) if self.method in METHODS else len(METHODS)
+        known = list(LABELS).index(self.method) if self.method in LABELS else len(LABELS)
         return known, self.method, self.lam or 0, self.switches
 
 
@@ -119,7 +125,9 @@ def run_name(config: TrainConfig) -> str:
 
 # %% ../../nbs/engine/variants.ipynb #44b7deb8
 def recipe(run) -> tuple[tuple[str, object], ...]:
-    """What two runs that differ by variant and seed only share: (field, value), switches as the preset sets them."""
+    """What two runs that differ by variant and seed only share: (field, value), switches as the preset sets
+    them.
+    """
     fields, _ = _split(run)
     usual = _usual(fields.get("preset", "paper"), "cadm")
     free = {*WHERE, "seed", "method", "lam", "preset"}
@@ -144,7 +152,10 @@ def by_recipe(runs: Iterable[RunRecord]) -> dict[tuple, list[RunRecord]]:
 
 # %% ../../nbs/engine/variants.ipynb #19dfd7ef
 def group(runs: Iterable[RunRecord]) -> dict[Variant, dict[int, RunRecord]]:
-    """Runs by variant and seed, both in order. Raises `ValueError` for two runs of one variant and seed: choose a data set and a recipe first."""
+    """Runs by variant and seed, both in order.
+
+    Raises `ValueError` for two runs of one variant and seed: choose a data set and a recipe first.
+    """
     found = {}
     for run in runs:
         seeds, seed = found.setdefault(Variant.of(run), {}), dict(run.config)["seed"]
