@@ -183,19 +183,20 @@ def short_gain(of) -> str:
 
 
 def verdict_counts() -> str:
-    """How many of the paper's claims hold, from the committed records of the studies; empty without them."""
-    from cadm_paper.results.measures import count_verdicts, loss_gains, study_records, verdicts
+    """The committed verdicts in a line: how many of each, and what the embedding loss gains; empty without them."""
+    from cadm_paper.results.claims import read_verdicts
 
-    records = study_records()
-    if not any(records.values()):
+    found = read_verdicts()
+    if not found["claims"]:
         return ""
-    table, gains = (
-        verdicts(records),
-        "; ".join(f"{dataset} {gain}" for dataset, gain in loss_gains(records).items()),
+    counts = ", ".join(f"{verdict} {n}" for verdict, n in found["counts"].items())
+    gains = "; ".join(
+        f"{e['dataset']} {e['mean']:+.1f} points [{e['low']:+.1f}, {e['high']:+.1f}] (n = {e['n']})"
+        for e in found["claims"]
+        if e["id"].startswith("loss-") and e["n"] > 1
     )
-    return f"Of {len(table)} claims put to the test here: {count_verdicts(table)}." + (
-        f" The embedding loss (λ = 0.5 less 0), over all seeds: {gains}." if gains else ""
-    )
+    said = f"{len(found['claims'])} claims were put to the test here: {counts}."
+    return said + (f" The embedding loss (λ = 0.5 minus 0), over all seeds: {gains}." if gains else "")
 
 
 def claims() -> list[tuple[str, list[float]]]:

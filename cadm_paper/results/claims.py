@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -96,20 +97,27 @@ def compare_streams(runs: Mapping[Variant, Mapping[int, RunRecord]]) -> dict[str
 
 
 # %% ../../nbs/results/claims.ipynb #aa0acd3e
+class Trial(NamedTuple):
+    """Where a claim is tested on a data set: the study, the place in the paper, and the printed value or None."""
+
+    study: int
+    section: str
+    printed: float | None = None
+
+
+# %% ../../nbs/results/claims.ipynb #c935ee13
 @dataclass(frozen=True)
 class Claim:
     """A claim of the paper as it is tested: `measure` of `variants[0]`, minus that of `variants[1]`, is above 0.
 
-    `datasets`: data set -> the study that tests it there and the printed value or None.
     `unit`: points of a fraction (reported times 100), or what else the measure is in.
     """
 
     name: str
     claim: str
-    section: str
     measure: str
     variants: tuple[Variant, ...]
-    datasets: dict[str, tuple[int, float | None]]
+    datasets: dict[str, Trial]
     unit: str = "points"
 
 
@@ -121,9 +129,11 @@ def printed(dataset: str, variant: Variant, against: Variant) -> float:
 
 
 # %% ../../nbs/results/claims.ipynb #ad1401c0
-def _steps(*pair: Variant) -> dict[str, tuple[int, float | None]]:
+def _steps(*pair: Variant) -> dict[str, Trial]:
     """Data sets of a step of the ablation."""
-    return {COCO: (1, printed("coco2014", *pair)), NUS: (1, printed("nuswide", *pair)), "voc2007": (2, None)}
+    tables = (("Table 1, MS-COCO", "coco2014"), ("Table 2, NUS-WIDE", "nuswide"))
+    coco, nus = (Trial(1, section, printed(dataset, *pair)) for section, dataset in tables)
+    return {COCO: coco, NUS: nus, "voc2007": Trial(2, "not in the paper")}
 
 
 # %% ../../nbs/results/claims.ipynb #c7b861be
@@ -131,34 +141,26 @@ CLAIMS = (
     Claim(
         "tables",
         "Tables 1 and 2 themselves, on MS-COCO and NUS-WIDE",
-        "Tables 1, 2",
         "mAP",
         (LOSS,),
-        {"coco2014": (0, None)},
+        {"coco2014": Trial(0, "Tables 1, 2")},
     ),
     Claim(
         "maps",
         "The maps help: the second stream over the baseline",
-        "Tables 1, 2",
         "mAP",
         (PLAIN, BASELINE),
         _steps(PLAIN, BASELINE),
     ),
     Claim(
-        "loss",
-        "The label correlation loss helps: λ = 0.5 over 0",
-        "Tables 1, 2",
-        "mAP",
-        (LOSS, PLAIN),
-        _steps(LOSS, PLAIN),
+        "loss", "The label correlation loss helps: λ = 0.5 over 0", "mAP", (LOSS, PLAIN), _steps(LOSS, PLAIN)
     ),
     Claim(
         "switches",
         "Some interpretation of what the paper leaves open makes the loss gain",
-        "Sec. 2.2-2.4",
         "mAP on held-out training images",
         (),
-        {COCO: (3, None)},
+        {COCO: Trial(3, "Sec. 2.2-2.4")},
     ),
 )
 
@@ -167,27 +169,24 @@ CLAIMS += (
     Claim(
         "place",
         "A map belongs to its label and to the right place",
-        "Fig. 2, 4",
         "pointing game, minus that of another present label's map",
         (LOSS,),
-        {COCO: (5, None)},
+        {COCO: Trial(5, "Fig. 2, 4")},
     ),
     Claim(
         "peaks",
-        'Present labels stand out (absent ones: "almost nothing")',
-        "Fig. 2",
+        'Present labels stand out, AUC above 0.9 (absent ones: "almost nothing")',
         "AUC of the maps' maxima, minus 0.9",
         (LOSS,),
-        {COCO: (5, None), NUS: (5, None)},
+        {COCO: Trial(5, "Fig. 2"), NUS: Trial(5, "Fig. 2")},
         "AUC",
     ),
     Claim(
         "weak",
         "The loss strengthens weak present labels",
-        "Fig. 4",
         "rise of their standardised maximum in another seed's model",
         (LOSS, PLAIN),
-        {COCO: (5, None), NUS: (5, None)},
+        {COCO: Trial(5, "Fig. 4"), NUS: Trial(5, "Fig. 4")},
         "sd",
     ),
 )
@@ -197,36 +196,32 @@ CLAIMS += (
     Claim(
         "vectors",
         "Correlated labels have near label vectors",
-        "Sec. 2.4, Fig. 3",
         "rank correlation of distance and mutual information, times -1",
         (LOSS,),
-        {COCO: (4, None)},
+        {COCO: Trial(4, "Sec. 2.4, Fig. 3")},
         "rho",
     ),
     Claim(
         "companions",
         "With the loss, a label's score depends more on co-occurring objects",
-        "Sec. 3.4",
         "fall of the remaining labels' logits in the object-removal test",
         (LOSS, PLAIN),
-        {COCO: (4, None)},
+        {COCO: Trial(4, "Sec. 3.4")},
         "sd",
     ),
     Claim(
         "context",
         "What the loss gains, it gains from correlation",
-        "Sec. 1, 2.4",
         "gain in mAP, minus that with independent labels",
         (LOSS, PLAIN),
-        {COCO: (4, None)},
+        {COCO: Trial(4, "Sec. 1, 2.4")},
     ),
     Claim(
         "presence",
         "The loss gains more than one that knows mere presence",
-        "Sec. 2.4",
         "mAP",
         (LOSS, ORIGIN),
-        {COCO: (4, None)},
+        {COCO: Trial(4, "Sec. 2.4")},
     ),
 )
 
@@ -243,25 +238,22 @@ def verdict_of(d: Difference, p: float) -> str:
 
 
 # %% ../../nbs/results/claims.ipynb #6701f48b
-TESTS = {
-    f"{claim.name}-{dataset}": (claim, dataset, study, value)
-    for claim in CLAIMS
-    for dataset, (study, value) in claim.datasets.items()
-}
+TRIALS = {f"{claim.name}-{dataset}": (claim, dataset) for claim in CLAIMS for dataset in claim.datasets}
 
 
 # %% ../../nbs/results/claims.ipynb #4740daea
 def entry(id: str, d: Difference, p: float) -> dict:
     """A claim on a data set and what was found: fields for JSON; mean, low and high in the claim's unit."""
-    claim, dataset, study, value = TESTS[id]
-    fields = dict(id=id, claim=claim.claim, dataset=dataset, study=study, section=claim.section)
+    claim, dataset = TRIALS[id]
+    test = claim.datasets[dataset]
+    fields = dict(id=id, claim=claim.claim, dataset=dataset, **test._asdict())
     fields |= dict(variants=[variant.label for variant in claim.variants], measure=claim.measure)
     scale = 100 if claim.unit == "points" else 1
     found = dict(mean=scale * d.mean, low=scale * d.low, high=scale * d.high)
     found |= dict(p=d.p, p_holm=p, p_sign=d.p_sign) if d.n > 1 else {}
     found = {name: float(f"{x:.6g}") for name, x in found.items() if np.isfinite(x)}
     verdict = verdict_of(d, p)
-    return fields | dict(unit=claim.unit, printed=value, n=d.n, **found, verdict=verdict, measured=verdict)
+    return fields | dict(unit=claim.unit, n=d.n, **found, verdict=verdict, measured=verdict)
 
 
 # %% ../../nbs/results/claims.ipynb #1dc47bd9
@@ -270,11 +262,11 @@ def judge(found: Mapping[str, Difference]) -> dict[str, dict]:
 
     A study replaces `measured` by a sentence that says what was measured.
     """
-    p = {}
-    for study in {TESTS[id][2] for id in found}:
-        ids = [id for id in found if TESTS[id][2] == study and found[id].n > 1]
+    p, study_of = {}, {id: claim.datasets[dataset].study for id, (claim, dataset) in TRIALS.items()}
+    for study in set(study_of.values()):
+        ids = [id for id in found if study_of[id] == study and found[id].n > 1]
         p |= dict(zip(ids, holm([found[id].p for id in ids])))
-    return {id: entry(id, found[id], p.get(id, np.nan)) for id in TESTS if id in found}
+    return {id: entry(id, found[id], p.get(id, np.nan)) for id in TRIALS if id in found}
 
 
 # %% ../../nbs/results/claims.ipynb #bd6f707c
@@ -290,8 +282,8 @@ def keep_verdicts(judged: Mapping[str, dict], folder=None) -> None:
     folder = Path(folder) if folder else default_folder("outputs") / "reference" / "studies"
     with folder_lock(folder, wait=True):  # two studies may end at once
         kept = {e["id"]: e for e in read_verdicts(folder)["claims"]}
-        known = judge(dict.fromkeys(TESTS, difference([]))) | kept | judged
-        claims = [known[id] for id in TESTS]
+        known = judge(dict.fromkeys(TRIALS, difference([]))) | kept | judged
+        claims = [known[id] for id in TRIALS]
         counts = Counter(e["verdict"] for e in claims)
         counts = {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
         write_json(
