@@ -74,7 +74,6 @@ from .data import DATASETS, Split, load_split
 from .data.feed import Feeder, flip_mask, prepare
 from cadm_paper.engine.checkpoint import (
     CheckpointError,
-    difference,
     flat,
     load_checkpoint,
     load_optimiser_tensors,
@@ -82,17 +81,7 @@ from cadm_paper.engine.checkpoint import (
     part,
     save_checkpoint,
 )
-from cadm_paper.engine.config import (
-    LATER,
-    WHERE,
-    ConfigError,
-    LossFields,
-    TrainConfig,
-    config_digest,
-    learning_rate,
-    portable,
-    without_gone,
-)
+from .engine.config import ConfigError, LossFields, TrainConfig, difference, learning_rate, portable
 from .engine.processes import MeanOverParts, Team, machine_settings, resolve_machine, team
 from .engine.record import RunRecord, code_version, environment, save_arrays, write_record
 from .engine.variants import run_name
@@ -473,7 +462,7 @@ def save_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
 def load_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
     """Go back to where the checkpoint was written. Raises `CheckpointError` if the configuration, the data or the first weights are others."""
     tensors, state = load_checkpoint(checkpoint_file(folder))
-    refuse_changes(state["config"], config, checkpoint_file(folder))
+    refuse_changes(TrainConfig(**state["config"]), config, checkpoint_file(folder))
     if other := [
         what for what, mark in state.get("origin", {}).items() if trainer.origin.get(what, mark) != mark
     ]:
@@ -495,14 +484,9 @@ def load_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
 
 
 # %% ../nbs/05_train.ipynb #ff4e920b
-def refuse_changes(old: dict, config: TrainConfig, where: Path) -> None:
+def refuse_changes(old: TrainConfig, config: TrainConfig, where: Path) -> None:
     """Raise `CheckpointError` with the differences, unless only places and such changed."""
-    new = portable(config)
-    usual = {
-        name: TrainConfig.model_fields[name].default for name in LATER
-    }  # a field that came later had no other value before
-    same = lambda values: {k: v for k, v in {**usual, **without_gone(values)}.items() if k not in WHERE}
-    if changed := difference(same(old), same(new)):
+    if changed := difference(old, config):
         raise CheckpointError(
             f"{where} belongs to another configuration ({changed}): give the old values, or choose another out_dir"
         )
@@ -749,7 +733,7 @@ def look_at_folder(folder: Path, config: TrainConfig, resume: bool) -> RunRecord
     """The finished run of this configuration if `resume` finds one. Raises `CheckpointError` where something else would be lost."""
     if (folder / "run.json").is_file():
         record = RunRecord.load(folder)
-        refuse_changes(record.extra.get("requested", record.config), config, folder / "run.json")
+        refuse_changes(record.config, config, folder / "run.json")
         return record if resume else None
     if checkpoint_file(folder).is_file() and not resume:
         raise CheckpointError(
@@ -880,9 +864,9 @@ def finish(
     record = write_record(
         folder,
         run_name(asked),
-        config,
+        asked,
         beside,
-        digest=config_digest(asked),
+        machine={name: getattr(config, name) for name in ("device", "precision", "threads")},
         metrics=metrics,
         history=trainer.history,
         timing=seconds,
@@ -892,9 +876,7 @@ def finish(
             "train": describe(train),
             "test": describe(test),
         },
-        environment=environment(str(trainer.team.device), config.precision, config.threads, trainer.code)
-        | {"processes": trainer.team.world},
-        requested=portable(asked),
+        environment=environment(str(trainer.team.device), trainer.code),
         per_class_ap=per_class,
         weights=trainer.model.provenance,
         **extra,

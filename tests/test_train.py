@@ -362,7 +362,7 @@ def test_five_images_in_four_parts_are_three_parts(config):
 
 def test_processes_by_parameter(config):
     record = train(config(processes=2, epochs=1, batch_size=32))
-    assert record.environment["processes"] == 2 and len(record.scores()["scores"]) == 48
+    assert record.config.processes == 2 and len(record.scores()["scores"]) == 48
 
 
 def test_wrong_configurations_are_named_before_anything_is_computed(config):
@@ -466,7 +466,7 @@ def test_the_notebook_trains_from_another_folder(tmp_path, scenes):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     record = RunRecord.load(tmp_path / "here")
-    assert (record.config["lam"], record.config["seed"], record.config["flip"], record.config["lr"]) == (
+    assert (record.config.lam, record.config.seed, record.config.flip, record.config.lr) == (
         0.5,
         3,
         True,

@@ -463,7 +463,7 @@ def hand_made(record: dict, sources: dict, data: str = "") -> State:
         return State("stale", f"trained by hand, and changed while it was: {', '.join(changed)}")
     if changed := [name for name, digest in made.items() if sources.get(name) != digest]:
         return State("stale", f"trained by hand; changed since: {', '.join(changed)}")
-    if data or (record.get("requested") or record.get("config") or {}).get("data_dir"):
+    if data or (record.get("config") or {}).get("data_dir"):
         return State("stale", "trained by hand on data in another folder")
     return State("finished", "up to date; trained by hand")
 
@@ -1328,7 +1328,7 @@ def rows_of(folders: Folders, sources: dict) -> list[dict]:
                 **found,
                 "run": where + found["run"],
                 "config": config,
-                "differs": said(record.get("requested") or config),
+                "differs": said(config),
                 "metrics": record.get("metrics", {}),
                 "seconds": record.get("timing", {}).get("wall_s"),
                 "device": record.get("environment", {}).get("device"),
@@ -1401,8 +1401,9 @@ def flat_facts(record: RunRecord) -> dict:
     modules = code.pop("sources", None) or {}
     short = {f"code.{name}": digest[:12] for name, digest in modules.items()}
     return {
-        **{f"config.{k}": v for k, v in record.config.items()},
+        **{f"config.{k}": v for k, v in dict(record.config).items()},
         **{f"environment.{k}": v for k, v in {**record.environment, "code": code}.items()},
+        **{f"machine.{k}": v for k, v in record.machine.items()},
         **short,
         **{
             f"dataset.{s}.fingerprint": record.dataset.get(s, {}).get("fingerprint")
@@ -1452,7 +1453,7 @@ def scores_problems(record: RunRecord) -> list[str]:
         problems.append(
             f"scores.npz: {len(ids)} images and {len(classes)} classes; run.json says {test.get('images')} and {len(record.dataset.get('classes', []))}"
         )
-    if test.get("fingerprint") != labels_fingerprint(record.config["dataset"], classes, ids, targets):
+    if test.get("fingerprint") != labels_fingerprint(record.config.dataset, classes, ids, targets):
         problems.append("scores.npz: images or labels are not those of the fingerprint in run.json")
     again = multilabel_metrics(scores, targets)
     wrong = [k for k in again if abs(again[k] - record.metrics.get(k, -1)) > 1e-6]
@@ -1478,25 +1479,21 @@ def labels_fingerprint(dataset: str, classes, ids, targets) -> str:
 # %% ../../nbs/app/batch.ipynb #393f7ad7
 def config_problems(record: RunRecord, others: list[RunRecord]) -> list[str]:
     """What is wrong with a record's configuration and with its data, compared with records of the same data set."""
-    asked = record.extra.get("requested") or record.config
-    try:
-        config = TrainConfig(**asked)
-    except ConfigError as error:
-        return [f"config: {error}"]
-    problems, names = [], {config.dataset, record.config["dataset"], record.dataset.get("name")}
+    config = record.config
+    problems, names = [], {config.dataset, record.dataset.get("name")}
     if names != {config.dataset} or config.dataset not in DATASETS:  # the name becomes a folder
         problems.append(
             f"dataset: {', '.join(sorted(map(repr, names)))}: not one known data set; DATASETS names those there are"
         )
-    if config_digest(config) != record.digest and not str(asked.get("weights", "")).endswith(
+    if config_digest(config) != record.digest and not config.weights.endswith(
         (".pth", ".pt", ".safetensors")
     ):
         problems.append("config: its digest is not the one in run.json")
-    like = lambda r: (r.dataset.get("name"), *(r.config.get(k) for k in ("missing", "limit", "holdout")))
+    like = lambda r: (r.dataset.get("name"), r.config.missing, r.config.limit, r.config.holdout)
     prints = {r.dataset["test"].get("fingerprint") for r in others if like(r) == like(record)}
     if prints and record.dataset.get("test", {}).get("fingerprint") not in prints:
         problems.append(
-            f"dataset: not the test images and labels of the other runs on {record.config['dataset']}"
+            f"dataset: not the test images and labels of the other runs on {record.config.dataset}"
         )
     return problems
 
@@ -1534,11 +1531,7 @@ def runs_submit(record: str, by: str = "", folders: Folders | None = None) -> in
         print(f"{record}: not taken\n  " + "\n  ".join(problems), file=sys.stderr)
         return 2
     found = RunRecord.load(source)
-    target = (
-        folders.runs
-        / found.config["dataset"]
-        / run_name(TrainConfig(**(found.extra.get("requested") or found.config)))
-    )
+    target = folders.runs / found.config.dataset / run_name(found.config)
     if (target / "run.json").exists():
         print(
             f"{target}: there is a record of this configuration already; `cadm runs diff` compares them",

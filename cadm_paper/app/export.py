@@ -69,7 +69,7 @@ def card_facts(record: RunRecord) -> dict:
         "license": "apache-2.0" if data.startswith("scenes") else "other",
         "library_name": "cadm-paper",
         "pipeline_tag": "image-classification",
-        "tags": ["multi-label-classification", "class-activation-maps", "cadm", record.config["backbone"]],
+        "tags": ["multi-label-classification", "class-activation-maps", "cadm", record.config.backbone],
         "model-index": [
             {
                 "name": record.name,
@@ -106,7 +106,7 @@ def card_limits(record: RunRecord) -> str:
             "- It was trained on DigitScenes, an embedded benchmark of handwritten digits pasted on crops of two photographs. It is of no use on photographs of anything else."
         )
     lines.append(
-        f"- One seed ({record.config['seed']}): another may differ by more than the rows of a table do."
+        f"- One seed ({record.config.seed}): another may differ by more than the rows of a table do."
     )
     return "\n".join(lines)
 
@@ -155,16 +155,16 @@ def model_card(record: RunRecord, folder: str = ".") -> str:
         "digest": record.digest,
         "code": f"cadm_paper {code.get('cadm_paper')}, commit {code.get('commit', 'unknown')}",
         "device": env.get("device"),
-        "precision": env.get("precision"),
+        "precision": record.machine.get("precision"),
     }
-    use = USE.format(folder=folder, **{k: record.config[k] for k in ("resize", "normalise")})
+    use = USE.format(folder=folder, resize=record.config.resize, normalise=record.config.normalise)
     return f"""---
 {front}
 ---
 
 # {row_name(row_key(record))} on {record.dataset["name"]}
 
-A row of the tables in *CADM, reproduced*, the companion of "Multi-Label Image Recognition with Joint Class-Aware Map Disentangling and Label Correlation Embedding" (Chen, Wei, Jin, Guo; ICME 2019): {record.config["backbone"]}, {record.config["image_size"]} × {record.config["image_size"]} px.
+A row of the tables in *CADM, reproduced*, the companion of "Multi-Label Image Recognition with Joint Class-Aware Map Disentangling and Label Correlation Embedding" (Chen, Wei, Jin, Guo; ICME 2019): {record.config.backbone}, {record.config.image_size} × {record.config.image_size} px.
 
 ## Limits
 
@@ -182,7 +182,7 @@ Percent, on the test split of {record.dataset["name"]}, at the last epoch; prese
 
 ## Recipe
 
-{pairs_table(record.config, ("parameter", "value"))}
+{pairs_table(dict(record.config), ("parameter", "value"))}
 
 ## Data and origin
 
@@ -231,5 +231,5 @@ def export_run(run: RunRecord | str | Path, out: str | Path, onnx: bool = False)
         write_json(new / "preprocessor_config.json", preprocessing(record))
         (new / "README.md").write_text(model_card(record, out.name), encoding="utf-8")
         if onnx:
-            export_onnx(CADM.from_pretrained(new), new / "model.onnx", record.config["image_size"])
+            export_onnx(CADM.from_pretrained(new), new / "model.onnx", record.config.image_size)
     return out

@@ -22,15 +22,7 @@ from urllib.parse import quote
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cadm_paper.engine.config import (
-    LATER,
-    WHERE,
-    ConfigError,
-    TrainConfig,
-    config_digest,
-    explain,
-    given_parameters,
-)
+from ..engine.config import WHERE, ConfigError, TrainConfig, config_digest, explain, given_parameters
 from ..engine.record import RecordError, RunRecord, is_record, load_runs
 from cadm_paper.figures import (
     Picture,
@@ -169,7 +161,7 @@ def setup(record: RunRecord) -> tuple:
     return tuple(
         sorted(
             (k, v)
-            for k, v in {**LATER, **record.config}.items()
+            for k, v in dict(record.config).items()
             if k not in (*WHERE, "seed", "method", "lam", "preset")
         )
     )
@@ -178,7 +170,7 @@ def setup(record: RunRecord) -> tuple:
 # %% ../../nbs/app/report.ipynb #544b70a1
 def block_key(record: RunRecord) -> tuple:
     """Data set, image size and backbone."""
-    return (record.dataset.get("name"), record.config.get("image_size"), record.config.get("backbone"))
+    return (record.dataset.get("name"), record.config.image_size, record.config.backbone)
 
 
 # %% ../../nbs/app/report.ipynb #71bdab46
@@ -197,7 +189,7 @@ def differs(one: tuple, usual: tuple) -> str:
 # %% ../../nbs/app/report.ipynb #2cadd203
 def measured_line(runs: Sequence[RunRecord], note: str = "") -> Line:
     """Mean over seeds in percent and, for more than one seed, the sample standard deviation."""
-    runs = sorted(runs, key=lambda r: (r.config["seed"], r.name))
+    runs = sorted(runs, key=lambda r: (r.config.seed, r.name))
     values, sd = {}, {}
     for column in COLUMNS:
         found = [r.metrics.get(column) for r in runs]
@@ -207,7 +199,7 @@ def measured_line(runs: Sequence[RunRecord], note: str = "") -> Line:
         values[column] = 100 * float(np.mean(found))
         if len(runs) > 1:
             sd[column] = 100 * float(np.std(found, ddof=1))
-    seeds = [str(r.config["seed"]) for r in runs]
+    seeds = [str(r.config.seed) for r in runs]
     said = f"seed {seeds[0]}" if len(runs) == 1 else f"n = {len(runs)}, seeds {', '.join(seeds)}"
     return Line(
         row_name(row_key(runs[0])),
@@ -272,11 +264,7 @@ def unfinished_runs(folder) -> list[Unfinished]:
 # %% ../../nbs/app/report.ipynb #1e14ac25
 def outdated(record: RunRecord) -> str:
     """Why a record's configuration is no longer what it was, or an empty string."""
-    asked = record.extra.get("requested", record.config)
-    try:
-        same = config_digest(TrainConfig(**asked)) == record.digest
-    except ConfigError as error:
-        return f"its configuration is no longer understood ({error})"
+    same = config_digest(record.config) == record.digest
     return "" if same else "made when the configuration meant something else"
 
 
@@ -383,7 +371,7 @@ COMPARED = {
     "packages": lambda r: r.environment.get("packages"),
     "Python": lambda r: r.environment.get("python"),
     "device": lambda r: r.environment.get("device"),
-    "precision": lambda r: r.environment.get("precision"),
+    "precision": lambda r: r.machine.get("precision"),
 }
 
 
@@ -590,7 +578,7 @@ def table_data(shown: ResultTable) -> dict:
 
     def plain(line: Line) -> dict:
         method, lam = line.key or (None, None)
-        runs = [{"record": source(r), "digest": r.digest, "seed": r.config["seed"]} for r in line.runs]
+        runs = [{"record": source(r), "digest": r.digest, "seed": r.config.seed} for r in line.runs]
         return {
             "row": line.label,
             "method": method,
@@ -763,7 +751,7 @@ def pick(
         (method, lam if method == "cadm" else None),
         [r for r in runs if dataset in (None, r.dataset.get("name"))],
     )
-    found = [r for r in there if row_key(r) == key and seed in (None, r.config["seed"])]
+    found = [r for r in there if row_key(r) == key and seed in (None, r.config.seed)]
     if not found:
         what = " ".join(
             filter(
@@ -780,7 +768,7 @@ def pick(
             f"no finished run of {row_name(key)}{' on ' + dataset if dataset else ''}: `cadm train --preset mini {what}`, or `cadm reproduce`"
         )
     usual = usual_setup(there)
-    return min(found, key=lambda r: (bool(outdated(r)), setup(r) != usual, r.config["seed"], r.name))
+    return min(found, key=lambda r: (bool(outdated(r)), setup(r) != usual, r.config.seed, r.name))
 
 
 # %% ../../nbs/app/report.ipynb #c69ba2c4
@@ -789,8 +777,8 @@ def pair_of_runs(
 ) -> tuple[RunRecord, RunRecord]:
     """Figure 4's two runs, equal in everything but lambda: without (0) and with. Raises `NoRuns`."""
     with_ = pick(runs, "cadm", lam, dataset, seed)
-    same = [r for r in runs if setup(r) == setup(with_) and r.config["seed"] == with_.config["seed"]]
-    return pick(same, "cadm", 0.0, dataset, with_.config["seed"]), with_
+    same = [r for r in runs if setup(r) == setup(with_) and r.config.seed == with_.config.seed]
+    return pick(same, "cadm", 0.0, dataset, with_.config.seed), with_
 
 
 # %% ../../nbs/app/report.ipynb #8d209a71
@@ -860,10 +848,10 @@ def gain(of: Block, plan: TablePlan) -> Gain | None:
     }
     pairs = sorted(
         (
-            (a.config["seed"], a, b)
+            (a.config.seed, a, b)
             for a in lines[0.0]
             for b in lines[0.5]
-            if a.config["seed"] == b.config["seed"] and setup(a) == setup(b)
+            if a.config.seed == b.config.seed and setup(a) == setup(b)
         ),
         key=lambda t: t[0],
     )
@@ -1033,16 +1021,15 @@ def shown_environment(environment: dict) -> dict:
 # %% ../../nbs/app/report.ipynb #0bfb0d36
 def run_entry(record: RunRecord, why: str = "") -> dict:
     """What the page says of a run: name, row, times, and its configuration, data, environment and numbers as name-value pairs."""
-    asked = record.extra.get("requested", {})
     config = [
-        (k, v, f"asked for: {asked[k]}" if k in asked and asked[k] != record.config[k] else "")
-        for k, v in flat(record.config)
+        (k, v, f"was: {record.machine[k]}" if record.machine.get(k, v) != v else "")
+        for k, v in flat(dict(record.config))
     ]
-    others = {k: v for k, v in record.extra.items() if k not in ("requested", "per_class_ap")}
+    others = {k: v for k, v in record.extra.items() if k != "per_class_ap"}
     return {
         "name": source(record),
         "row": row_name(row_key(record)),
-        "seed": record.config["seed"],
+        "seed": record.config.seed,
         "epochs": len(record.history) or "–",
         "time": seconds_text(record.timing.get("wall_s")),
         "training": seconds_text(record.timing.get("training_s")),

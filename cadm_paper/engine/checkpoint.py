@@ -12,7 +12,6 @@ __all__ = [
     "CheckpointError",
     "save_checkpoint",
     "load_checkpoint",
-    "difference",
 ]
 
 # %% ../../nbs/engine/checkpoint.ipynb #daf827b7
@@ -105,11 +104,3 @@ def load_checkpoint(path) -> tuple[dict[str, Tensor], dict]:
     if header.get("schema") != SCHEMA:
         raise CheckpointError(f"{path}: not a checkpoint of this version (schema {SCHEMA!r} expected)")
     return tensors, json.loads(header["state"])
-
-
-# %% ../../nbs/engine/checkpoint.ipynb #5ec88c4b
-def difference(old: dict, new: dict) -> str:
-    """The entries in which two configurations differ, as `name: old -> new`."""
-    return ", ".join(
-        f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
-    )

@@ -6,8 +6,6 @@
 __all__ = [
     "PRESETS",
     "WHERE",
-    "LATER",
-    "GONE",
     "TaskFields",
     "DataFields",
     "ModelFields",
@@ -18,9 +16,9 @@ __all__ = [
     "TrainConfig",
     "explain",
     "learning_rate",
-    "without_gone",
     "portable",
     "config_digest",
+    "difference",
     "given_parameters",
     "truth",
 ]
@@ -243,6 +241,12 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
         except ValidationError as error:
             raise ConfigError(explain(error, type(self))) from None
 
+    def __getitem__(self, name: str):
+        return getattr(self, name)
+
+    def get(self, name: str, default=None):
+        return getattr(self, name, default)
+
     @model_validator(mode="before")
     @classmethod
     def _no_truth_values_as_numbers(cls, values):
@@ -298,46 +302,7 @@ def learning_rate(config: TrainConfig, epoch: float) -> float:
 
 
 # %% ../../nbs/engine/config.ipynb #a9e56f58
-WHERE = ("data_dir", "out_dir", "workers")  # where and how, not what
-LATER = {
-    "center": "present",
-    "optimizer": "sgd",
-}  # fields that older records lack, and the value that they had
-
-# %% ../../nbs/engine/config.ipynb #e71115c0
-GONE = {  # fields that older records have, and the one value that all of them had
-    "asl_clip": 0.05,
-    "checkpoint_minutes": 5.0,
-    "classification": "bce",
-    "crops": "none",
-    "crowd": True,
-    "decay_norms": True,
-    "difficult": "ignore",
-    "ema_decay": 0.0,
-    "embed_relu": "hidden",
-    "embed_resize": "interpolate",
-    "gamma_neg": 4.0,
-    "gamma_pos": 0.0,
-    "lce_scale": 1.0,
-    "limit_test": 0,
-    "pack_dir": None,
-    "report_epoch": "last",
-    "sync_bn": False,
-    "tensorboard": False,
-    "tf32": True,
-    "unlabelled_test": "keep",
-}
-
-
-# %% ../../nbs/engine/config.ipynb #8c9ccd51
-def without_gone(values: dict) -> dict:
-    """A configuration as an older version wrote it, with today's fields. Raises `ConfigError` where one that is gone had another value."""
-    if other := [k for k, v in GONE.items() if values.get(k, v) != v]:
-        raise ConfigError(
-            f"{', '.join(other)}: there is no such field any more, and it was not at its default"
-        )
-    kept = {k: v for k, v in values.items() if k not in GONE and k != "limit_train"}
-    return {**kept, "limit": values["limit_train"]} if "limit_train" in values else kept
+WHERE = ("data_dir", "out_dir", "workers", "preset")  # where and how, not what
 
 
 # %% ../../nbs/engine/config.ipynb #e5c11f93
@@ -352,14 +317,17 @@ def portable(config: BaseModel) -> dict:
 
 # %% ../../nbs/engine/config.ipynb #106ca02d
 def config_digest(config: BaseModel) -> str:
-    """SHA-256 over every field that can change a number."""
-    what = {k: v for k, v in portable(config).items() if k not in WHERE and (k not in LATER or v != LATER[k])}
-    if isinstance(
-        config, TrainConfig
-    ):  # as long as committed records carry the digest with the fields that are gone
-        gone = {k: v for k, v in GONE.items() if k not in ("pack_dir", "checkpoint_minutes", "tensorboard")}
-        what = {**gone, "limit_train": what.pop("limit"), **what}
+    """SHA-256 over every field that can change a number and is not at its default."""
+    usual = {name: field.default for name, field in type(config).model_fields.items()}
+    what = {k: v for k, v in portable(config).items() if k not in WHERE and v != usual[k]}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+# %% ../../nbs/engine/config.ipynb #12003c63
+def difference(old: TrainConfig, new: TrainConfig) -> str:
+    """The fields in which two configurations mean other numbers, as `name: old -> new`; empty if there are none."""
+    old, new = portable(old), portable(new)
+    return ", ".join(f"{k}: {old[k]!r} -> {new[k]!r}" for k in new if k not in WHERE and old[k] != new[k])
 
 
 # %% ../../nbs/engine/config.ipynb #881ea601

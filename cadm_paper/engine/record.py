@@ -4,16 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    "PACKAGES",
     "SCHEMA",
-    "installed",
     "code_version",
-    "cpu_name",
     "environment",
     "RecordError",
-    "RunParts",
-    "RunRecord",
     "save_arrays",
+    "RunRecord",
     "write_record",
     "load_runs",
     "is_record",
@@ -33,24 +29,15 @@ from pathlib import Path
 import numpy as np
 
 import cadm_paper
-from .config import ConfigError, TrainConfig, config_digest, portable, without_gone
+from .config import ConfigError, TrainConfig, config_digest, portable
 from ..files import checkout_root, sha256_file, whole_file, write_json
 
 # %% ../../nbs/engine/record.ipynb #38a6cf78
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "scikit-learn",
-    "pillow",
-    "pycocotools",
-    "safetensors",
-    "pydantic",
-)
+_PACKAGES = "torch torchvision numpy scikit-learn pillow pycocotools safetensors pydantic".split()
 
 
 # %% ../../nbs/engine/record.ipynb #e4c0ab51
-def installed(package: str) -> str | None:
+def _installed(package: str) -> str | None:
     """Version of an installed package, or None."""
     try:
         return version(package)
@@ -81,7 +68,7 @@ def code_version() -> dict:
 
 
 # %% ../../nbs/engine/record.ipynb #d1f6bd14
-def cpu_name() -> str:
+def _cpu_name() -> str:
     """Model name of the processor as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -91,28 +78,23 @@ def cpu_name() -> str:
 
 
 # %% ../../nbs/engine/record.ipynb #27ff8ad8
-def environment(
-    device: str = "cpu", precision: str = "fp32", threads: int = 1, code: dict | None = None
-) -> dict:
-    """Code (with what else `code` says of it), packages, device and machine settings of a run; no host name, no path."""
+def environment(device: str = "cpu", code: dict | None = None) -> dict:
+    """Code (with what else `code` says of it), packages, system and the name of the processor or GPU; no host name, no path."""
     import torch
 
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     return {
         "code": {**code_version(), **(code or {})},
-        "packages": {p: installed(p) for p in PACKAGES},
+        "packages": {p: _installed(p) for p in _PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "device": gpu or cpu_name(),
-        "device_type": device.split(":")[0],
+        "device": gpu or _cpu_name(),
         "cuda": torch.version.cuda if gpu else None,
-        "precision": precision,
-        "threads": threads,
     }
 
 
 # %% ../../nbs/engine/record.ipynb #065a3213
-SCHEMA = "cadm-run/1"
+SCHEMA = "cadm-run/2"
 
 
 # %% ../../nbs/engine/record.ipynb #3e08621d
@@ -120,14 +102,21 @@ class RecordError(ValueError):
     """A folder that holds no finished run, or one that was changed; the message names the file."""
 
 
+# %% ../../nbs/engine/record.ipynb #eab89209
+def save_arrays(path, **arrays) -> None:
+    """Write arrays to a compressed .npz, whole or not at all."""
+    with whole_file(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
 # %% ../../nbs/engine/record.ipynb #2a9ab1b8
 @dataclass(repr=False)
-class RunParts:
-    """The content of `run.json`, and the arrays beside it."""
+class RunRecord:
+    """A finished run: the content of its `run.json`, read and checked, and the arrays beside it."""
 
     folder: Path
     name: str
-    config: dict
+    config: TrainConfig
     metrics: dict
     history: list
     dataset: dict
@@ -135,28 +124,19 @@ class RunParts:
     timing: dict
     files: dict
     digest: str
-    schema: str = SCHEMA
-    extra: dict = field(default_factory=dict)
+    machine: dict = field(default_factory=dict)
+    extra: dict = field(default_factory=dict)  # all else in run.json
+    archive: Path | None = None  # where a study keeps the arrays
+
+    def __post_init__(self):
+        if isinstance(self.config, dict):
+            try:
+                self.config = TrainConfig(**self.config)
+            except ConfigError as error:
+                raise RecordError(f"{self.folder / 'run.json'}: config: {error}") from None
 
     def __repr__(self):
         return f"{type(self).__name__}({self.dataset.get('name')}/{self.name})"
-
-    def arrays(self, file: str) -> dict | None:
-        """Arrays of an .npz beside the record (never unpickled); None if the run wrote none. Raises `RecordError` if it was changed."""
-        if file not in self.files:
-            return None
-        path = self.folder / file
-        if not path.is_file():
-            raise RecordError(f"{path}: named by run.json but not there")
-        if sha256_file(path) != self.files[file]:
-            raise RecordError(f"{path}: differs from the checksum in run.json")
-        with np.load(path, allow_pickle=False) as data:
-            return dict(data)
-
-
-# %% ../../nbs/engine/record.ipynb #1f276a69
-class RunRecord(RunParts):
-    """A finished run: `run.json`, read and checked, and its arrays."""
 
     @classmethod
     def load(cls, folder) -> "RunRecord":
@@ -171,35 +151,54 @@ class RunRecord(RunParts):
         return cls.from_dict(content, folder)
 
     @classmethod
-    def from_dict(cls, content: dict, folder) -> "RunRecord":
+    def from_dict(cls, content: dict, folder, archive: Path | None = None) -> "RunRecord":
         """Check the schema, and that every part is there and of its kind."""
         path = Path(folder) / "run.json"
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise RecordError(f"{path}: schema {SCHEMA!r} expected")
-        parts = [p for p in cls.__dataclass_fields__ if p not in ("folder", "extra")]
-        if lacking := [p for p in parts if p not in content]:
+        if lacking := [p for p in _PARTS if p not in content]:
             raise RecordError(f"{path}: lacks {', '.join(lacking)}")
-        kind = {p: cls.__dataclass_fields__[p].type for p in parts}
-        if wrong := [
-            f"{p} is not a {kind[p].__name__}" for p in parts if not isinstance(content[p], kind[p])
-        ]:
+        if wrong := [f"{p} is not a {k.__name__}" for p, k in _PARTS.items() if type(content[p]) is not k]:
             raise RecordError(f"{path}: {', '.join(wrong)}")
-        for name in ("config", "requested"):
-            if name in content:
-                content = {**content, name: without_gone(content[name])}
-        extra = {k: v for k, v in content.items() if k not in parts}
-        return cls(folder=Path(folder), extra=extra, **{p: content[p] for p in parts})
+        if lacking := {"image_size", "resize", "normalise"} - content["config"].keys():
+            raise RecordError(f"{path}: config: lacks {', '.join(sorted(lacking))}")
+        extra = {k: v for k, v in content.items() if k not in _PARTS}
+        return cls(Path(folder), extra=extra, archive=archive, **{p: content[p] for p in _PARTS})
 
     def seen_at(self) -> dict:
-        """How its model sees a picture: image_size, resize, normalise. Raises `RecordError` for a setting that is missing or wrong."""
-        names = ("image_size", "resize", "normalise")
-        try:
-            config = TrainConfig(**{name: self.config[name] for name in names})
-        except (KeyError, ConfigError) as error:
-            raise RecordError(
-                f"{self.folder / 'run.json'}: config: {f'lacks {error}' if isinstance(error, KeyError) else error}"
-            ) from None
-        return {name: getattr(config, name) for name in names}
+        """How its model sees an image: image_size, resize, normalise."""
+        return {name: getattr(self.config, name) for name in ("image_size", "resize", "normalise")}
+
+    def _place(self, file: str) -> tuple[Path, str]:
+        """Where the arrays of a file are: an .npz, and what their names begin with there."""
+        if self.archive:
+            return self.archive, f"{self.name}/{Path(file).stem}/"
+        return self.folder / file, ""
+
+    def _read(self, file: str) -> dict:
+        """The arrays of a file, never unpickled; empty if they were not kept."""
+        path, start = self._place(file)
+        if not path.is_file():
+            return {}
+        with np.load(path, allow_pickle=False) as data:
+            return {key.removeprefix(start): data[key] for key in data.files if key.startswith(start)}
+
+    def arrays(self, file: str) -> dict | None:
+        """Arrays of an .npz that the run wrote; None if it wrote none. Raises `RecordError` if they were changed or not kept."""
+        if file not in self.files:
+            return None
+        path, _ = self._place(file)
+        expected = self.extra["archive"]["sha256"] if self.archive else self.files[file]
+        if path.is_file() and sha256_file(path) != expected:
+            raise RecordError(f"{path}: differs from the checksum in the record")
+        found = self._read(file)
+        if not found:
+            raise RecordError(f"{self.folder / file}: named by the record but not there")
+        return found
+
+    def holds(self, file: str) -> bool:
+        """Whether the arrays of a file are kept."""
+        return bool(self._read(file))
 
     def scores(self) -> dict | None:
         """image_ids, classes, targets N x C and scores, scores_fcls, scores_scls N x C."""
@@ -209,17 +208,35 @@ class RunRecord(RunParts):
         """Maps, scores, targets and thumbnails of the drawn test images; None for runs without maps."""
         return self.arrays("maps.npz")
 
+    def beside(self, file: str) -> dict | None:
+        """Arrays that `keep` wrote for this very record; None if there are none. Raises `RecordError` if they are another record's."""
+        found = self._read(file)
+        if (
+            not self.archive
+            and found
+            and str(found.pop("record", "")) != sha256_file(self.folder / "run.json")
+        ):
+            raise RecordError(
+                f"{self.folder / file} was made from another run than the run.json beside it: delete it and make it again"
+            )
+        return found or None
 
-# %% ../../nbs/engine/record.ipynb #eab89209
-def save_arrays(path, **arrays) -> None:
-    """Write arrays to a compressed .npz, whole or not at all."""
-    with whole_file(path) as file:
-        np.savez_compressed(file, **arrays)
+    def keep(self, file: str, **arrays) -> None:
+        """Write arrays made from a finished run into an .npz beside it, bound to its `run.json` by checksum."""
+        save_arrays(self.folder / file, record=np.array(sha256_file(self.folder / "run.json")), **arrays)
+
+
+# %% ../../nbs/engine/record.ipynb #92f0e626
+_PARTS = {
+    part: dict if part == "config" else f.type
+    for part, f in RunRecord.__dataclass_fields__.items()
+    if part not in ("folder", "extra", "archive")
+}
 
 
 # %% ../../nbs/engine/record.ipynb #13bd5cf8
 def write_record(folder, name: str, config: TrainConfig, beside: list[str], **parts) -> RunRecord:
-    """Write `run.json` last: checksums of the files `beside` it, the resolved configuration without paths, and the given parts."""
+    """Write `run.json` last: checksums of the files `beside` it, the configuration as asked for without paths, and the given parts."""
     folder = Path(folder)
     content = {
         "schema": SCHEMA,
@@ -227,18 +244,34 @@ def write_record(folder, name: str, config: TrainConfig, beside: list[str], **pa
         "digest": config_digest(config),
         "config": portable(config),
         "files": {file: sha256_file(folder / file) for file in beside},
+        "machine": {},
         **parts,
     }
     write_json(folder / "run.json", content)
     return RunRecord.load(folder)
 
 
+# %% ../../nbs/engine/record.ipynb #c8f56882
+def _study_runs(study: Path) -> list[RunRecord]:
+    """The records of a `runs.jsonl`. Raises `RecordError` with the line's number."""
+    found = []
+    for number, line in enumerate(study.read_text(encoding="utf-8").splitlines(), 1):
+        content = json.loads(line)
+        archive = study.parent / content["archive"]["file"] if "archive" in content else None
+        folder = study.parent / content["dataset"]["name"] / content["name"]
+        try:
+            found.append(RunRecord.from_dict(content, folder, archive))
+        except RecordError as error:
+            raise RecordError(f"{study}, line {number}: {error}") from None
+    return found
+
+
 # %% ../../nbs/engine/record.ipynb #740e8e38
 def load_runs(folder) -> list[RunRecord]:
-    """Every finished run below `folder`, in order of data set and name; folders without `run.json` are passed over."""
-    found = [
-        RunRecord.load(path.parent) for path in sorted(Path(folder).rglob("run.json")) if is_record(path)
-    ]
+    """Every finished run below `folder`, of run folders and of studies, in order of data set and name."""
+    found = [RunRecord.load(path.parent) for path in Path(folder).rglob("run.json") if is_record(path)]
+    for study in Path(folder).rglob("runs.jsonl"):
+        found += _study_runs(study)
     return sorted(found, key=lambda r: (r.dataset.get("name", ""), r.name))
 
 

@@ -15,40 +15,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cadm_paper.data.scenes import paired_scenes
-from cadm_paper.engine.record import RunRecord, save_arrays
-from cadm_paper.files import sha256_file
+from cadm_paper.engine.record import RunRecord
 from cadm_paper.loss import center_attraction, distances_to_center, hinged
 from cadm_paper.metrics import multilabel_metrics
 from cadm_paper.model import CADM
 from cadm_paper.results.statistics import Difference, bootstrap, difference, draws
 
 
-# %% ../../nbs/results/measures.ipynb #e1f24113
-def keep_beside(record: RunRecord, name: str, **arrays) -> None:
-    """Write arrays beside a record, with the record's checksum."""
-    mark = np.array(sha256_file(record.folder / "run.json"))
-    save_arrays(record.folder / name, record=mark, **arrays)
-
-
-# %% ../../nbs/results/measures.ipynb #c235fd92
-def beside(record: RunRecord, name: str) -> dict[str, np.ndarray] | None:
-    """Arrays kept beside a record, None if there are none; ValueError if they belong to another record."""
-    path = record.folder / name
-    if not path.is_file():
-        return None
-    with np.load(path, allow_pickle=False) as file:
-        found = dict(file)
-    if str(found.pop("record")) != sha256_file(record.folder / "run.json"):
-        raise ValueError(
-            f"{path} was made from another run than the run.json beside it: delete it, make it again"
-        )
-    return found
-
-
 # %% ../../nbs/results/measures.ipynb #21d72a67
 def replicates(record: RunRecord, array: str = "scores", count: int = 200) -> np.ndarray:
     """mAP of one score array of a record, then its bootstrap replicates over test images: 1 + count."""
-    kept = (beside(record, "replicates.npz") or {}).get(array, ())
+    kept = (record.beside("replicates.npz") or {}).get(array, ())
     if len(kept) == 1 + count:
         return kept
     found = record.scores()
@@ -60,7 +37,7 @@ def replicates(record: RunRecord, array: str = "scores", count: int = 200) -> np
 def keep_replicates(record: RunRecord) -> None:
     """Write `replicates.npz` beside a record: mAP and replicates of each of its score arrays."""
     arrays = [name for name in record.scores() if name.startswith("scores")]
-    keep_beside(record, "replicates.npz", **{name: replicates(record, name) for name in arrays})
+    record.keep("replicates.npz", **{name: replicates(record, name) for name in arrays})
 
 
 # %% ../../nbs/results/measures.ipynb #39239a6f
@@ -233,13 +210,13 @@ def keep_evidence(record: RunRecord, split) -> None:
     """Measure a finished run's model on a split and write `evidence.npz` beside its record."""
     short = lambda name: name in ("vectors_present", "vectors_absent", "pmi") or name.startswith("pairs")
     found = {k: v.astype(np.float16) if short(k) else v for k, v in measure(record, split).items()}
-    keep_beside(record, "evidence.npz", **found)
+    record.keep("evidence.npz", **found)
 
 
 # %% ../../nbs/results/measures.ipynb #5c63164f
 def evidence(record: RunRecord) -> dict[str, np.ndarray] | None:
-    """What `keep_evidence` kept beside a record, None without it; ValueError if it is of another record."""
-    return beside(record, "evidence.npz")
+    """What `keep_evidence` kept beside a record, None without it; `RecordError` if it is of another record."""
+    return record.beside("evidence.npz")
 
 
 # %% ../../nbs/results/measures.ipynb #34cd2dc8

@@ -1,0 +1,74 @@
+"""Store finished runs as a study: one record a line in runs.jsonl, their numbers in results.csv, arrays in one .npz a variant.
+
+python tools/store_runs.py outputs/runs outputs/reference/studies/mine --keep replicates.npz evidence.npz
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from cadm_paper.engine.record import SCHEMA, RunRecord, load_runs
+from cadm_paper.engine.variants import Variant
+from cadm_paper.files import sha256_file
+
+
+def line_of(record: RunRecord) -> dict:
+    """The content of a record's run.json."""
+    parts = {k: v for k, v in vars(record).items() if k not in ("folder", "extra", "archive", "config")}
+    return {"schema": SCHEMA, "config": record.config.model_dump(), **parts, **record.extra}
+
+
+def store(records: Iterable[RunRecord], arrays: dict[str, dict[str, np.ndarray]], study: Path) -> None:
+    """Write a study: records, and by a record's name its arrays under file/array. The folder must be new."""
+    study.mkdir(parents=True)
+    records = sorted(records, key=lambda r: (Variant.of(r), r.dataset["name"], r.config.seed, r.name))
+    lines, archives = {r.name: line_of(r) for r in records}, {}
+    assert len(lines) == len(records), "two runs of one name"
+    for r in records:
+        for key, values in arrays.get(r.name, {}).items():
+            archives.setdefault(f"{Variant.of(r).slug}.npz", {})[f"{r.name}/{key}"] = values
+    for file, content in archives.items():
+        np.savez_compressed(study / file, **content)
+        for name in {key.split("/")[0] for key in content}:
+            lines[name]["archive"] = {"file": file, "sha256": sha256_file(study / file)}
+    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines.values())
+    (study / "runs.jsonl").write_text(text, encoding="utf-8")
+    write_results(records, study / "results.csv")
+
+
+def write_results(records: list[RunRecord], path: Path) -> None:
+    """One row a run: which, all metrics (fractions), commit."""
+    metrics = list(dict.fromkeys(name for r in records for name in r.metrics))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["variant", "seed", "dataset", *metrics, "commit", "run"])
+        writer.writeheader()
+        for r in records:
+            which = dict(
+                variant=Variant.of(r).slug, seed=r.config.seed, dataset=r.dataset["name"], run=r.name
+            )
+            writer.writerow({**which, **r.metrics, "commit": r.environment["code"].get("commit")})
+
+
+def kept_arrays(record: RunRecord, files: Iterable[str]) -> dict[str, np.ndarray]:
+    """What a run folder holds of some .npz files, under file/array; checked."""
+    found = {}
+    for file in files:
+        if (record.folder / file).is_file():
+            read = record.arrays(file) if file in record.files else record.beside(file)
+            found |= {f"{Path(file).stem}/{key}": values for key, values in read.items()}
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--keep", nargs="*", default=["replicates.npz", "evidence.npz"])
+    given = parser.parse_args()
+    runs = load_runs(given.runs)
+    store(runs, {r.name: kept_arrays(r, given.keep) for r in runs}, given.study)
+    print(f"{len(runs)} runs in {given.study}")
