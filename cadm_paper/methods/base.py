@@ -6,9 +6,8 @@
 __all__ = ["METHODS", "Output", "MethodArgs", "Head", "load_model"]
 
 # %% ../../nbs/methods/base.ipynb #e7f11677
-import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -18,6 +17,7 @@ from jaxtyping import Float
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from ..files import known
 from ..loss import LossTerms, classification_loss
 from ..model import CADM, LAST, Network, load_network
 
@@ -76,16 +76,6 @@ class Head(nn.Module):
         reduction = self.args.reduction_classes
         cls = classification_loss(output.logits, targets, reduction_classes=reduction, num_images=num_images)
         return LossTerms(cls, cls, torch.zeros_like(cls))
-
-
-# %% ../../nbs/methods/base.ipynb #daa8ad05
-def known(name: str, names: Iterable[str], what: str) -> str:
-    """The name, if it is one of `names`. Raises `ValueError` with the nearest one."""
-    if name in (names := sorted(names)):
-        return name
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names) or 'none'}"
-    raise ValueError(f"{what} {name!r}; {hint}")
 
 
 # %% ../../nbs/methods/base.ipynb #b57c94f3
