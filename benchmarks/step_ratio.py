@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from measure import in_turn, keep_freed_memory, setting, spread, write
 
-from cadm_paper.data.feed import Batch, prepare
+from cadm_paper.data.loading import Batch, prepare
 from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.processes import Team, machine_settings, resolve_machine
 from cadm_paper.model import narrow_resnet

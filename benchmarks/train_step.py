@@ -5,7 +5,7 @@
 (c) usual:  the loop of the field's published code: float32, NCHW, eager, foreach SGD, with TF32 convolutions on and off.
 
 Beside them: the share of the roofline that (b) reaches, reckoned from this device's own measured matrix rate and bandwidth; an
-epoch of made photographs from a pack with the loader in the loop, as a share of the step's own rate; peak memory per batch size.
+epoch of generated photographs with the loader in the loop, as a share of the step's own rate; peak memory per batch size.
 
     python benchmarks/train_step.py --out benchmarks/results/train_step-gpu.json             # a GPU
     python benchmarks/train_step.py --small                                                  # a CPU: that it works, not how fast
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from measure import in_turn, peak_bytes, seconds, setting, spread, write
 
-from cadm_paper.data.feed import Batch, Feeder
-from cadm_paper.data.pack import pack
+from cadm_paper.data.loading import Batch, Loader
+from cadm_paper.data.split import Split
 from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.processes import Team, machine_settings, resolve_machine
 from cadm_paper.model import CADM
@@ -165,38 +165,26 @@ def roofline(config: TrainConfig, device, limits: dict) -> dict:
     return {"least_seconds": time_, "flops": flops}
 
 
-class MadePhotographs:
-    """Enough of a split for the feeder: noise of photograph-like smoothness, written as JPEGs."""
+def generated_photographs(folder: Path, count: int, size: int) -> Split:
+    """A split of smooth noise, written as JPEGs."""
+    from PIL import Image
 
-    def __init__(self, folder: Path, count: int, size: int):
-        from PIL import Image
-
-        rng = np.random.default_rng(0)
-        self.image_ids = [f"{i:06}" for i in range(count)]
-        self.paths = [folder / f"{i}.jpg" for i in self.image_ids]
-        self.labels, self.classes = (
-            (rng.random((count, CLASSES)) < 2.9 / CLASSES).astype(np.int8),
-            [str(c) for c in range(CLASSES)],
-        )
-        self.dataset, self.split, self.fingerprint = "made", "train", "made"
-        for path in self.paths:
-            Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), dtype=np.uint8)).resize(
-                (size, size), Image.Resampling.BICUBIC
-            ).save(path, quality=90)
-
-    def __len__(self):
-        return len(self.paths)
+    rng, paths = np.random.default_rng(0), [folder / f"{i:06}.jpg" for i in range(count)]
+    for path in paths:
+        small = Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), dtype=np.uint8))
+        small.resize((size, size), Image.Resampling.BICUBIC).save(path, quality=90)
+    labels, classes = rng.random((count, CLASSES)) < 2.9 / CLASSES, map(str, range(CLASSES))
+    return Split("generated", "train", folder, classes, [p.stem for p in paths], paths, labels)
 
 
 def loader_share(config: TrainConfig, device, step_seconds: float, count: int, workers: int) -> dict:
-    """Images a second of an epoch from a pack with the loader in the loop, over the step's own rate."""
+    """Images a second of an epoch with the loader in the loop, over the step's own rate."""
     with tempfile.TemporaryDirectory() as tmp:
-        photographs = MadePhotographs(Path(tmp), count, config.image_size)
-        packed = pack(photographs, Path(tmp) / "pack", config.image_size, workers=workers)
-        feeder = Feeder(photographs, config.image_size, pack=packed, workers=workers, in_memory=False)
+        photographs = generated_photographs(Path(tmp), count, config.image_size)
+        loader = Loader(photographs, config.image_size, workers=workers)
         trainer = Trainer(config, build_model(config, range(CLASSES)), Team(device=device), 10**6)
         trainer.network.train()
-        batches = feeder.epoch(config.batch_size, seed=0, shuffle=True)
+        batches = loader.epoch(config.batch_size, seed=0, shuffle=True)
         trainer.step(next(batches), config.batch_size)  # warm
         done = 0
 

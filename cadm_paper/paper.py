@@ -661,7 +661,7 @@ PLACES = {
     "loss": "a keyword of CADMLoss",
     "classification_loss": "a keyword of classification_loss",
     "load_split": "a keyword of load_split",
-    "feed": "a keyword of Feeder",
+    "loader": "a keyword of Loader",
     "prepare": "a keyword of prepare",
     "metrics": "a keyword of multilabel_metrics",
     "result": "a key of what multilabel_metrics returns: all readings are always computed",
@@ -893,7 +893,7 @@ DATA_DECISIONS = (
         "squash",
         "no object is cut away",
         "resize",
-        ("config", "feed"),
+        ("config", "loader"),
     ),
     Decision(
         "Normalisation of pixels",
@@ -911,7 +911,7 @@ DATA_DECISIONS = (
         False,
         "pixels as the file stores them",
         "exif",
-        ("feed",),
+        ("loader",),
     ),
     Decision(
         "Training images without a label",

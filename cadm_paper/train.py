@@ -47,7 +47,6 @@ __all__ = [
     "run_folder",
     "look_at_folder",
     "train",
-    "feeder",
     "run",
     "finish",
     "launch",
@@ -71,7 +70,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .data import DATASETS, Split, load_split
-from .data.feed import Feeder, flip_mask, prepare
+from .data.loading import Loader, flip_mask, load_image, prepare
 from cadm_paper.engine.checkpoint import (
     CheckpointError,
     flat,
@@ -324,12 +323,12 @@ def checkpoint_file(folder) -> Path:
 
 
 # %% ../nbs/05_train.ipynb #dc1d7d4b
-def predict(trainer: Trainer, feeder: Feeder) -> dict[str, np.ndarray] | None:
+def predict(trainer: Trainer, loader: Loader) -> dict[str, np.ndarray] | None:
     """Scores of all of the split's images, N x C in 0..1: `scores` (Eq. 3) and of either stream; None on other processes than the main."""
     model, team, size = trainer.model.eval(), trainer.team, trainer.config.batch_size
     rows, found = [], []
     with torch.inference_mode():
-        for batch in feeder.epoch(size, rank=team.rank, world=team.world):
+        for batch in loader.epoch(size, rank=team.rank, world=team.world):
             if len(batch.indices):
                 with autocast(trainer):
                     output = model(network_inputs(trainer, batch.images, batch.indices, train=False))
@@ -338,7 +337,7 @@ def predict(trainer: Trainer, feeder: Feeder) -> dict[str, np.ndarray] | None:
     parts = team.gather((rows, found))
     if not team.main:
         return None
-    scores = np.empty((3, len(feeder.split), trainer.model.num_classes), dtype=np.float32)
+    scores = np.empty((3, len(loader.split), trainer.model.num_classes), dtype=np.float32)
     for rows, found in parts:
         for indices, values in zip(rows, found):
             scores[:, indices] = values
@@ -384,11 +383,11 @@ def example_maps(trainer: Trainer, split: Split, config: TrainConfig) -> dict[st
     """Arrays of `maps.npz`: maps (see `compact`), scores and targets of the drawn images; thumbnails and boxes for made scenes only."""
     rows = draw_examples(split.labels)
     some = split.take(rows)
-    batch = next(iter(feeder(some, config).epoch(max(len(rows), 1))), None)
-    if batch is None:
+    if not len(some):
         return {}
+    images = torch.stack([load_image(path, config.image_size, resize=config.resize) for path in some.paths])
     with torch.inference_mode(), autocast(trainer):
-        output = trainer.model.eval()(network_inputs(trainer, batch.images, batch.indices, train=False))
+        output = trainer.model.eval()(network_inputs(trainer, images, rows, train=False))
     scores = {
         name: logits.float().sigmoid().cpu().numpy()
         for name, logits in zip(("scores", "scores_fcls", "scores_scls"), output)
@@ -402,9 +401,7 @@ def example_maps(trainer: Trainer, split: Split, config: TrainConfig) -> dict[st
         **scores,
     )
     if config.dataset.startswith("scenes-"):  # photographs stay under their owners' terms
-        found |= dict(
-            thumbnails=batch.images.permute(0, 2, 3, 1).contiguous().numpy(), boxes=relative_boxes(some)
-        )
+        found |= dict(thumbnails=images.permute(0, 2, 3, 1).contiguous().numpy(), boxes=relative_boxes(some))
     return found
 
 
@@ -590,7 +587,7 @@ def checkpoint_due(team: Team, saved: float, minutes: float) -> bool:
 
 # %% ../nbs/05_train.ipynb #0e007018
 def fit(
-    trainer: Trainer, train: Feeder, test: Feeder, folder: Path, progress: Progress, checkpoint_minutes: float
+    trainer: Trainer, train: Loader, test: Loader, folder: Path, progress: Progress, checkpoint_minutes: float
 ) -> dict | None:
     """Train from wherever the trainer stands to the last epoch; returns the last evaluation's scores (main process)."""
     config, scores, team, started, saved = (
@@ -664,11 +661,11 @@ def end_epoch(trainer: Trainer, scores: dict | None, targets: np.ndarray, folder
 
 
 # %% ../nbs/05_train.ipynb #05d61971
-def pooled_features(model: CADM, trainer_inputs, feeder: Feeder, batch_size: int = 64) -> np.ndarray:
+def pooled_features(model: CADM, trainer_inputs, loader: Loader, batch_size: int = 64) -> np.ndarray:
     """Average and maximum over positions of the backbone's features, N x 2d."""
     model.eval()
     with torch.inference_mode():
-        maps = (model.backbone(trainer_inputs(b.images, b.indices)) for b in feeder.epoch(batch_size))
+        maps = (model.backbone(trainer_inputs(b.images, b.indices)) for b in loader.epoch(batch_size))
         return np.concatenate(
             [torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1).float().cpu().numpy() for x in maps]
         )
@@ -704,7 +701,7 @@ def predict_probe(probe, features) -> np.ndarray:
 
 
 # %% ../nbs/05_train.ipynb #c189f75f
-def run_probe(trainer: Trainer, train: Feeder, test: Feeder) -> tuple[dict, float]:
+def run_probe(trainer: Trainer, train: Loader, test: Loader) -> tuple[dict, float]:
     """Scores of the linear probe on the test images, and the strength chosen on a held-out fifth of the training images."""
     inputs = lambda images, indices: network_inputs(trainer, images, indices, train=False)
     x, y = pooled_features(trainer.model, inputs, train), train.split.labels
@@ -771,12 +768,6 @@ def train(
         return run(asked, config, ours, folder, resume, progress or Progress(), checkpoint_minutes, started)
 
 
-# %% ../nbs/05_train.ipynb #251b2b45
-def feeder(split: Split, config: TrainConfig) -> Feeder:
-    """Batches of a split as the configuration says."""
-    return Feeder(split, config.image_size, resize=config.resize, workers=config.workers)
-
-
 # %% ../nbs/05_train.ipynb #3022e3e1
 def run(
     asked: TrainConfig,
@@ -796,7 +787,8 @@ def run(
         raise ConfigError(
             f"{config.dataset}: {len(splits[0])} training and {len(splits[1])} test images; there must be some of both"
         )
-    train, test = (feeder(split, config) for split in splits)
+    how = dict(resize=config.resize, workers=config.workers)
+    train, test = (Loader(split, config.image_size, **how) for split in splits)
     steps = max(len(splits[0]) // config.batch_size, 1)
     trainer = Trainer(config, build_model(config, splits[0].classes), ours, steps)
     trainer.origin = {

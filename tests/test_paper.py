@@ -189,7 +189,7 @@ def parameters(function):
 def places(place):
     """Switches and their defaults as they really are in a place of the register."""
     from cadm_paper import data, figures, loss, metrics, model
-    from cadm_paper.data import feed
+    from cadm_paper.data import loading
     from cadm_paper.engine import config
 
     if place == "config":
@@ -202,8 +202,8 @@ def places(place):
         {
             "loss": loss.CADMLoss.__init__,
             "classification_loss": loss.classification_loss,
-            "feed": feed.Feeder.__init__,
-            "prepare": feed.prepare,
+            "loader": loading.Loader.__init__,
+            "prepare": loading.prepare,
             "load_split": data.load_split,
             "metrics": metrics.multilabel_metrics,
             "figures": figures.figure2,

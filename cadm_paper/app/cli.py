@@ -18,7 +18,6 @@ __all__ = [
     "data_get",
     "data_check",
     "data_show",
-    "data_pack",
     "data_build",
     "runs_list",
     "runs_diff",
@@ -271,41 +270,6 @@ def data_show(name: tyro.conf.Positional[str], root: Path | None = None, out: Pa
     return 0
 
 
-# %% ../../nbs/app/cli.ipynb #168c7f04
-def data_pack(
-    name: tyro.conf.Positional[str],
-    out: Path,
-    root: Path | None = None,
-    size: int = 448,
-    resize: Literal["squash", "crop"] = "squash",
-    encoding: Literal["jpeg", "raw"] = "jpeg",
-    quality: int = 90,
-    workers: int = 2,
-    missing: Literal["error", "drop"] = "error",
-) -> int:
-    """Decode and resize the training and test photographs once, into few large files.
-
-    Args:
-        name: of the dataset.
-        out: folder of the packs; each split gets its own below it.
-        root: the dataset's folder; by default its place below data/.
-        size: side of the input's square, px.
-        resize: the whole photograph squashed, or its central square.
-        encoding: jpeg (small) or raw (lossless).
-        quality: of the JPEGs.
-        workers: threads.
-        missing: photographs that are listed but not there.
-    """
-    from cadm_paper.data import DATASETS, load_split
-    from cadm_paper.data.pack import pack
-
-    place = root_of(name, root)
-    for split_name in dict.fromkeys((DATASETS[name].train_split, DATASETS[name].test_split)):
-        split = load_split(name, place, split_name, missing=missing)
-        print(pack(split, out / split.split, size, resize, encoding, quality, workers=workers, progress=True))
-    return 0
-
-
 # %% ../../nbs/app/cli.ipynb #3934f96b
 def data_build(
     name: tyro.conf.Positional[Literal["scenes-coco", "scenes-nus"]],
@@ -390,7 +354,7 @@ COMMANDS = {
     "export": export,
 }
 GROUPS = {
-    "data": {"get": data_get, "check": data_check, "show": data_show, "pack": data_pack, "build": data_build},
+    "data": {"get": data_get, "check": data_check, "show": data_show, "build": data_build},
     "runs": {"list": runs_list, "diff": runs_diff, "submit": runs_submit},
 }
 
@@ -408,10 +372,9 @@ def application() -> tyro.extras.SubcommandApp:
         program.command(
             inner,
             name=group,
-            help={
-                "data": "Datasets: get, check, show, pack, build.",
-                "runs": "Runs on disk: list, diff, submit.",
-            }[group],
+            help={"data": "Datasets: get, check, show, build.", "runs": "Runs on disk: list, diff, submit."}[
+                group
+            ],
         )
     return program
 

@@ -24,8 +24,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.feed import prepare
-from ..data.images import ImageError, load_image
+from ..data.loading import ImageError, load_image, prepare
 from ..engine.record import RunRecord
 from ..files import whole_file, write_json
 from ..model import CADM

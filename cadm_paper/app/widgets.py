@@ -58,8 +58,7 @@ def own_image(record: RunRecord, path: str | Path) -> Seen:
     import torch
 
     from cadm_paper.app.predict import Predictor
-    from cadm_paper.data.feed import prepare
-    from cadm_paper.data.images import load_image
+    from cadm_paper.data.loading import load_image, prepare
 
     predictor = Predictor.load(record.folder)
     picture = load_image(path, predictor.image_size, resize=predictor.resize)

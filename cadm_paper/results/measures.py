@@ -161,7 +161,7 @@ def measure_vectors(vectors: np.ndarray, labels: np.ndarray) -> dict[str, np.nda
 # %% ../../nbs/results/measures.ipynb #6ede6aef
 def model_outputs(model, images: torch.Tensor, normalise: str, batch: int = 100) -> list[np.ndarray]:
     """Maps, label vectors and logits (N x ..., float32) of images uint8 N x 3 x H x W."""
-    from cadm_paper.data.feed import prepare
+    from cadm_paper.data.loading import prepare
 
     found = []
     with torch.inference_mode():
@@ -193,7 +193,7 @@ def measure_pairs(model, normalise: str, unit: float, n: int = 300) -> dict[str,
 # %% ../../nbs/results/measures.ipynb #9ae51ea9
 def measure(record: RunRecord, split) -> dict[str, np.ndarray]:
     """All of the above for a run's own model on a split; the object-removal test where it was trained on such scenes."""
-    from cadm_paper.data.images import load_image
+    from cadm_paper.data.loading import load_image
 
     model, seen = CADM.from_pretrained(record.folder / "checkpoint" / "model"), record.seen_at()
     image = lambda path: load_image(path, seen["image_size"], resize=seen["resize"])

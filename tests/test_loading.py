@@ -1,0 +1,279 @@
+"""Photographs and batches: bad files, other processes, and that seed and epoch alone decide what comes."""
+
+import io
+import multiprocessing
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cadm_paper.data import loading
+from cadm_paper.data.loading import (
+    ImageError,
+    Loader,
+    batch_plan,
+    central_square,
+    decode_rgb,
+    flip_mask,
+    load_image,
+    random_words,
+    resize_square,
+)
+from cadm_paper.data.split import DataError, Split
+
+COLOUR = (200, 40, 90)
+
+
+def noise(h, w, seed=0):
+    """A smooth random image, uint8 h x w x 3: what JPEG is made for, but nowhere constant."""
+    small = np.random.default_rng(seed).integers(0, 256, (max(h // 8, 2), max(w // 8, 2), 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((w, h), Image.Resampling.BICUBIC))
+
+
+def encoded(image, kind="JPEG", **options):
+    file = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}), **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def split(tmp_path):
+    """Ten JPEGs of different shapes."""
+    (folder := tmp_path / "photographs").mkdir()
+    paths = [folder / f"{i}.jpg" for i in range(10)]
+    for i, path in enumerate(paths):
+        path.write_bytes(encoded(noise(40 + 3 * i, 70 - 3 * i, i)))
+    labels = np.arange(10)[:, None] % 4 == np.arange(4)
+    return Split("toy", "train", folder, "abcd", map(str, range(10)), paths, labels)
+
+
+def announcing(width, height):
+    """A PNG of a few bytes whose header announces an image of this size."""
+    chunk = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+BAD = {
+    "missing": (None, "No such file"),
+    "empty": (b"", "an empty file"),
+    "a page": (b"<!DOCTYPE html><title>404</title>", "not one of JPEG"),
+    "header only": (encoded(noise(64, 64))[:40], "not one of|cannot be decoded"),
+    "cut short": (encoded(noise(64, 64))[:-50], "cannot be decoded"),
+    "progressive, cut": (encoded(noise(64, 64), progressive=True)[:-50], "cannot be decoded"),
+    "png, cut": (encoded(noise(64, 64), "PNG")[:2000], "cannot be decoded"),
+    "cmyk, cut": (encoded(Image.new("CMYK", (64, 64), (9, 90, 200, 30)))[:-20], "cannot be decoded"),
+    "floats": (encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "floating-point"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not one of JPEG"),
+    "bomb": (announcing(60_000, 60_000), "pixels; shrink"),
+    "too large": (announcing(10_000, 9_000), "pixels; shrink"),  # Pillow itself would only warn
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_photograph_is_one_error_that_names_it(split, case):
+    data, reason = BAD[case]
+    split.paths[7].unlink() if data is None else split.paths[7].write_bytes(data)
+    batches = Loader(split, 16, cache=False, workers=1 if case == "cut short" else 0).epoch(2)
+    assert [next(batches).indices.tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    for start in (lambda: next(batches), lambda: Loader(split, 16)):  # at its batch, or when all are decoded
+        with pytest.raises(ImageError, match=reason) as error:
+            start()
+        assert str(split.paths[7]) in str(error.value) and "\n" not in str(error.value)
+        assert isinstance(error.value, DataError)
+
+
+ODD = {
+    "grey": (encoded(Image.new("L", (9, 5), 77)), (77, 77, 77)),
+    "grey and alpha": (encoded(Image.new("LA", (9, 5), (77, 10)), "PNG"), (77, 77, 77)),
+    "two levels": (encoded(Image.new("1", (9, 5), 1), "PNG"), (255, 255, 255)),
+    "16 bit": (encoded(np.full((5, 9), 77 * 257, np.uint16), "PNG"), (77, 77, 77)),
+    "16 bit, big-endian": (encoded(np.full((5, 9), 77 * 257, ">u2"), "TIFF"), (77, 77, 77)),
+    "palette": (encoded(Image.new("RGB", (9, 5), COLOUR).quantize(4), "PNG"), COLOUR),
+    "transparent palette": (
+        encoded(Image.new("RGB", (9, 5), COLOUR).quantize(4), "PNG", transparency=bytes(4)),
+        COLOUR,
+    ),
+    "alpha": (encoded(Image.new("RGBA", (9, 5), (*COLOUR, 3)), "PNG"), COLOUR),
+    "one pixel": (encoded(Image.new("RGB", (1, 1), COLOUR), "PNG"), COLOUR),
+    "one line": (encoded(Image.new("RGB", (500, 1), COLOUR), "PNG"), COLOUR),
+    "webp": (encoded(Image.new("RGB", (9, 5), COLOUR), "WEBP"), COLOUR),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_photographs_become_rgb(tmp_path, case):
+    data, colour = ODD[case]
+    (tmp_path / "x.jpg").write_bytes(data)  # the name says JPEG; the content decides
+    for resize in ("squash", "crop"):
+        got = load_image(tmp_path / "x.jpg", 12, resize=resize)
+        assert got.shape == (3, 12, 12) and got.dtype == torch.uint8
+        assert (got.int() - torch.tensor(colour).view(3, 1, 1)).abs().max() <= 3  # JPEG's and WebP's rounding
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_ignored_unless_asked_for(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "x.jpg").write_bytes(encoded(noise(40, 64), exif=exif))
+    stored = resize_square(decode_rgb(encoded(noise(40, 64)), "x"), 32)
+    assert (load_image(tmp_path / "x.jpg", 32) == stored).all()
+    # squashed to a square, turning before resizing or after is the same up to rounding
+    turned = stored if orientation <= 4 else stored.transpose(1, 2)
+    want = turned.flip([(), (2,), (1, 2), (1,)][(orientation - 1) % 4])
+    assert (load_image(tmp_path / "x.jpg", 32, exif=True).int() - want.int()).abs().max() <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 48), st.booleans(), st.integers(0, 9))
+def test_resizing_is_pillows_up_to_rounding(h, w, size, crop, seed):
+    pixels = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8))
+    image = pixels.permute(2, 0, 1)
+    got = resize_square(image, size, "crop" if crop else "squash").permute(1, 2, 0).numpy()
+    part = Image.fromarray((central_square(image) if crop else image).permute(1, 2, 0).numpy())
+    pillow = np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
+    assert got.shape == (size, size, 3) and np.abs(got.astype(int) - pillow).max() <= 2  # two roundings
+
+
+@pytest.mark.parametrize("options", [dict(subsampling=s, progressive=p) for s in (0, 1, 2) for p in (0, 1)])
+def test_both_decoders_give_the_same_bytes(monkeypatch, options):
+    if loading.torchvision_decoder() is None:
+        pytest.skip("this torchvision has no JPEG decoder")
+    data = encoded(noise(51, 37), **options)
+    fast = decode_rgb(data, "x")
+    monkeypatch.setattr(loading, "torchvision_decoder", lambda: None)
+    assert (decode_rgb(data, "x") == fast).all()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    n=st.integers(0, 60),
+    batch=st.integers(1, 17),
+    seed=st.integers(-5, 2**40),
+    epoch=st.integers(0, 99),
+    world=st.integers(1, 5),
+    start=st.integers(0, 9),
+)
+def test_every_image_once_whatever_the_number_of_processes(n, batch, seed, epoch, world, start):
+    how = dict(seed=seed, epoch=epoch, shuffle=True)
+    whole = batch_plan(n, batch, **how)
+    assert sorted(i for b in whole for i in b) == list(range(n)) and all(len(b) == batch for b in whole[:-1])
+    ranks = [batch_plan(n, batch, **how, rank=r, world=world, start=start) for r in range(world)]
+    joined = [np.concatenate(parts).tolist() for parts in zip(*ranks, strict=True)]
+    assert joined == [b.tolist() for b in whole[start:]]
+    assert all(max(map(len, parts)) - min(map(len, parts)) <= 1 for parts in zip(*ranks))
+    flips = flip_mask(np.arange(n), seed, epoch)  # of the image, not of its batch
+    assert all((flip_mask(torch.from_numpy(b), seed, epoch) == flips[b]).all() for b in whole)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(batch_size=0), dict(start=-1), dict(rank=2, world=2), dict(rank=-1), dict(shuffle=True)]
+)
+def test_impossible_batches_are_refused_before_anything_is_read(split, wrong):
+    with pytest.raises(ValueError):
+        Loader(split, 16, cache=False).epoch(**{"batch_size": 4, **wrong})  # at the call, not the first batch
+
+
+def test_chance_is_fair_and_unrelated():
+    n, keys = 40_000, [(0, 0, 1), (0, 0, 2), (0, 1, 1), (1, 0, 1), (1, 1, 1)]
+    words = np.stack([random_words(np.arange(n), *key) for key in keys])
+    bits = np.unpackbits(words.view(np.uint8).reshape(len(words), n, 8), axis=2).astype(float)
+    assert np.abs(bits.mean(1) - 0.5).max() < 5 * 0.5 / np.sqrt(n)  # each of 64 bits, each key
+    assert np.abs(np.corrcoef(bits.reshape(len(words), -1)) - np.eye(len(words))).max() < 5 / np.sqrt(64 * n)
+
+
+def passed(split, start=0, seed=5, **how):
+    return list(Loader(split, 24, **how).epoch(4, seed=seed, epoch=3, shuffle=True, start=start))
+
+
+def same(a, b):
+    return len(a) == len(b) and all((x == y).all() for one, other in zip(a, b) for x, y in zip(one, other))
+
+
+def test_nothing_but_seed_and_epoch_decides(split):
+    plain, state = passed(split, cache=False), torch.random.get_rng_state()
+    for how in (dict(workers=2, cache=False), dict(workers=2), dict()):
+        assert same(plain, passed(split, **how)) and same(plain[1:], passed(split, start=1, **how)), how
+    assert not same(plain, passed(split, seed=6)) and torch.equal(state, torch.random.get_rng_state())
+    loader = Loader(split, 24, workers=1, cache=False)
+    next(loader.epoch(3))  # left early: the next pass begins anew
+    assert same(plain, list(loader.epoch(4, seed=5, epoch=3, shuffle=True)))
+
+
+def test_skipped_batches_are_not_read(split):
+    whole = list(Loader(split, 16, cache=False).epoch(3))
+    for path in split.paths[:6]:
+        path.unlink()
+    assert same(whole[2:], list(Loader(split, 16, workers=1, cache=False).epoch(3, start=2)))
+
+
+def test_a_worker_that_dies_is_an_error(split, monkeypatch):
+    monkeypatch.setattr(loading, "load_image", lambda *how, **more: os._exit(3))
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        next(Loader(split, 16, workers=1, cache=False).epoch(1))
+
+
+# The array of decoded images
+
+
+@pytest.mark.parametrize("recent", [0, loading.RECENT])  # times of files are trusted, or too young to be
+def test_the_array_is_made_once_and_never_stale(split, monkeypatch, recent):
+    monkeypatch.setattr(loading, "RECENT", recent)
+    photograph = split.paths[4]
+    photograph.write_bytes(encoded(noise(40, 64, 1), "BMP"))
+    before, [array], status = passed(split), split.root.glob(".cadm-index/*.npy"), photograph.stat()
+    made = array.stat()
+    assert same(before, passed(split)) and array.stat() == made
+    photograph.write_bytes(encoded(noise(40, 64, 2), "BMP"))  # of the same size, at the same time
+    os.utime(photograph, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after, [array] = passed(split), split.root.glob(".cadm-index/*.npy")
+    assert photograph.stat().st_size == status.st_size and same(after, passed(split, cache=False))
+    assert not same(before, after) and not same(after, passed(split, resize="crop"))
+
+
+def test_a_damaged_array_is_made_again(split):
+    before, [array] = passed(split), split.root.glob(".cadm-index/*.npy")
+    whole = array.read_bytes()
+    for damage in (b"", b"?" * 99, whole[:1000], whole.replace(b"(10, 3, 24, 24)", b"(10, 3, 24, 23)")):
+        array.write_bytes(damage)
+        assert same(before, passed(split)) and array.read_bytes() == whole
+
+
+def test_photographs_that_change_meanwhile_are_an_error(split, monkeypatch):
+    touched = lambda path, *how, **more: path.touch() or load_image(path, *how, **more)
+    monkeypatch.setattr(loading, "load_image", touched)
+    with pytest.raises(ImageError, match="changed while being decoded"):
+        Loader(split, 16)
+
+
+def test_where_nothing_may_be_written_the_array_is_elsewhere_or_nowhere(split, tmp_path, monkeypatch):
+    before = passed(split, cache=False)
+    monkeypatch.setenv("CADM_OUTPUTS", str(tmp_path / "outputs"))
+    split.root.chmod(0o555)
+    assert same(before, passed(split)) and len(list((tmp_path / "outputs/cache").glob("*.npy"))) == 1
+    split.root.chmod(0o755)
+    (split.root / ".cadm-index").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot keep decoded images"):
+        assert same(before, passed(split))
+    monkeypatch.setattr(loading, "CACHE_BYTES", 100)
+    assert same(before, passed(split))  # too large: no array, no warning
+
+
+def total(split):
+    return sum(int(batch.images.sum()) for batch in Loader(split, 24).epoch(3))
+
+
+def test_processes_that_decode_at_once_make_one_array(split):
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert len(set(pool.map(total, [split] * 3, chunksize=1))) == 1
+    assert len(list(split.root.glob(".cadm-index/*.npy"))) == 1
