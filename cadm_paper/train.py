@@ -80,7 +80,14 @@ from cadm_paper.engine.checkpoint import (
     part,
     save_checkpoint,
 )
-from .engine.config import ConfigError, LossFields, TrainConfig, difference, learning_rate, portable
+from cadm_paper.engine.config import (
+    ConfigError,
+    LossFields,
+    TrainConfig,
+    config_changes,
+    learning_rate,
+    portable,
+)
 from .engine.processes import MeanOverParts, Team, machine_settings, resolve_machine, team
 from .engine.record import RunRecord, code_version, environment, save_arrays, write_record
 from .engine.variants import run_name
@@ -483,7 +490,7 @@ def load_trainer(trainer: Trainer, folder: Path, config: TrainConfig) -> None:
 # %% ../nbs/05_train.ipynb #ff4e920b
 def refuse_changes(old: TrainConfig, config: TrainConfig, where: Path) -> None:
     """Raise `CheckpointError` with the differences, unless only places and such changed."""
-    if changed := difference(old, config):
+    if changed := config_changes(old, config):
         raise CheckpointError(
             f"{where} belongs to another configuration ({changed}): give the old values, or choose another out_dir"
         )

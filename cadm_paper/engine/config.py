@@ -18,7 +18,7 @@ __all__ = [
     "learning_rate",
     "portable",
     "config_digest",
-    "difference",
+    "config_changes",
     "given_parameters",
     "truth",
 ]
@@ -324,7 +324,7 @@ def config_digest(config: BaseModel) -> str:
 
 
 # %% ../../nbs/engine/config.ipynb #12003c63
-def difference(old: TrainConfig, new: TrainConfig) -> str:
+def config_changes(old: TrainConfig, new: TrainConfig) -> str:
     """The fields in which two configurations mean other numbers, as `name: old -> new`; empty if there are none."""
     old, new = portable(old), portable(new)
     return ", ".join(f"{k}: {old[k]!r} -> {new[k]!r}" for k in new if k not in WHERE and old[k] != new[k])

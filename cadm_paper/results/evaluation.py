@@ -272,7 +272,7 @@ def file_data(file: ScoreFile, table: pd.DataFrame, side: str, threshold: float,
 
 # %% ../../nbs/results/evaluation.ipynb #4cbd21a2
 def format_rows(table: pd.DataFrame, files: Sequence[str], k: int = 3) -> str:
-    """The rows of `compare_scores` as Tables 1 and 2 have them: percent, and the ends of the intervals below."""
+    """The rows of `compare_scores` as Tables 1 and 2 have them, and below each the ends of its intervals."""
     names, heads, rows = list(metric_names(k)), [], []
     for label, side in zip([*files, "difference"], ("", "against_", "difference_")[: 2 * len(files) - 1]):
         for head, column in ((label, "value"), ("from", "low"), ("to", "high")):

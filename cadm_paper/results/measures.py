@@ -192,7 +192,7 @@ def measure_pairs(model, normalise: str, unit: float, n: int = 300) -> dict[str,
 
 # %% ../../nbs/results/measures.ipynb #9ae51ea9
 def measure(record: RunRecord, split) -> dict[str, np.ndarray]:
-    """All of the above for a run's own model on a split; the object-removal test where it was trained on such scenes."""
+    """All of the above for a run's own model on a split; the object-removal test for COCO's form only."""
     from cadm_paper.data.loading import load_image
 
     model, seen = CADM.from_pretrained(record.folder / "checkpoint" / "model"), record.seen_at()
@@ -215,7 +215,7 @@ def keep_evidence(record: RunRecord, split) -> None:
 
 # %% ../../nbs/results/measures.ipynb #5c63164f
 def evidence(record: RunRecord) -> dict[str, np.ndarray] | None:
-    """What `keep_evidence` kept beside a record, None without it; `RecordError` if it is of another record."""
+    """What `keep_evidence` kept of a run, None without it; `RecordError` if it is of another record."""
     return record.beside("evidence.npz")
 
 
@@ -265,7 +265,7 @@ def line_means(values: np.ndarray, image: np.ndarray, weights: np.ndarray) -> np
 
 # %% ../../nbs/results/measures.ipynb #4820fb62
 def place_measures(found: Mapping, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Means over present labels that have a box and a companion: inside, share, area, and of the other map."""
+    """Means over present labels that have a box and a companion, for the own and the other map."""
     at = dict(zip(LINE_FIELDS, found["lines"].T))
     fair = np.isfinite(at["other_inside"])
     names = ("inside", "share", "area", "other_inside", "other_share")
