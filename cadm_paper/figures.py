@@ -798,25 +798,3 @@ def label_vectors(records: Sequence[RunRecord], found: Sequence[dict]) -> Pictur
         "f_embed.",
         records,
     )
-
-
-# %% ../nbs/06_figures.ipynb #4b1e2844
-ROW_COLOURS = {}
-
-
-def row_key(record):
-    v = Variant.of(record)
-    return v.method, v.lam
-
-
-def row_name(key):
-    return Variant(*key).label
-
-
-def row_colour(key):
-    return Variant(*key).colour
-
-
-def by_row(runs):
-    keys = sorted({row_key(r) for r in runs}, key=lambda k: Variant(*k))
-    return {key: [r for r in runs if row_key(r) == key] for key in keys}

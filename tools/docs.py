@@ -74,7 +74,6 @@ def only_imports(source: str) -> bool:
 def page(path: Path) -> nbformat.NotebookNode:
     """A notebook as its page: no hidden cells, no directives, the API named under the title."""
     notebook = readable(nbformat.read(path, as_version=4))
-    notebook.metadata.pop("widgets", None)
     depth, module = len(path.relative_to(ROOT).parts) - 1, module_of(path)
     cells = []
     for cell in notebook.cells:
@@ -144,42 +143,21 @@ def api_index(modules: dict[str, Path]) -> str:
 
 
 def measured(runs) -> dict | None:
-    """mAP by row from run records, for the landing page; None without records."""
-    from cadm_paper.app.report import ROWS, table
-    from cadm_paper.figures import row_name
+    """mAP by variant from run records, for the landing page; None without records."""
+    from cadm_paper.engine.variants import MAIN
+    from cadm_paper.tables import table
 
     if not runs:
         return None
     tables = [table("table1", runs, datasets=["scenes-coco"]), table("table2", runs, datasets=["scenes-nus"])]
-    heads = [b.dataset for t in tables for b in t.blocks]
-    cell = lambda b, key: next(
-        (
-            line.cell("mAP")
-            for line in b.lines
-            if line.key == key and line.values and line.state == "measured"
-        ),
-        "not run",
-    )
-    rows = [(row_name(key), [cell(b, key) for t in tables for b in t.blocks]) for key in ROWS]
-    made_up = any(r.extra.get("synthetic") for r in runs)
+    blocks = [block for t in tables for block in t.blocks]
+    found = [{line.variant: line.cell("mAP") for line in b.lines if line.state == "measured"} for b in blocks]
     return {
-        "heads": heads,
-        "rows": rows,
-        "gains": [short_gain(g) for t in tables for g in t.gains],
-        "made_up": made_up,
+        "heads": [block.dataset for block in blocks],
+        "rows": [(variant.label, [of.get(variant, "not run") for of in found]) for variant in MAIN],
+        "gains": [gain for t in tables for gain in t.gains],
+        "synthetic": any(r.extra.get("synthetic") for r in runs),
     }
-
-
-def short_gain(of) -> str:
-    """What the embedding loss changed, in a line, with how sure that is."""
-    signed = lambda v: f"{v:+.1f}".replace("-", "−")
-    sure = f"mean of {len(of.seeds)} seeds" if len(of.seeds) > 1 else "one seed"
-    over = (
-        f", 95 % interval over test images {signed(of.interval[0])} to {signed(of.interval[1])}"
-        if of.interval
-        else ""
-    )
-    return f"{of.dataset}, λ = 0.5 against 0: mAP {signed(of.points['mAP'])} points ({sure}{over}); printed {signed(of.printed['mAP'])} on {of.printed_on}."
 
 
 def verdict_counts() -> str:
@@ -248,6 +226,7 @@ def sources(runs, explorers: dict[str, str]) -> dict[str, str]:
         changelog=(ROOT / "CHANGELOG.md").is_file(),
         experiments=[p for p in pages if p.startswith("nbs/experiments/")],
         modules=[p for p in pages if p.count("/") == 1 and p != "nbs/index"],
+        rooms=[p for p in pages if p.count("/") > 1 and p.split("/")[1] not in ("experiments", "tutorials")],
     )
     files["elsewhere.md"] = elsewhere(pages)
     if tutorials:
@@ -308,31 +287,20 @@ def records(folder: Path | None) -> list:
     return load_runs(place) if place.is_dir() else []
 
 
-def add_pages(site: Path, runs, folder: Path | None) -> None:
-    """Report and explorers beside the site's own pages; without records the explorer shows made-up ones and says so."""
-    from cadm_paper.app.explorer import build_explorer, build_explorers
+def report_pages(folder: Path | None, runs, out: Path) -> dict[str, str]:
+    """Write report and explorers to `out`; the explorers' addresses by data set. Without records the explorer shows synthetic ones and says so."""
+    from cadm_paper.app.explorer import build_explorers, explore
     from cadm_paper.app.report import build_report
     from cadm_paper.engine.synthetic import synthetic_run
 
     if not runs:
-        with tempfile.TemporaryDirectory() as made_up:
-            build_explorer(
-                *(synthetic_run(f"{made_up}/{lam}", method="cadm", lam=lam, drawn=12) for lam in (0.0, 0.5)),
-                site / "report" / "explorer.html",
-            )
-        return
-    build_report(
-        folder or ROOT / "outputs" / "reference" / "mini",
-        site / "report",
-        build_explorers(runs, site / "report"),
-    )
-
-
-def explored(runs) -> dict[str, str]:
-    """The explorers' addresses by data set."""
-    from cadm_paper.app.explorer import explorer_names, explorer_pairs
-
-    return {dataset: f"report/{name}" for dataset, name in explorer_names(explorer_pairs(runs)).items()}
+        with tempfile.TemporaryDirectory() as tmp:
+            pair = (synthetic_run(f"{tmp}/{lam}", method="cadm", lam=lam, drawn=12) for lam in (0.0, 0.5))
+            explore(*pair).save(out / "explorer.html")
+        return {}
+    names = build_explorers(runs, out)
+    build_report(folder or ROOT / "outputs" / "reference" / "mini", out, names)
+    return {dataset: f"report/{name}" for dataset, name in names.items()}
 
 
 MATHJAX = ("tex-chtml.js", "input", "tex", "tex.js", "extensions", "output", "chtml", "fonts", "woff-v2")
@@ -358,7 +326,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "_proc", help="folder for what lies between")
     given = parser.parse_args()
     runs = records(given.runs)
-    write_sources(given.work / "source", sources(runs, explored(runs)))
+    shutil.rmtree(given.work / "report", ignore_errors=True)
+    explorers = report_pages(given.runs, runs, given.work / "report")
+    write_sources(given.work / "source", sources(runs, explorers))
     built = subprocess.run(
         [
             sys.executable,
@@ -381,7 +351,7 @@ def main() -> int:
         return built.returncode
     shutil.rmtree(given.out, ignore_errors=True)
     shutil.copytree(given.work / "html", given.out, ignore=superfluous)
-    add_pages(given.out, runs, given.runs)
+    shutil.copytree(given.work / "report", given.out / "report")
     (given.out / ".nojekyll").touch()
     print(f"site: {given.out}/index.html")
     return 0

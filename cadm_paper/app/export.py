@@ -23,7 +23,8 @@ import shutil
 from pathlib import Path
 
 from ..engine.record import RecordError, RunRecord
-from ..figures import row_key, row_name, source
+from ..engine.variants import Variant
+from ..figures import source
 from ..files import sha256_file, whole_folder, write_json
 from ..model import CADM, export_onnx
 from ..paper import COLUMNS
@@ -162,7 +163,7 @@ def model_card(record: RunRecord, folder: str = ".") -> str:
 {front}
 ---
 
-# {row_name(row_key(record))} on {record.dataset["name"]}
+# {Variant.of(record).label} on {record.dataset["name"]}
 
 A row of the tables in *CADM, reproduced*, the companion of "Multi-Label Image Recognition with Joint Class-Aware Map Disentangling and Label Correlation Embedding" (Chen, Wei, Jin, Guo; ICME 2019): {record.config.backbone}, {record.config.image_size} × {record.config.image_size} px.
 

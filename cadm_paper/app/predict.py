@@ -22,12 +22,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..data.loading import ImageError, load_image, prepare
 from ..engine.record import RunRecord
 from ..files import whole_file, write_json
-from ..model import CADM
+from ..model import CADM, CADMOutput
 
 
 # %% ../../nbs/app/predict.ipynb #f359a14c
@@ -54,17 +55,22 @@ class Predictor:
         model = CADM.from_pretrained(folder)
         return cls(model, **({"image_size": model.image_size[0]} | preprocessing))
 
-    def __call__(self, path) -> dict:
-        """Scores and maps of one picture. Raises `ImageError`, naming the file."""
+    def output(self, path) -> tuple[np.ndarray, CADMOutput]:
+        """One picture as the model sees it (uint8 H x W x 3), and the model's output. Raises `ImageError`, naming the file."""
         picture = load_image(path, self.image_size, resize=self.resize)
         with torch.inference_mode():
             output = self.model(prepare(picture[None], normalise=self.normalise))
+        return picture.permute(1, 2, 0).numpy(), output
+
+    def __call__(self, path) -> dict:
+        """Scores and maps of one picture. Raises `ImageError`, naming the file."""
+        picture, output = self.output(path)
         scores = output.scores[0].numpy()
         classes = self.model.classes or [str(c) for c in range(len(scores))]
         return {
             "image": str(path),
             "scores": dict(zip(classes, map(float, scores))),
-            "picture": picture.permute(1, 2, 0).numpy(),
+            "picture": picture,
             "maps": output.maps[0].numpy(),
         }
 

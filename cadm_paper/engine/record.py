@@ -282,3 +282,10 @@ def is_record(path: Path) -> bool:
         return json.loads(path.read_text(encoding="utf-8")).get("schema") == SCHEMA
     except (OSError, ValueError, AttributeError):
         return False
+
+
+# %% ../../nbs/engine/record.ipynb #1e14ac25
+def outdated(record: RunRecord) -> str:
+    """Why a record's configuration means something else today, or an empty string."""
+    same = config_digest(record.config) == record.digest
+    return "" if same else "made when the configuration meant something else"

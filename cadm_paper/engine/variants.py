@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .config import WHERE, LossFields, ModelFields, TrainConfig, config_digest
-from .record import RunRecord
+from .record import RecordError, RunRecord, outdated
 
 # %% ../../nbs/engine/variants.ipynb #9676bb90
 _START = {"backbone", "weights", "expected_missing"}
@@ -164,3 +164,43 @@ def group(runs: Iterable[RunRecord]) -> dict[Variant, dict[int, RunRecord]]:
             raise ValueError(f"{seeds[seed].name} and {run.name}: two runs of one variant and seed ({why})")
         seeds[seed] = run
     return {variant: dict(sorted(found[variant].items())) for variant in sorted(found)}
+
+
+# %% ../../nbs/engine/variants.ipynb #db12bc54
+class NoRuns(RecordError):
+    """There is no finished run to show."""
+
+
+# %% ../../nbs/engine/variants.ipynb #9f4cbe16
+def pick(
+    runs: Iterable[RunRecord], variant: Variant, dataset: str | None = None, seed: int | None = None
+) -> RunRecord:
+    """The run of a variant with the lowest seed (or with `seed`); outdated ones, then rarer recipes, come last. Raises `NoRuns` naming what to train."""
+    there = [r for r in runs if dataset in (None, r.dataset.get("name"))]
+    found = [r for r in there if Variant.of(r) == variant and seed in (None, r.config.seed)]
+    if not found:
+        given = {"dataset": dataset, "method": variant.method, "lam": variant.lam, "seed": seed or 0}
+        options = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+        what = f"{variant.label}{f' on {dataset}' if dataset else ''}"
+        raise NoRuns(f"no finished run of {what}: `cadm train --preset mini {options}`, or `cadm reproduce`")
+    usual = list(by_recipe(there))
+    return min(found, key=lambda r: (bool(outdated(r)), usual.index(recipe(r)), r.config.seed, r.name))
+
+
+# %% ../../nbs/engine/variants.ipynb #127b196b
+def pair_of_runs(
+    runs: Iterable[RunRecord], dataset: str, lam: float = 0.5, seed: int | None = None
+) -> tuple[RunRecord, RunRecord]:
+    """Figure 4's two runs, equal in everything but λ: without the embedding loss (0) and with. Raises `NoRuns`."""
+    runs, with_ = list(runs), pick(runs, Variant("cadm", lam), dataset, seed)
+    same = [r for r in runs if recipe(r) == recipe(with_)]
+    return pick(same, Variant("cadm", 0.0), dataset, with_.config.seed), with_
+
+
+# %% ../../nbs/engine/variants.ipynb #70f61083
+def rows_of_loss(runs: Iterable[RunRecord], dataset: str) -> tuple[list[RunRecord], list[RunRecord]]:
+    """Runs with the embedding loss (λ = 0.5) and without it, of one recipe, one a seed. Raises `NoRuns`."""
+    runs = [r for r in runs if r.dataset.get("name") == dataset]
+    usual = recipe(pair_of_runs(runs, dataset)[1])
+    rows = group(r for r in runs if recipe(r) == usual)
+    return tuple(list(rows[Variant("cadm", lam)].values()) for lam in (0.5, 0.0))
