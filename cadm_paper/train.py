@@ -5,10 +5,6 @@
 # %% auto #0
 __all__ = [
     "COLUMNS",
-    "data_root",
-    "unlabelled_in_training",
-    "held_out",
-    "prepare_data",
     "describe",
     "build_model",
     "build_loss",
@@ -69,7 +65,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .data import DATASETS, Split, load_split
+from .data import Split
 from .data.loading import Loader, flip_mask, load_image, prepare
 from cadm_paper.engine.checkpoint import (
     CheckpointError,
@@ -90,56 +86,12 @@ from cadm_paper.engine.config import (
 )
 from .engine.processes import MeanOverParts, Team, machine_settings, resolve_machine, team
 from .engine.record import RunRecord, code_version, environment, save_arrays, write_record
+from .engine.splits import held_out, prepare_data
 from .engine.variants import run_name
 from .files import default_folder, folder_lock
 from .loss import CADMLoss
 from .metrics import average_precision, metric_names, multilabel_metrics
 from .model import CADM, METHODS
-
-
-# %% ../nbs/05_train.ipynb #1e5b2369
-def data_root(config: TrainConfig) -> Path:
-    """The dataset's folder: as configured, or its place below `data/`."""
-    if config.dataset not in DATASETS:
-        raise ConfigError(f"dataset = {config.dataset!r}: known are {', '.join(DATASETS)}")
-    return (
-        Path(config.data_dir) if config.data_dir else default_folder("data") / DATASETS[config.dataset].folder
-    )
-
-
-# %% ../nbs/05_train.ipynb #3167fc77
-def unlabelled_in_training(config: TrainConfig) -> str:
-    """keep or drop: what `unlabelled_train='paper'` means for this dataset (COCO: 82,081 of 82,783; NUS-WIDE: all 161,789)."""
-    if config.unlabelled_train != "paper":
-        return config.unlabelled_train
-    return "drop" if config.dataset in ("coco2014", "scenes-coco") else "keep"
-
-
-# %% ../nbs/05_train.ipynb #64bf62bb
-def held_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (kept, held out) of a fixed random slice of the training images, each in order."""
-    order = np.random.default_rng(2019).permutation(count)
-    aside = round(count * fraction)
-    return np.sort(order[aside:]), np.sort(order[:aside])
-
-
-# %% ../nbs/05_train.ipynb #a86dac53
-def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
-    """The images to train on and those to evaluate on; makes the embedded benchmark if it is not there."""
-    root, known = data_root(config), DATASETS[config.dataset]
-    if config.dataset.startswith("scenes-"):
-        from cadm_paper.data.scenes import ensure_scenes
-
-        ensure_scenes(config.dataset, root)
-    read = lambda split, **how: load_split(config.dataset, root, split, missing=config.missing, **how)
-    train = read(known.train_split, unlabelled=unlabelled_in_training(config))
-    if config.holdout:
-        kept, aside = held_out(len(train), config.holdout)
-        train, test = train.take(kept), train.take(aside)
-    else:
-        test = read(known.test_split)
-    first = lambda split: split.take(np.arange(min(config.limit, len(split)))) if config.limit else split
-    return first(train), first(test)
 
 
 # %% ../nbs/05_train.ipynb #e7cfe3ee

@@ -209,7 +209,7 @@ def export(run: tyro.conf.Positional[Path], out: Path, onnx: bool = False) -> in
 # %% ../../nbs/app/cli.ipynb #bc258ce4
 def root_of(name: str, root: Path | None) -> Path:
     """The dataset's folder: as given, or its place below data/. Raises `ConfigError` for an unknown name."""
-    from cadm_paper.train import data_root
+    from cadm_paper.engine.splits import data_root
 
     return data_root(TrainConfig(dataset=name, data_dir=None if root is None else str(root)))
 
