@@ -158,11 +158,11 @@ def group(runs: Iterable[RunRecord]) -> dict[Variant, dict[int, RunRecord]]:
     """
     found = {}
     for run in runs:
-        seeds, seed = found.setdefault(Variant.of(run), {}), dict(run.config)["seed"]
-        if seed in seeds:
-            why = recipe_changes(run, seeds[seed]) or "the same recipe"
-            raise ValueError(f"{seeds[seed].name} and {run.name}: two runs of one variant and seed ({why})")
-        seeds[seed] = run
+        seeds = found.setdefault(Variant.of(run), {})
+        other = seeds.setdefault(run.config.seed, run)
+        if other is not run:
+            why = recipe_changes(run, other) or "the same recipe"
+            raise ValueError(f"{other.name} and {run.name}: two runs of one variant and seed ({why})")
     return {variant: dict(sorted(found[variant].items())) for variant in sorted(found)}
 
 
