@@ -80,7 +80,9 @@ def spread(values: list[float]) -> dict:
 
 def setting(device: str, precision: str = "float32", threads: int = 1) -> dict:
     """The environment of a measurement, with the load of the machine over the last five minutes (processes that want a CPU)."""
-    return environment(device, precision, threads) | {
+    return environment(device) | {
+        "precision": precision,
+        "threads": threads,
         "cpus": os.cpu_count(),
         "load_5min": round(os.getloadavg()[1], 1),
     }

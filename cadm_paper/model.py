@@ -24,6 +24,7 @@ from torchvision.models.resnet import BasicBlock
 
 from . import __version__
 from .files import sha256_file, whole_file, whole_folder, write_json
+from .paper import ModelOptions, takes
 from .weights import start_backbone
 
 
@@ -151,29 +152,6 @@ def fit_maps(
     return upsampled_maps(maps, size) if resize == "interpolate" else F.adaptive_avg_pool2d(maps, size)
 
 
-# %% ../nbs/01_model.ipynb #c177ee38
-SWITCHES = {
-    "pool": ("max", "avg"),
-    "streams": ("both", "fcls", "scls"),
-    "share_weights": (True, False),
-    "bias": ("none", "fcls", "both"),
-    "embed_relu": ("hidden", "both"),
-    "embed_resize": ("interpolate", "pool", "error"),
-    "detach_embed_maps": ("none", "weights", "all"),
-}
-
-
-# %% ../nbs/01_model.ipynb #282fb738
-def check_switches(**switches) -> dict:
-    """The switches as given (bias=False means "none"); a value outside `SWITCHES` is an error that names the choices."""
-    if switches.get("bias") is False:
-        switches["bias"] = "none"
-    for name, value in switches.items():
-        if value not in SWITCHES[name]:
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, SWITCHES[name]))}")
-    return switches
-
-
 # %% ../nbs/01_model.ipynb #620b08e7
 METHODS = {
     "baseline_gap": dict(pool="avg", streams="fcls"),  # the usual ResNet classifier
@@ -217,49 +195,32 @@ def embedding_maps(
 
 # %% ../nbs/01_model.ipynb #d6802689
 class CADMHead(nn.Module):
-    """Classifier, maps, two streams and label vectors over features X of d channels (Eq. 2, 3, 6-8); keywords: see the switches."""
+    """Classifier, maps, two streams and label vectors over features X of d channels (Eq. 2, 3, 6-8); keywords: `ModelOptions`."""
 
     layers = (LAST,)
 
+    @takes(ModelOptions)
     def __init__(
-        self,
-        num_features: int,
-        num_classes: int,
-        map_size: int | Sequence[int] = (14, 14),
-        *,
-        pool: str = "max",
-        streams: str = "both",
-        share_weights: bool = True,
-        bias: str | bool = "none",
-        embed_hidden: int = 256,
-        embed_dim: int = 64,
-        embed_relu: str = "hidden",
-        embed_resize: str = "interpolate",
-        detach_embed_maps: str = "none",
+        self, num_features: int, num_classes: int, map_size: int | Sequence[int] = (14, 14), **options
     ):
         super().__init__()
-        choices = check_switches(
-            pool=pool,
-            streams=streams,
-            share_weights=share_weights,
-            bias=bias,
-            embed_relu=embed_relu,
-            embed_resize=embed_resize,
-            detach_embed_maps=detach_embed_maps,
-        )
-        self.switches = {**choices, "embed_hidden": embed_hidden, "embed_dim": embed_dim}
+        if options.get("bias") is False:
+            options["bias"] = "none"
+        self.options = choose = ModelOptions(**options)
         self.map_size = pair(map_size)
-        self.classifier = nn.Linear(num_features, num_classes, bias=choices["bias"] != "none")
+        self.classifier = nn.Linear(num_features, num_classes, bias=choose.bias != "none")
         if self.classifier.bias is not None:
             nn.init.zeros_(self.classifier.bias)  # with and without: the same function at the start
-        if not share_weights:
+        if not choose.share_weights:
             self.map_weight = nn.Parameter(self.classifier.weight.detach().clone())
-        self.embed = embedding_network(self.map_size, embed_hidden, embed_dim, embed_relu)
+        self.embed = embedding_network(
+            self.map_size, choose.embed_hidden, choose.embed_dim, choose.embed_relu
+        )
 
     @property
     def config(self) -> dict:
         """The keyword arguments that build this head again, JSON-ready."""
-        return {"map_size": list(self.map_size), **self.switches}
+        return {"map_size": list(self.map_size), **vars(self.options)}
 
     def forward(
         self, features: Tensor | Mapping[str, Tensor], with_label_vectors: bool | None = None
@@ -269,20 +230,20 @@ class CADMHead(nn.Module):
             features = features[LAST]
         if with_label_vectors is None:
             with_label_vectors = self.training and self.embed[0].weight.requires_grad
-        choose = self.switches
-        weights = self.classifier.weight if choose["share_weights"] else self.map_weight
-        logits_fcls = self.classifier(global_pool(features, choose["pool"]))
+        choose = self.options
+        weights = self.classifier.weight if choose.share_weights else self.map_weight
+        logits_fcls = self.classifier(global_pool(features, choose.pool))
         maps = class_maps(features, weights)
-        logits_scls = global_pool(maps, choose["pool"])
-        if choose["bias"] == "both":
+        logits_scls = global_pool(maps, choose.pool)
+        if choose.bias == "both":
             logits_scls = logits_scls + self.classifier.bias
         logits = {"both": (logits_fcls + logits_scls) / 2, "fcls": logits_fcls, "scls": logits_scls}[
-            choose["streams"]
+            choose.streams
         ]
         if not with_label_vectors:
             return CADMOutput(logits, logits_fcls, logits_scls, maps)
-        source = embedding_maps(features, maps, weights, choose["detach_embed_maps"])
-        vectors = self.embed(fit_maps(source, self.map_size, choose["embed_resize"]).flatten(2))
+        source = embedding_maps(features, maps, weights, choose.detach_embed_maps)
+        vectors = self.embed(fit_maps(source, self.map_size, choose.embed_resize).flatten(2))
         return CADMOutput(logits, logits_fcls, logits_scls, maps, vectors)
 
 
@@ -388,8 +349,9 @@ def load_network(folder: str | Path, build: Callable[..., Network]) -> Network:
 
 # %% ../nbs/01_model.ipynb #ae7e04ec
 class CADM(Network):
-    """Backbone and head: images to logits and class-aware maps. `switches` are `CADMHead`'s keyword arguments."""
+    """Backbone and head: images to logits and class-aware maps. `options`: the fields of `ModelOptions`."""
 
+    @takes(ModelOptions)
     def __init__(
         self,
         num_classes: int,
@@ -401,11 +363,11 @@ class CADM(Network):
         classes: Sequence[str] | None = None,
         expected_missing: Sequence[str] = (),
         quiet: bool = False,
-        **switches,
+        **options,
     ):
         def build_head(shapes: dict, num_classes: int) -> CADMHead:
             d, *size = shapes[LAST]
-            return CADMHead(d, num_classes, size if map_size is None else map_size, **switches)
+            return CADMHead(d, num_classes, size if map_size is None else map_size, **options)
 
         how = dict(image_size=image_size, classes=classes, expected_missing=expected_missing, quiet=quiet)
         super().__init__(num_classes, backbone, weights, build_head, **how)

@@ -10,48 +10,27 @@ __all__ = [
     "TABLE1",
     "TABLE2",
     "TABLES",
-    "HALF",
     "FACTS",
     "LABELS_PER_IMAGE",
-    "VERDICTS",
-    "OURS",
-    "WITHOUT",
-    "BASELINE",
-    "NAMED",
-    "CLAIMS",
-    "NOT_MEASURED",
     "PLACES",
-    "MODEL_DECISIONS",
-    "LOSS_DECISIONS",
-    "DATA_DECISIONS",
-    "RECIPE_DECISIONS",
-    "METRIC_DECISIONS",
     "REGISTER",
+    "DECISIONS",
     "PrintedRow",
     "row",
-    "printed_rows",
-    "f1",
-    "f1_interval",
-    "needed",
-    "f1_verdict",
-    "audit_f1",
     "SplitFacts",
-    "ratio_interval",
-    "exactly_three",
-    "above_threshold",
-    "top3_verdict",
-    "audit_top3",
-    "Claim",
-    "value",
-    "gain",
-    "leads",
-    "claims_table",
     "Decision",
+    "option",
+    "decisions",
+    "Options",
+    "takes",
+    "ModelOptions",
+    "LossOptions",
     "register_table",
 ]
 
 # %% ../nbs/00_paper.ipynb #68c06e98
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, field, fields, replace
 
 # %% ../nbs/00_paper.ipynb #3ce75e49
 ALL = ("CP", "CR", "CF1", "OP", "OR", "OF1")
@@ -62,7 +41,7 @@ COLUMNS = ("mAP", *ALL, *TOP3)
 # %% ../nbs/00_paper.ipynb #12f5320c
 @dataclass(frozen=True)
 class PrintedRow:
-    """A row of Table 1 or 2: values in percent by `COLUMNS`, None for a dash; `method` and `lam` name the companion's row, if it has one."""
+    """A row of Table 1 or 2: values in percent by `COLUMNS`, None for a dash; `method`, `lam`: the companion's, if any."""
 
     name: str
     reference: int | None
@@ -86,7 +65,7 @@ def row(
 
 
 # %% ../nbs/00_paper.ipynb #1ce329ca
-#                                       mAP   CP   CR   CF1  OP   OR   OF1 | CP   CR   CF1  OP   OR   OF1  (top-3)
+#                               mAP   CP   CR   CF1  OP   OR   OF1 | CP   CR   CF1  OP   OR   OF1  (top-3)
 TABLE1 = (  # MS-COCO
     row("CNN-RNN", 23, "61.2  -    -    -    -    -    -     66.0 55.6 60.4 69.2 66.4 67.8"),
     row("Order-Free RNN", 24, "-     -    -    -    -    -    -     71.6 54.8 62.1 74.2 62.2 67.7"),
@@ -116,7 +95,7 @@ TABLE1 = (  # MS-COCO
 )
 
 # %% ../nbs/00_paper.ipynb #28f49777
-#                                       mAP   CP   CR   CF1  OP   OR   OF1 | CP   CR   CF1  OP   OR   OF1  (top-3)
+#                               mAP   CP   CR   CF1  OP   OR   OF1 | CP   CR   CF1  OP   OR   OF1  (top-3)
 TABLE2 = (  # NUS-WIDE
     row("CNN-RNN", 23, "-     -    -    -    -    -    -     40.5 30.4 34.7 49.9 61.7 55.2"),
     row("Order-Free RNN", 24, "-     -    -    -    -    -    -     59.4 50.7 54.7 69.0 71.4 70.2"),
@@ -148,86 +127,10 @@ TABLE2 = (  # NUS-WIDE
 TABLES = {"coco2014": TABLE1, "nuswide": TABLE2}  # by the name of the data set
 
 
-# %% ../nbs/00_paper.ipynb #c838b96d
-def printed_rows(table: tuple[PrintedRow, ...]):
-    """A printed table as a pandas DataFrame: `row` (as printed), `reference`, `method`, `lam`, then `COLUMNS` in percent (NaN: a dash)."""
-    import pandas as pd
-
-    frame = pd.DataFrame(
-        [
-            {"row": r.label, "reference": r.reference, "method": r.method, "lam": r.lam, **r.values}
-            for r in table
-        ]
-    )
-    return frame.astype({"reference": "Int64", "lam": float, **dict.fromkeys(COLUMNS, float)})
-
-
-# %% ../nbs/00_paper.ipynb #c3629ef2
-def f1(precision, recall):
-    """Harmonic mean of precision and recall (any unit, numbers or arrays)."""
-    return 2 * precision * recall / (precision + recall)
-
-
-# %% ../nbs/00_paper.ipynb #70711442
-HALF = 0.05  # a number printed with one decimal is known to within this
-
-
-# %% ../nbs/00_paper.ipynb #9d07652f
-def f1_interval(precision: float, recall: float) -> tuple[float, float]:
-    """The least and the greatest harmonic mean that a printed precision and recall (percent, one decimal) allow."""
-    return f1(precision - HALF, recall - HALF), f1(precision + HALF, recall + HALF)
-
-
-# %% ../nbs/00_paper.ipynb #5441b9f3
-def needed(f: float, other: float) -> tuple[float, float]:
-    """The least and the greatest precision that give a printed F1 with a printed recall, or the other way round (percent)."""
-    solve = lambda f, other: f * other / (2 * other - f)
-    return solve(f - HALF, other + HALF), solve(f + HALF, other - HALF)
-
-
-# %% ../nbs/00_paper.ipynb #305ec7a7
-def f1_verdict(precision: float, recall: float, printed: float) -> str:
-    """What a printed F1 is, given its row's precision and recall: "adds up", "lower" or "higher" than their harmonic mean can be."""
-    low, high = f1_interval(precision, recall)
-    slack = HALF + 1e-9
-    return "lower" if printed + slack < low else "higher" if printed - slack > high else "adds up"
-
-
-# %% ../nbs/00_paper.ipynb #4b6e0ead
-def audit_f1(table: tuple[PrintedRow, ...]):
-    """Every F1 of a printed table against its own P and R, as a DataFrame (percent): verdict, and what P or R would have to be."""
-    import pandas as pd
-
-    found = []
-    for r in table:
-        for which in ("CF1", "OF1", "CF1_top3", "OF1_top3"):
-            p, q, f = (r.values[which.replace("F1", letter)] for letter in ("P", "R", "F1"))
-            if None in (p, q, f):
-                continue
-            texts = [
-                "{:.1f} to {:.1f}".format(*ends) for ends in (f1_interval(p, q), needed(f, q), needed(f, p))
-            ]
-            found.append(
-                {
-                    "row": r.label,
-                    "column": which,
-                    "P": p,
-                    "R": q,
-                    "printed": f,
-                    "F1 of P and R": round(f1(p, q), 2),
-                    "allowed": texts[0],
-                    "verdict": f1_verdict(p, q, f),
-                    "or P": texts[1],
-                    "or R": texts[2],
-                }
-            )
-    return pd.DataFrame(found)
-
-
 # %% ../nbs/00_paper.ipynb #057bbf18
 @dataclass(frozen=True)
 class SplitFacts:
-    """Counts of a published split: images, those with a label, labels, and labels if no image had more than three; None where not known here."""
+    """Counts of a published split: images, those with a label, labels, at most three of each image; None: not known."""
 
     images: int
     labelled: int | None = None
@@ -251,407 +154,32 @@ LABELS_PER_IMAGE = {  # over labelled images, over all images
 }
 
 
-# %% ../nbs/00_paper.ipynb #eab2c10d
-def ratio_interval(a: float, b: float) -> tuple[float, float]:
-    """The least and the greatest ratio of two printed numbers."""
-    return (a - HALF) / (b + HALF), (a + HALF) / (b - HALF)
-
-
-# %% ../nbs/00_paper.ipynb #be10760b
-def exactly_three(r: PrintedRow, labels_per_image: tuple[float, ...], tolerance: float = 0.05) -> bool | None:
-    """Can a row's top-3 have been three predictions for every image? None if OP or OR is a dash; `tolerance` in labels per image."""
-    if None in (r.values["OP_top3"], r.values["OR_top3"]):
-        return None
-    low, high = (3 * end for end in ratio_interval(r.values["OP_top3"], r.values["OR_top3"]))
-    return any(low - tolerance <= labels <= high + tolerance for labels in labels_per_image)
-
-
-# %% ../nbs/00_paper.ipynb #4f6e4560
-def above_threshold(r: PrintedRow) -> bool | None:
-    """Can a row's top-3 be its "All" with predictions removed? None where "All" or top-3 is not printed."""
-    cr, op, orr, cr3, op3, orr3 = (
-        r.values[f"{name}{suffix}"] for suffix in ("", "_top3") for name in ("CR", "OP", "OR")
-    )
-    if None in (cr, op, orr, cr3, op3, orr3):
-        return None
-    removed = ratio_interval(orr, op)[1] - ratio_interval(orr3, op3)[0]  # predictions per label, at most
-    true = (orr - HALF) - (orr3 + HALF)  # percent of the labels that the removed ones hit, at least
-    return cr3 <= cr + 2 * HALF and orr3 <= orr + 2 * HALF and true / 100 <= removed
-
-
-# %% ../nbs/00_paper.ipynb #e83e679f
-def top3_verdict(r: PrintedRow, labels_per_image: tuple[float, ...]) -> str:
-    """Which top-3 protocol a printed row can have used."""
-    three, passed = exactly_three(r, labels_per_image), above_threshold(r)
-    if three is None:
-        return "cannot be told"
-    if three:
-        return "exactly three" if passed is False else "exactly three, or above the threshold"
-    return {True: "above the threshold", False: "neither", None: "fewer than three"}[passed]
-
-
-# %% ../nbs/00_paper.ipynb #209819af
-def audit_top3(dataset: str):
-    """What the top-3 columns of a table imply, as a DataFrame: predictions per image, labels per image that exactly three would need, what it can be."""
-    import pandas as pd
-
-    found, (labelled, everything) = [], LABELS_PER_IMAGE[dataset]
-    for r in TABLES[dataset]:
-        line = {"row": r.label}
-        for name, suffix in (("All", ""), ("top-3", "_top3")):
-            op, orr = r.values["OP" + suffix], r.values["OR" + suffix]
-            known = None not in (op, orr)
-            line[f"predictions per image, {name}"] = (
-                f"{orr / op * everything:.2f} to {orr / op * labelled:.2f}" if known else "-"
-            )
-        line["labels per image if exactly three"] = (
-            "{:.2f} to {:.2f}".format(*(3 * end for end in ratio_interval(op, orr))) if known else "-"
-        )
-        for name in ("CR", "OR"):
-            pair = r.values[f"{name}_top3"], r.values[name]
-            line[f"{name}, top-3 minus All"] = None if None in pair else pair[0] - pair[1]
-        found.append({**line, "can be": top3_verdict(r, LABELS_PER_IMAGE[dataset])})
-    return pd.DataFrame(found)
-
-
-# %% ../nbs/00_paper.ipynb #101fdc12
-VERDICTS = ("holds", "holds in part", "does not hold", "cannot be told here")
-
-
-# %% ../nbs/00_paper.ipynb #4314046c
-@dataclass(frozen=True)
-class Claim:
-    """A statement of the paper, what was found, one of `VERDICTS`, and what would make it true (or keep it so)."""
-
-    where: str
-    says: str
-    found: str
-    verdict: str
-    true_if: str
-
-
-# %% ../nbs/00_paper.ipynb #39a228e6
-def value(table: tuple[PrintedRow, ...], name: str, column: str) -> float | None:
-    """A cell of a table by the row's name; KeyError names what there is."""
-    rows = {r.name: r for r in table}
-    if name not in rows:
-        raise KeyError(f"no row {name!r}: {', '.join(rows)}")
-    return rows[name].values[column]
-
-
-# %% ../nbs/00_paper.ipynb #1316201c
-OURS, WITHOUT, BASELINE = "Ours (λ = 0.5)", "Ours (λ = 0)", "ResNet-101 (Baseline)"
-
-
-# %% ../nbs/00_paper.ipynb #9ac29091
-def gain(table: tuple[PrintedRow, ...], column: str, over: str | None = None) -> float:
-    """Points by which the paper's method leads a row, or the best of the borrowed rows if none is named (printed numbers, percent)."""
-    others = [over] if over else [r.name for r in table if r.method is None and r.values[column] is not None]
-    return round(value(table, OURS, column) - max(value(table, name, column) for name in others), 1)
-
-
-# %% ../nbs/00_paper.ipynb #17b13c39
-def leads(table: tuple[PrintedRow, ...]) -> list[str]:
-    """The columns in which no row of the table is better than the paper's method."""
-    return [
-        c
-        for c in COLUMNS
-        if all(r.values[c] <= value(table, OURS, c) for r in table if r.values[c] is not None)
-    ]
-
-
-# %% ../nbs/00_paper.ipynb #41c9d304
-NAMED = ("mAP", "CF1", "OF1", "CF1_top3", "OF1_top3")  # the five measures that Sec. 3.3 names
-
-
-# %% ../nbs/00_paper.ipynb #28ce949d
-def _points(table, over=None, columns=NAMED) -> str:
-    return ", ".join(f"{gain(table, c, over):+.1f}" for c in columns)
-
-
-# %% ../nbs/00_paper.ipynb #b4decc4f
-def _gain_claims() -> list[Claim]:
-    drop = gain(TABLE1, "mAP", WITHOUT)
-    relative = 100 * drop / value(TABLE1, OURS, "mAP")
-    mixed = value(TABLE1, "Multi-Evidence", "CF1_top3")
-    same = f1(value(TABLE1, "Multi-Evidence", "CP_top3"), value(TABLE1, "Multi-Evidence", "CR_top3"))
-    mine = value(TABLE1, OURS, "CF1_top3")
-    step = [round(value(t, WITHOUT, "mAP") - value(t, BASELINE, "mAP"), 1) for t in (TABLE1, TABLE2)]
-    return [
-        Claim(
-            "Abstract; Sec. 1",
-            'outperforms "by a large margin", consistently',
-            f"first in all five named measures on both sets; in {len(leads(TABLE1))} and "
-            f"{len(leads(TABLE2))} of all 13 columns; five gains of {_points(TABLE1)} on COCO, {_points(TABLE2)} on NUS-WIDE",
-            "holds in part",
-            '"consistently" holds for the five; "large" for COCO\'s mAP. On NUS-WIDE the margins are of the size that one needs a spread over seeds for, and none is given',
-        ),
-        Claim(
-            "Sec. 3.3.1",
-            "+5.2, +2.1, +1.2, +2.9, +1.3 over the previous best on COCO",
-            f"{_points(TABLE1)} from Table 1",
-            "holds",
-            "read as points, each over the best borrowed row that prints the measure (SRN for mAP, Multi-Evidence for the others; Multi-Evidence prints no mAP)",
-        ),
-        Claim(
-            "Sec. 3.3.1",
-            "+2.9 CF1 (top-3), the same sentence",
-            f"Multi-Evidence's {mixed} is not the harmonic mean of its P and R, {same:.1f}; ours is: under one definition {mine - same:+.1f}",
-            "holds in part",
-            "CF1 is a mean of per-class F1 in both rows; but then the paper's own value would not add up",
-        ),
-        Claim(
-            "Sec. 3.3.1",
-            'λ = 0 is "3.2% mAP lower" on COCO',
-            f"{value(TABLE1, OURS, 'mAP')} - {value(TABLE1, WITHOUT, 'mAP')} = {drop} points, {relative:.1f} % relative",
-            "does not hold",
-            "λ = 0 at 79.1, or λ = 0.5 at 83.1; rounding explains at most 0.15",
-        ),
-        Claim(
-            "Sec. 3.3.1",
-            'setting λ to 0 validates the "two proposed crucial modules"',
-            f"it removes one of them, the embedding loss ({drop} points of mAP on COCO). The other, the maps, is the step from the "
-            f"baseline to λ = 0: {step[0]:+.1f} on COCO, {step[1]:+.1f} on NUS-WIDE, where OF1 moves by {value(TABLE2, WITHOUT, 'OF1') - value(TABLE2, BASELINE, 'OF1'):+.1f}",
-            "holds in part",
-            "the baseline pools by maximum like the method (not said): then the rows of the tables do separate both",
-        ),
-        Claim(
-            "Sec. 3.3.1",
-            'the drop is "significant"',
-            "one number per row, no repetition, no interval",
-            "cannot be told here",
-            "the spread over seeds is small against 2.4 points",
-        ),
-        Claim(
-            "Sec. 3.3.2",
-            "best on NUS-WIDE in the five measures",
-            f"{_points(TABLE2)} over the best borrowed row of each",
-            "holds",
-            "as printed. CF1 is measured against SRN's lower kind of CF1 "
-            f"({value(TABLE2, 'SRN', 'CF1')}; its P and R make {f1(value(TABLE2, 'SRN', 'CP'), value(TABLE2, 'SRN', 'CR')):.1f}), top-3 against rows that were forced to three labels",
-        ),
-        Claim(
-            "Sec. 3.3.2",
-            '"about 1%" over λ = 0',
-            f"{_points(TABLE2, WITHOUT)} in the five measures",
-            "holds",
-            "read as points, on average",
-        ),
-        Claim(
-            "Sec. 3.3.2",
-            '"consistent" with COCO',
-            f"there {_points(TABLE1, WITHOUT)}: positive in all five on both sets",
-            "holds",
-            "consistent means of the same sign; the sizes differ",
-        ),
-    ]
-
-
-# %% ../nbs/00_paper.ipynb #bb075c5c
-def _setting_claims() -> list[Claim]:
-    train, val = FACTS["coco2014", "train"], FACTS["coco2014", "test"]
-    total = FACTS["nuswide", "train"].images + FACTS["nuswide", "test"].images
-    cnn = value(TABLE1, "CNN-RNN", "OR_top3") / value(TABLE1, "CNN-RNN", "OP_top3")
-    own = [
-        value(TABLE1, n, "OR_top3") / value(TABLE1, n, "OP_top3") * val.labels / val.labelled
-        for n in (BASELINE, WITHOUT, OURS)
-    ]
-    return [
-        Claim(
-            "Sec. 3.3.1",
-            "82,081 training and 40,504 validation images",
-            f"train2014 has {train.images:,} images, {train.labelled:,} with a label; val2014 has {val.images:,}, {val.labelled:,} with a label",
-            "holds in part",
-            "training images without a label are left out, test images without one are kept; the companion's default takes it at its word",
-        ),
-        Claim(
-            "Sec. 3.3.1",
-            '"about 3.5 labels" per COCO image',
-            f"{val.labels / val.labelled:.1f} on val, {train.labels / train.labelled:.1f} on train (labelled images). With 3.5, CNN-RNN's top-3 would be {3.5 * cnn:.1f} labels per image",
-            "does not hold",
-            "it is the average that COCO's authors [26] gave for their collection in 2014; the 2014 release that is evaluated has 2.9",
-        ),
-        Claim(
-            "Sec. 3.3.1; 3.3.2",
-            "80 categories; 81 concepts",
-            "so the published annotations have it",
-            "holds",
-            "C = 80 and 81: per-class numbers are means over all of them",
-        ),
-        Claim(
-            "Sec. 3.3.2",
-            "269,648 = 161,789 + 107,859 images",
-            f"the sum is {total:,}",
-            "holds",
-            "every photograph was still there; many are no longer on Flickr",
-        ),
-        Claim(
-            "Sec. 3.3.2",
-            '"2.4 concept labels" per image',
-            "two rows of Table 2 imply 2.42; over all images it is 1.87",
-            "holds in part",
-            "only images with a label count: about 1.87 / 2.4 = 78 % of them. Whether the others were trained and tested on is not said",
-        ),
-        Claim(
-            "Sec. 3.1",
-            'top-3: the three labels "with highest confidences"',
-            f"the paper's own rows make {min(own):.1f} to {max(own):.1f} predictions per image on COCO",
-            "does not hold",
-            "of the three, only those above the threshold count; then everything in these rows fits (but for the one CR above)",
-        ),
-        Claim(
-            "Sec. 3.1",
-            'positive if the confidence is "greater than 0.5"',
-            "Eq. 3 calls the numbers before the sigmoid of Eq. 4 confidences; 0.5 before it is 0.62 after it",
-            "cannot be told here",
-            "the confidence is σ(ŷ), the usual reading and the companion's",
-        ),
-        Claim(
-            "Sec. 2.2",
-            "448 x 448 gives 2048 x 14 x 14",
-            f"448 / 32 = {448 // 32}, and conv5 of ResNet-101 has 2048 channels",
-            "holds",
-            "the image is a square of that size: squashed or cropped is not said",
-        ),
-        Claim(
-            "Sec. 3.2",
-            "learning rate 0.01, divided by 10 every 20 of 60 epochs",
-            "three plateaus: 0.01, 0.001, 0.0001",
-            "holds",
-            "no decay after the last epoch",
-        ),
-        Claim(
-            "Sec. 3.2",
-            'ResNet-101 "following" [12, 14, 24, 25]',
-            "the paper's pages do not show the others' base models",
-            "cannot be told here",
-            "all four rows used it: else the tables also compare base models",
-        ),
-        Claim(
-            "Sec. 2.2",
-            'λ is 0.5 "in all the experiments"',
-            "the rows with λ = 0 are its ablation",
-            "holds",
-            "it was not tuned on the sets it is evaluated on: no other set is named",
-        ),
-        Claim(
-            "Sec. 3.4; Fig. 4",
-            "with the embedding loss on the right, without on the left",
-            'caption and text agree. In the text as extracted, the sentence breaks at Table 2 and gives λ = 0.5 and "right" to both sides before it goes on with λ = 0 and "left"',
-            "holds",
-            "the doubled half is a slip of extraction at the page break, as it seems; if it is printed, the caption decides",
-        ),
-    ]
-
-
-# %% ../nbs/00_paper.ipynb #8272fcbb
-def _equation_claims() -> list[Claim]:
-    return [
-        Claim(
-            "Eq. 4",
-            "a loss to be minimised",
-            "a log-likelihood without a minus sign: minimising it would make predictions wrong",
-            "does not hold",
-            "a minus sign in front",
-        ),
-        Claim(
-            "Sec. 2.4, Eq. 9",
-            'sum of pairwise "Euclidean distances"',
-            "the formula squares them",
-            "holds in part",
-            "squared distances are meant, as Eq. 10 needs: the identity is false for distances",
-        ),
-        Claim(
-            "Eq. 10",
-            "pairs ∝ distances to the mean",
-            "the factor is |S|, which differs from image to image",
-            "holds in part",
-            "read per image. Over images, going from Eq. 9 to Eq. 11 gives images with many labels less weight",
-        ),
-        Claim(
-            "Sec. 2.4, Eq. 11",
-            'computationally efficient, against "redundancy"',
-            "linear in |S| instead of quadratic, and |S| is 2.9 on average; the sum over absent labels was linear before",
-            "holds in part",
-            "images have many labels; the saving is small beside the backbone",
-        ),
-        Claim(
-            "Sec. 2.4, Eq. 12",
-            "the second term, as repeated in the text",
-            "the text puts the hinge around the whole sum, the equation inside it",
-            "does not hold",
-            "one of the two is meant; the companion's default is the numbered equation",
-        ),
-        Claim(
-            "Sec. 2.4",
-            "Eq. 12 prevents the trivial solution",
-            "all vectors equal costs 1 for each absent label, so it is no minimum; but the gradient vanishes there",
-            "holds in part",
-            "training does not start at, or run into, the stationary point (02_loss)",
-        ),
-        Claim(
-            "Sec. 2.3",
-            'the bias has "little to no impact"',
-            "a constant passes through a maximum, so in the logits it is an ordinary bias (01_model)",
-            "cannot be told here",
-            "measured with and without: a switch",
-        ),
-        Claim(
-            "Fig. 2",
-            'positive labels are strong, negative ones "almost" nothing',
-            "examples, in an order that the sums themselves define",
-            "cannot be told here",
-            "present labels rank first over many images (06_figures counts)",
-        ),
-        Claim(
-            "Sec. 3.4; Fig. 4",
-            'Eq. 12 strengthens the maps of relevant labels "significantly"',
-            "three images, two chosen labels each, no colour scale",
-            "cannot be told here",
-            "the ranks of present labels improve over a draw of images that nobody chose (06_figures counts)",
-        ),
-        Claim(
-            "Sec. 1; 2.4",
-            "Eq. 12 models the correlation of labels",
-            "it pulls all present labels of an image together, whichever they are, and f_embed is not used for the prediction",
-            "cannot be told here",
-            "its gradient on the maps teaches the backbone context: a study, not a proof (02_loss)",
-        ),
-    ]
-
-
-# %% ../nbs/00_paper.ipynb #71c79079
-CLAIMS: tuple[Claim, ...] = (*_gain_claims(), *_setting_claims(), *_equation_claims())
-
-
-# %% ../nbs/00_paper.ipynb #4332d988
-def claims_table(claims: tuple[Claim, ...] = CLAIMS):
-    """The paper's statements and their verdicts as a pandas DataFrame."""
-    import pandas as pd
-
-    frame = pd.DataFrame([vars(claim) for claim in claims])
-    return frame.rename(columns={"says": "the paper says", "true_if": "true if / note"})[
-        ["where", "the paper says", "verdict", "found", "true if / note"]
-    ]
-
-
-# %% ../nbs/00_paper.ipynb #571ee154
-NOT_MEASURED = "not measured yet"
-
-
 # %% ../nbs/00_paper.ipynb #47508672
 @dataclass(frozen=True)
 class Decision:
-    """An open decision: `readings` are value -> meaning, `default` one of them, `switch` its name in each of `where` (`PLACES`); no switch: it is fixed, and says so."""
+    """An open decision: `readings` are value -> meaning, the default first; `where` of `PLACES` takes `switch`; none: fixed."""
 
+    at: str
     question: str
     paper: str
     readings: dict
-    default: object
     reason: str
-    switch: str | None = None
     where: tuple[str, ...] = ()
-    measured: str = NOT_MEASURED
+    switch: str | None = None
+
+    @property
+    def default(self):
+        """The first reading."""
+        return next(iter(self.readings))
+
+    def check(self, value) -> None:
+        """Raise `ValueError` for a value that is none of the readings; a number may be any > 0."""
+        if not isinstance(self.default, (bool, str)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{self.switch}={value!r}: it must be > 0 and finite")
+        elif value not in self.readings:
+            choices = ", ".join(map(repr, self.readings))
+            raise ValueError(f"{self.switch}={value!r}: choose one of {choices}")
 
 
 # %% ../nbs/00_paper.ipynb #b03ea870
@@ -668,356 +196,411 @@ PLACES = {
     "figures": "a keyword of figure2 and figure4",
 }
 
+
+# %% ../nbs/00_paper.ipynb #06521b97
+def option(*decision, where: tuple[str, ...] = ("config",)):
+    """A dataclass field that states a `Decision`; its default is the first reading."""
+    stated = Decision(*decision, where)
+    return field(default=stated.default, metadata={"decision": stated})
+
+
+# %% ../nbs/00_paper.ipynb #4ea692eb
+def decisions(options: type) -> tuple[Decision, ...]:
+    """The decisions that the fields of a dataclass state."""
+    return tuple(replace(f.metadata["decision"], switch=f.name) for f in fields(options))
+
+
+# %% ../nbs/00_paper.ipynb #3b642466
+@dataclass(frozen=True)
+class Options:
+    """Base of a frozen dataclass of options. Raises `ValueError` for a value that is none of the readings."""
+
+    def __post_init__(self):
+        for d in decisions(type(self)):
+            d.check(getattr(self, d.switch))
+
+
+# %% ../nbs/00_paper.ipynb #3afcce6a
+def takes(options: type):
+    """Decorator of a function whose `**options` are the fields of a dataclass: `help` shows them."""
+
+    def shown(function):
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields(options)
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *more])
+        return function
+
+    return shown
+
+
 # %% ../nbs/00_paper.ipynb #a4175052
-_BOTH = ("config", "model")
-MODEL_DECISIONS = (
-    Decision(
-        "How does the baseline pool?",
-        "not said; the method pools by maximum",
-        {"max": 'maximum, method="baseline"', "avg": 'average, method="baseline_gap": the usual ResNet'},
-        "max",
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """What Eq. 1-3 and 6-8 leave open: keywords of `CADM`."""
+
+    pool: str = option(
+        "Sec. 2.2",
+        "How are maps pooled?",
+        "the method by maximum; not said for the baseline",
+        {"max": 'maximum; the baseline then is method="baseline"', "avg": 'average; method="baseline_gap"'},
         "only then is the step from the baseline to λ = 0 the maps alone; both rows are always trained",
-        "pool",
-        ("model",),
-    ),
-    Decision(
+        where=("model",),
+    )
+    streams: str = option(
+        "Eq. 3",
+        "Which stream predicts?",
+        "the mean of both",
+        {"both": "the mean", "fcls": "the first, as in the baseline", "scls": "the second"},
+        "the equation; the others are rows of the ablation",
+        where=("model",),
+    )
+    share_weights: bool = option(
+        "Eq. 6",
+        "Do the maps use the classifier's own weights?",
+        "yes",
+        {True: "yes", False: "other weights, equal at the start"},
+        "the equation; the other shows what sharing does",
+        where=("config", "model"),
+    )
+    bias: str = option(
+        "Sec. 2.3",
         "Has the classifier a bias?",
         '"omit the bias term", for the maps',
         {"none": "no", "fcls": "in the first stream only", "both": "in both"},
-        "none",
         "the text",
-        "bias",
-        _BOTH,
-    ),
-    Decision(
-        "Do the maps use the classifier's own weights?",
-        "yes (Eq. 6)",
-        {True: "yes", False: "weights of their own, equal at the start"},
-        True,
-        "Eq. 6; the other shows what sharing does",
-        "share_weights",
-        _BOTH,
-    ),
-    Decision(
-        "What does Eq. 3 average?",
-        '"confidences"',
-        {"logits": "before the sigmoid", "probabilities": "after it"},
-        "logits",
-        "Eq. 4 puts the sigmoid around the mean; records keep both streams, so the other can be computed",
-    ),
-    Decision(
-        "Is there one f_embed for all classes?",
-        "one θ_embed (Eq. 8)",
-        {"one": "shared", "C": "one per class"},
-        "one",
-        "Eq. 8 has no class index at θ_embed",
-    ),
-    Decision(
+        where=("config", "model"),
+    )
+    embed_hidden: int = option(
+        "Eq. 8",
         "How wide is f_embed's hidden layer?",
         "not said",
         {256: "about h·w = 196"},
-        256,
         "nothing to go by; small beside the backbone",
-        "embed_hidden",
-        _BOTH,
-    ),
-    Decision(
+        where=("config", "model"),
+    )
+    embed_dim: int = option(
+        "Eq. 8",
         "How long is a label vector?",
         '"fixed size"',
         {64: "fewer than classes"},
-        64,
         "nothing to go by",
-        "embed_dim",
-        _BOTH,
-    ),
-    Decision(
+        where=("config", "model"),
+    )
+    embed_relu: str = option(
+        "Eq. 8",
         "Where are f_embed's ReLUs?",
         '"two-layer ... with ReLU"',
         {"hidden": "between the layers", "both": "after the second, too"},
-        "hidden",
         "the usual reading; a last ReLU puts all vectors in one orthant",
-        "embed_relu",
-        ("model",),
-    ),
-    Decision(
-        "Maps of another size than f_embed was made for?",
+        where=("model",),
+    )
+    embed_resize: str = option(
+        "Eq. 8",
+        "What if maps have another size than f_embed was made for?",
         "one image size only",
-        {"interpolate": "bilinear, to f_embed's size", "pool": "adaptive average", "error": "refuse"},
-        "interpolate",
+        {"interpolate": "bilinear, to f_embed's size", "pool": "adaptive average", "error": "an error"},
         "a position keeps its meaning",
-        "embed_resize",
-        ("model",),
-    ),
-    Decision(
-        "How far does Eq. 12's gradient reach?",
+        where=("model",),
+    )
+    detach_embed_maps: str = option(
+        "Eq. 9",
+        "How far does the gradient of Eq. 12 reach?",
         '"end-to-end"; Eq. 9 minimises over θ_embed alone',
         {
             "none": "through the maps to classifier and backbone",
             "weights": "to the backbone, not into the shared weights",
             "all": "f_embed only",
         },
-        "none",
-        '"end-to-end"; with "all", λ could not change a prediction, since f_embed is not used for it (but for clip_grad, which takes one norm over all gradients)',
-        "detach_embed_maps",
-        _BOTH,
+        '"end-to-end"; with "all", λ could not change a prediction, which f_embed takes no part in '
+        "(but through clip_grad, which takes one norm over all gradients)",
+        where=("config", "model"),
+    )
+
+
+# %% ../nbs/00_paper.ipynb #f82531d8
+_MODEL = (
+    Decision(
+        "Eq. 3",
+        "What is averaged?",
+        '"confidences"',
+        {"logits": "before the sigmoid", "probabilities": "after it"},
+        "Eq. 4 puts the sigmoid around the mean; records keep both streams, so the other can be computed",
     ),
     Decision(
+        "Eq. 8",
+        "Is there one f_embed for all classes?",
+        "one θ_embed",
+        {"one": "shared", "C": "one per class"},
+        "Eq. 8 has no class index at θ_embed",
+    ),
+    Decision(
+        "Sec. 3.2",
         "Which ImageNet weights?",
         '"pre-trained model based on ImageNet"',
         {"imagenet": "torchvision's first version", "imagenet-v2": "its later, better one"},
-        "imagenet",
         "what existed in 2019",
+        ("config", "model"),
         "weights",
-        _BOTH,
     ),
     Decision(
+        "Sec. 3.2",
         "How do new layers start?",
         "not said",
         {"torch": "torch's default for linear layers"},
-        "torch",
         "nothing to go by",
     ),
 )
 
+
 # %% ../nbs/00_paper.ipynb #4bcdfe2b
-_LOSS = ("config", "loss")
-LOSS_DECISIONS = (
-    Decision(
-        "Sign of Eq. 4",
-        "no minus",
-        {"descent": "minus: cross-entropy", "printed": "as printed"},
-        "descent",
-        "Eq. 5 is minimised; as printed, predictions would become wrong",
-        "sign",
-        ("classification_loss",),
-    ),
-    Decision(
-        "Sum or mean over classes?",
-        "sums, in Eq. 4 and Eq. 12",
+@dataclass(frozen=True)
+class LossOptions(Options):
+    """What Eq. 4, 5 and 12 leave open: keywords of `CADMLoss`."""
+
+    reduction_classes: str = option(
+        "Eq. 4, 12",
+        "Sum or mean over classes, in both losses alike?",
+        "sums",
         {"sum": "sums", "mean": "both divided by the number of classes"},
-        "sum",
         "the equations; the common scale, see below",
-        "reduction_classes",
-        _LOSS,
-    ),
-    Decision(
-        "Sum or mean over the images of a batch?",
-        "one image only",
-        {None: "mean", 1: "sum"},
-        None,
-        "the step then does not grow with the batch",
-        "num_images",
-        ("classification_loss",),
-    ),
-    Decision(
-        "What is λ relative to?",
-        "0.5, with both losses as sums",
-        {1.0: "as printed", 80.0: "as if Eq. 4 alone were a mean over 80 classes"},
-        1.0,
-        "the equations; the relative scale, see below: another scale is another λ",
-    ),
-    Decision(
+        where=("config", "loss"),
+    )
+    hinge: str = option(
+        "Eq. 12",
         "Hinge inside the sum or around it?",
-        "Eq. 12: inside; its repetition in the text: around",
+        "the equation: inside; its repetition in the text: around",
         {
             "inside": "each absent label is pushed until it is far enough",
             "outside": "until they are far enough together",
         },
-        "inside",
         "the numbered equation",
-        "hinge",
-        _LOSS,
-    ),
-    Decision(
+        where=("config", "loss"),
+    )
+    margin: float = option(
+        "Eq. 12",
         "How far is far enough?",
-        "1 (Eq. 12)",
+        "1",
         {1.0: "as printed"},
-        1.0,
         "the equation; its size means something only relative to λ and f_embed's scale",
-        "margin",
-        _LOSS,
-    ),
-    Decision(
+        where=("config", "loss"),
+    )
+    distance: str = option(
+        "Eq. 9-12",
         "Squared or plain distance?",
         '"Euclidean distances"; the formula squares',
         {"squared": "as in the formula", "euclidean": "as in the words"},
-        "squared",
         "Eq. 10 holds for squares only",
-        "distance",
-        _LOSS,
-    ),
-    Decision(
+        where=("config", "loss"),
+    )
+    center: str = option(
+        "Eq. 12",
+        "From where are distances measured?",
+        "from the mean label vector",
+        {"present": "the mean of the present labels", "origin": "the origin: a control without correlation"},
+        "the equation; the other is no reading of it",
+        where=("config", "loss"),
+    )
+    detach_center: bool = option(
+        "Eq. 12",
+        "Is the mean label vector a constant?",
+        "not said",
+        {False: "no, gradients go through it", True: "yes"},
+        "the derivative of Eq. 12",
+        where=("config", "loss"),
+    )
+    pair_weight: bool = option(
+        "Eq. 9-11",
         "Is the factor |S| of Eq. 10 kept?",
         "∝, then dropped",
         {False: "dropped (Eq. 11, 12)", True: "kept: Eq. 9's sum over pairs"},
-        False,
         "Eq. 12 as printed",
-        "pair_weight",
-        _LOSS,
-    ),
-    Decision(
-        "An image without a label (S empty)",
+        where=("config", "loss"),
+    )
+    no_positive: str = option(
+        "Eq. 12",
+        "What of an image without a label (S empty)?",
         "the mean label vector does not exist",
         {"skip": "no Eq. 12 for it", "origin": "push absent labels away from 0"},
-        "skip",
         "nothing is there to be apart from",
-        "no_positive",
-        _LOSS,
-    ),
-    Decision(
-        "An image with one label (|S| = 1)",
+        where=("config", "loss"),
+    )
+    one_positive: str = option(
+        "Eq. 12",
+        "What of an image with one label (|S| = 1)?",
         "the first term is 0, the second is not",
         {"keep": "Eq. 12 as it is", "skip": "no Eq. 12: there is no co-occurrence"},
-        "keep",
         "the equation",
-        "one_positive",
-        _LOSS,
+        where=("config", "loss"),
+    )
+
+
+# %% ../nbs/00_paper.ipynb #d9c1e9d9
+_LOSS = (
+    Decision(
+        "Eq. 4",
+        "Which sign?",
+        "no minus",
+        {"descent": "minus: cross-entropy", "printed": "as printed"},
+        "Eq. 5 is minimised; as printed, predictions would become wrong",
+        ("classification_loss",),
+        "sign",
     ),
     Decision(
-        "Gradient through the mean label vector?",
-        "not said",
-        {False: "yes", True: "no, the centre is a constant"},
-        False,
-        "the derivative of Eq. 12",
-        "detach_center",
-        _LOSS,
+        "Eq. 4, 12",
+        "Sum or mean over the images of a batch?",
+        "one image only",
+        {None: "mean", 1: "sum"},
+        "the step then does not grow with the batch",
+        ("classification_loss",),
+        "num_images",
+    ),
+    Decision(
+        "Eq. 5",
+        "What is λ relative to?",
+        "0.5, with both losses as sums",
+        {1.0: "as printed", 80.0: "as if Eq. 4 alone were a mean over 80 classes"},
+        "the equations; the relative scale, see below: another scale is another λ",
     ),
 )
 
 # %% ../nbs/00_paper.ipynb #ee81d033
-DATA_DECISIONS = (
+_DATA = (
     Decision(
-        "How does a photograph become 448 x 448?",
+        "Sec. 2.2",
+        "How does an image become a square?",
         '"resolution of input images"',
         {"squash": "both sides stretched", "crop": "short side, then the centre"},
-        "squash",
         "no object is cut away",
-        "resize",
         ("config", "loader"),
+        "resize",
     ),
     Decision(
-        "Normalisation of pixels",
+        "Sec. 3.2",
+        "Which mean and deviation of pixels?",
         "not said",
         {"imagenet": "ImageNet's mean and deviation", "half": "0.5 and 0.5"},
-        "imagenet",
         "what the pretrained weights expect",
-        "normalise",
         ("config", "prepare"),
+        "normalise",
     ),
     Decision(
+        "Sec. 3.2",
         "Is the orientation in a JPEG's EXIF applied?",
         "not said",
         {False: "no", True: "yes"},
-        False,
         "pixels as the file stores them",
-        "exif",
         ("loader",),
+        "exif",
     ),
     Decision(
-        "Training images without a label",
+        "Sec. 3.3.1",
+        "What of training images without a label?",
         "COCO: 82,081 images, which leaves them out",
         {"paper": "dropped for COCO, kept elsewhere", "keep": "kept", "drop": "dropped"},
-        "paper",
         "the count",
-        "unlabelled_train",
         ("config",),
+        "unlabelled_train",
     ),
     Decision(
-        "Test images without a label",
+        "Sec. 3.3.1",
+        "What of test images without a label?",
         "COCO: 40,504 images, which keeps them",
         {"keep": "kept", "drop": "dropped"},
-        "keep",
         "the count; numbers over labelled images stand beside them",
-        "unlabelled",
         ("load_split",),
+        "unlabelled",
     ),
     Decision(
+        "Sec. 3.3.1",
         "Do COCO's crowd annotations count as labels?",
         "not said",
         {True: "yes", False: "no"},
-        True,
         "the object is in the picture",
-        "crowd",
         ("load_split",),
+        "crowd",
     ),
     Decision(
-        "Photographs that are listed but not there",
+        "Sec. 3.3",
+        "What of images that are listed but missing?",
         "all 269,648 were",
         {"error": "stop, and say how many", "drop": "leave out, and record it"},
-        "error",
         "numbers on other images are other numbers",
-        "missing",
         ("config", "load_split"),
+        "missing",
     ),
     Decision(
+        "Sec. 3.2",
         "On what were λ and the epochs chosen?",
         "not said; no third split is named",
         {
             0.0: "nothing is chosen, printed values are used",
             0.1: "a tenth of the training images is held out for exploring",
         },
-        0.0,
         "test images choose nothing",
-        "holdout",
         ("config",),
+        "holdout",
     ),
 )
 
 # %% ../nbs/00_paper.ipynb #417c0602
-_CONFIG = ("config",)
-RECIPE_DECISIONS = (
+_RECIPE = (
     Decision(
-        "Batch size",
+        "Sec. 3.2",
+        "How many images make a step, over all processes?",
         "not said",
         {32: "a common size"},
-        32,
         "nothing to go by; with the learning rate of 0.01 as printed",
+        ("config",),
         "batch_size",
-        _CONFIG,
     ),
     Decision(
-        "Learning rate of the new layers",
+        "Sec. 3.2",
+        "Which factor on the learning rate of the new layers?",
         "one rate",
         {1.0: "the same", 10.0: "ten times, a custom of the field"},
-        1.0,
         "the text",
+        ("config",),
         "head_lr_mult",
-        _CONFIG,
     ),
     Decision(
-        "Is the gradient clipped?",
+        "Sec. 3.2",
+        "At which norm is the gradient clipped?",
         "not said",
-        {0.0: "no", 10.0: "at norm 10"},
-        0.0,
+        {0.0: "it is not", 10.0: "at norm 10"},
         "nothing said",
+        ("config",),
         "clip_grad",
-        _CONFIG,
     ),
     Decision(
+        "Sec. 3.2",
         "Weight decay on biases and norms?",
         '"10⁻⁴"',
         {True: "everywhere", False: "on weights only"},
-        True,
         "SGD's plain meaning",
     ),
     Decision(
+        "Sec. 3.2",
         "Which epoch is reported?",
         "60 epochs",
         {"last": "the last", "best": "the best on the test set"},
-        "last",
         "choosing on the test set flatters; records name the best epoch beside it",
     ),
     Decision(
+        "Sec. 3.2",
         "How many runs stand behind a number?",
         "not said",
         {0: "one seed per record; tables give mean and spread over seeds"},
-        0,
         "a difference needs a spread",
+        ("config",),
         "seed",
-        _CONFIG,
     ),
     Decision(
-        "Number format in training",
+        "Sec. 3.2",
+        "Which number format in training?",
         "not said; float32 in 2019",
         {
             "auto": "bfloat16 where the hardware has it",
@@ -1025,52 +608,52 @@ RECIPE_DECISIONS = (
             "bf16": "bfloat16",
             "fp16": "float16, scaled",
         },
-        "auto",
         "speed; logits and losses stay float32",
+        ("config",),
         "precision",
-        _CONFIG,
     ),
 )
 
 # %% ../nbs/00_paper.ipynb #d7db734c
-METRIC_DECISIONS = (
+_METRICS = (
     Decision(
+        "Sec. 3.1",
         "Threshold on what?",
         '"confidence greater than 0.5"',
         {0.5: "on σ(ŷ)", 0.6225: "on ŷ itself: σ(0.5) = 0.6225"},
-        0.5,
         "scores in 0..1 are what everybody thresholds",
-        "threshold",
         ("metrics",),
+        "threshold",
     ),
     Decision(
+        "Sec. 3.1",
         "> or ≥ at the threshold?",
         '"greater than"',
         {"OF1": ">", "OF1_ge": "≥"},
-        "OF1",
         "the text; it matters for saturated scores only",
-        "OF1_ge",
         ("result",),
+        "OF1_ge",
     ),
     Decision(
+        "Sec. 3.1",
         "Must top-3 pass the threshold?",
         "reads like no",
         {"OF1_top3": "yes", "OF1_top3_forced": "no: exactly three"},
-        "OF1_top3",
         "the paper's own rows did, by the audit above",
-        "OF1_top3_forced",
         ("result",),
+        "OF1_top3_forced",
     ),
     Decision(
+        "Sec. 3.1",
         "Which CF1?",
         '"average per-class ... F1"',
         {"CF1": "harmonic mean of CP and CR", "CF1_mean": "mean of per-class F1"},
-        "CF1",
         "the paper's own rows are, by the audit above",
-        "CF1_mean",
         ("result",),
+        "CF1_mean",
     ),
     Decision(
+        "Sec. 3.1",
         "Which AP?",
         '"average precision"',
         {
@@ -1078,87 +661,86 @@ METRIC_DECISIONS = (
             "mAP_voc11": "VOC 2007's 11 points",
             "mAP_voc_area": "VOC's area from 2010 on",
         },
-        "mAP",
         "the usual one for COCO",
-        "mAP_voc11",
         ("result",),
+        "mAP_voc11",
     ),
     Decision(
+        "Sec. 3.1",
         "Classes without a positive",
         "not said",
         {"mAP": "left out of the means", "mAP_all_classes": "count as 0"},
-        "mAP",
         "no ranking of theirs is right or wrong",
-        "mAP_all_classes",
         ("result",),
+        "mAP_all_classes",
     ),
     Decision(
+        "Sec. 3.1",
         "Precision of a class that is never predicted",
         "not said",
         {"CP": "0", "CP_predicted": "left out"},
-        "CP",
         "leaving out rewards silence",
-        "CP_predicted",
         ("result",),
+        "CP_predicted",
     ),
     Decision(
+        "Sec. 3.1",
         "Do unlabelled test images count?",
         "COCO: yes by its count; NUS-WIDE: not said",
         {"OF1": "yes", "OF1_labelled": "labelled images only"},
-        "OF1",
         "the count; SRN's and CNN-RNN's rows of Table 2 did not",
-        "OF1_labelled",
         ("result",),
+        "OF1_labelled",
     ),
     Decision(
+        "Sec. 3.1",
         "Equal scores",
         "not said",
         {"one group": "AP: one group; third rank: the lower class index"},
-        "one group",
         "no order among equals is earned",
     ),
     Decision(
+        "Fig. 2",
         "Which sum orders the maps of Fig. 2?",
         '"summation activation values"',
         {False: "of all positions, with sign", True: "of the positive ones"},
-        False,
         "the words",
-        "positive",
         ("figures",),
+        "positive",
     ),
 )
 
 # %% ../nbs/00_paper.ipynb #ebc89bd8
-REGISTER: tuple[Decision, ...] = (
-    *MODEL_DECISIONS,
-    *LOSS_DECISIONS,
-    *DATA_DECISIONS,
-    *RECIPE_DECISIONS,
-    *METRIC_DECISIONS,
-)
+REGISTER = {
+    "Model": (*decisions(ModelOptions), *_MODEL),
+    "Loss": (*decisions(LossOptions), *_LOSS),
+    "Data": _DATA,
+    "Recipe": _RECIPE,
+    "Evaluation": _METRICS,
+}
+
+# %% ../nbs/00_paper.ipynb #21afbe3c
+DECISIONS = {d.switch: d for part in REGISTER.values() for d in part if d.switch}
 
 
 # %% ../nbs/00_paper.ipynb #291a0973
-def register_table(register: tuple[Decision, ...] = REGISTER, measured: dict[str, str] | None = None):
-    """The register as a pandas DataFrame; `measured` maps switches to what a study found. ValueError for a name that is no switch."""
+def register_table(decisions: tuple[Decision, ...]):
+    """Decisions as a pandas DataFrame, a row each."""
     import pandas as pd
 
-    measured, known = measured or {}, {d.switch for d in register}
-    if unknown := set(measured) - known:
-        raise ValueError(f"measured: {', '.join(sorted(unknown))}: no such switch in the register")
     lines = []
-    for d in register:
-        others = [f"{value}: {meaning}" for value, meaning in d.readings.items() if value != d.default]
+    for d in decisions:
+        (_, meaning), *others = d.readings.items()
         lines.append(
             {
+                "where": d.at,
                 "question": d.question,
                 "the paper says": d.paper,
-                "default": f"{d.default}: {d.readings[d.default]}",
-                "other readings": "; ".join(others) or "-",
+                "default": f"{d.default}: {meaning}",
+                "other readings": "; ".join(f"{value}: {said}" for value, said in others) or "-",
                 "why": d.reason,
                 "switch": d.switch or "fixed",
                 "set in": ", ".join(d.where) or "-",
-                "what it changes": measured.get(d.switch, d.measured) if d.switch else "-",
             }
         )
     return pd.DataFrame(lines)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -15,29 +16,17 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from cadm_paper.loss import (
-    LOSS_SWITCHES,
-    CADMLoss,
-    asymmetric_loss,
-    center_attraction,
-    classification_loss,
-    effective_lambda,
-    label_correlation_loss,
-    pairwise_attraction,
-)
+from cadm_paper.loss import CADMLoss, asymmetric_loss, classification_loss, label_correlation_loss
+from cadm_paper.paper import DECISIONS, LossOptions
 
 ROOT = Path(__file__).resolve().parents[1]
-LCE_SWITCHES = (
-    "reduction_classes",
-    "hinge",
-    "distance",
-    "detach_center",
-    "pair_weight",
-    "no_positive",
-    "one_positive",
-    "center",
+switches = st.fixed_dictionaries(
+    {
+        f.name: st.sampled_from(list(DECISIONS[f.name].readings))
+        for f in fields(LossOptions)
+        if f.name != "margin"
+    }
 )
-switches = st.fixed_dictionaries({name: st.sampled_from(LOSS_SWITCHES[name]) for name in LCE_SWITCHES})
 many = settings(deadline=None, max_examples=60)
 
 
@@ -96,16 +85,6 @@ def test_every_switch_against_plain_python(batch, options, margin):
         images = [x / max(sum(label >= 0 for label in t), 1) for x, t in zip(images, y.tolist())]
     ours = label_correlation_loss(output.label_vectors, y, margin=margin, **options)
     assert ours.item() == pytest.approx(sum(images) / len(images), rel=1e-9, abs=1e-9)
-
-
-@many
-@given(batch=batches())
-def test_pairs_are_the_number_of_labels_times_the_mean_form(batch):
-    output, y = batch
-    close(
-        pairwise_attraction(output.label_vectors, y),
-        (y == 1).sum(1) * center_attraction(output.label_vectors, y),
-    )
 
 
 @many
@@ -383,7 +362,6 @@ def test_wrong_input(wrong, message):
         (dict(lam=float("inf")), "lam=inf"),
         (dict(margin=0), "margin=0"),
         (dict(hinge="sum"), "'inside', 'outside'"),
-        (dict(reduction_classes="none"), "'sum', 'mean'"),
     ],
 )
 def test_wrong_switches(wrong, message):
@@ -403,12 +381,6 @@ def test_wrong_switches(wrong, message):
 def test_wrong_switches_of_functions(function, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         function(torch.zeros(2, 3), torch.zeros(2, 3), **wrong)
-
-
-@given(lam=st.floats(0, 10), C=st.integers(1, 1000))
-def test_mixed_reductions_undo_each_other(lam, C):
-    mean_then_sum = effective_lambda(lam, reduction_cls="mean", num_classes=C)
-    assert effective_lambda(mean_then_sum, reduction_lce="mean", num_classes=C) == pytest.approx(lam)
 
 
 def test_light_to_import():

@@ -1,8 +1,6 @@
 """Training from outside: kills, two processes, other machines' settings, what is refused. The scenes are small and made once."""
 
-import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -389,19 +387,6 @@ def test_every_row_leaves_a_record_of_the_same_form(config, method):
 
 
 # ---- the papermill notebook ------------------------------------------------------------------------------------------
-
-
-def test_the_notebook_has_a_parameter_for_every_field_typed_and_commented():
-    cells = json.loads((ROOT / "nbs" / "experiments" / "train.ipynb").read_text())["cells"]
-    (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    found = re.findall(r"^(\w+): (\w+) = None\s+# \S", "".join(cell["source"]), re.M)
-    types = {
-        name: "str"
-        if getattr(field.annotation, "__name__", "") not in ("int", "float", "bool")
-        else field.annotation.__name__
-        for name, field in TrainConfig.model_fields.items()
-    }
-    assert dict(found) == {**types, "resume": "bool"}
 
 
 @pytest.mark.parametrize(

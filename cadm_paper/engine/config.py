@@ -28,10 +28,29 @@ import difflib
 import hashlib
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model, model_validator
+
+from ..paper import DECISIONS, LossOptions, ModelOptions
+
+
+# %% ../../nbs/engine/config.ipynb #99474f0a
+def decided(name: str, **limits):
+    """The annotation of a field as the register states it: choices, default and question; `limits` of a number."""
+    d = DECISIONS[name]
+    kind = Literal[tuple(d.readings)] if isinstance(d.default, str) else type(d.default)
+    return Annotated[kind, Field(d.default, description=f"{d.question} ({d.at})", **limits)]
+
+
+# %% ../../nbs/engine/config.ipynb #4675a229
+def fields_of(options: type) -> dict:
+    """Fields of a configuration for those options of the model or the loss that a run may choose."""
+    chosen = [f for f in fields(options) if "config" in DECISIONS[f.name].where]
+    number = lambda f: {} if isinstance(f.default, (bool, str)) else {"gt": 0}
+    return {f.name: (decided(f.name, **number(f)), f.default) for f in chosen}
 
 
 # %% ../../nbs/engine/config.ipynb #d4b68bbb
@@ -60,80 +79,36 @@ class DataFields(BaseModel):
     """What counts as data, and how an image becomes an input."""
 
     image_size: int = Field(448, ge=16, description="side of the square input, px (Sec. 3.2)")
-    resize: Literal["squash", "crop"] = Field(
-        "squash", description="whole image to the square, or short side and centre crop"
-    )
+    resize: decided("resize")
     flip: bool = Field(True, description="random horizontal flip in training (Sec. 3.2)")
-    normalise: Literal["imagenet", "half"] = Field(
-        "imagenet", description="mean and std of pixels: ImageNet's, or 0.5 and 0.5"
-    )
-    unlabelled_train: Literal["paper", "keep", "drop"] = Field(
-        "paper", description="training images without any label; paper: dropped for COCO, kept elsewhere"
-    )
-    missing: Literal["error", "drop"] = Field(
-        "error", description="photographs that are listed but not there"
-    )
+    normalise: decided("normalise")
+    unlabelled_train: decided("unlabelled_train")
+    missing: decided("missing")
     holdout: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="fraction of the training images to evaluate on in place of the test images (for exploring)",
+        description="fraction of the training images to evaluate on in place of the test images",
     )
     limit: int = Field(0, ge=0, description="only the first so many images of training and of test; 0: all")
 
 
 # %% ../../nbs/engine/config.ipynb #f92077f9
-class ModelFields(BaseModel):
-    """What Eq. 1-3 and 6-8 leave open."""
+class ModelFields(create_model("ModelFields", **fields_of(ModelOptions))):
+    """What Eq. 1-3 and 6-8 leave open, and where the backbone starts."""
 
     backbone: str = Field("resnet101", description="any torchvision ResNet by name, or narrow_resnet")
     weights: str = Field(
-        "imagenet", description="where the backbone starts: imagenet, digits, a file, or none"
+        "imagenet", description="where the backbone starts: imagenet, imagenet-v2, digits, a file, or none"
     )
     expected_missing: str = Field(
-        "", description="patterns of names that a weights file may lack, separated by commas (layer4.1.*)"
-    )
-    bias: Literal["none", "fcls", "both"] = Field(
-        "none", description="bias of the classifier, and in which stream (Sec. 2.3 omits it)"
-    )
-    share_weights: bool = Field(
-        True, description="the maps use the classifier's weights (Eq. 6), or weights of their own"
-    )
-    embed_hidden: int = Field(256, ge=1, description="width of the hidden layer of f_embed (Eq. 8)")
-    embed_dim: int = Field(64, ge=1, description="length of a label vector a_c (Eq. 8)")
-    detach_embed_maps: Literal["none", "weights", "all"] = Field(
-        "none", description="where the gradient of Eq. 12 stops (Eq. 9's minimum is over f_embed alone: all)"
+        "", description="names that a weights file may lack, as patterns with commas (layer4.1.*)"
     )
 
 
 # %% ../../nbs/engine/config.ipynb #3c87fe1e
-class LossFields(BaseModel):
+class LossFields(create_model("LossFields", **fields_of(LossOptions))):
     """What Eq. 4, 5 and 12 leave open."""
-
-    reduction_classes: Literal["sum", "mean"] = Field(
-        "sum", description="over classes, in both losses alike (Eq. 4 and 12 print sums)"
-    )
-    hinge: Literal["inside", "outside"] = Field(
-        "inside", description="hinge inside the sum (Eq. 12) or around it (its text)"
-    )
-    margin: float = Field(1.0, gt=0, description="the 1 of Eq. 12")
-    distance: Literal["squared", "euclidean"] = Field(
-        "squared", description="(.)^2 as printed, or the distance that the text names"
-    )
-    center: Literal["present", "origin"] = Field(
-        "present", description="what Eq. 12 measures distances to; origin: a control without correlation"
-    )
-    detach_center: bool = Field(False, description="no gradient through the mean label vector")
-    pair_weight: bool = Field(
-        False,
-        description="the first term of Eq. 12 times |S|: Eq. 9's sum over pairs instead of Eq. 11's over labels",
-    )
-    no_positive: Literal["skip", "origin"] = Field(
-        "skip", description="Eq. 12 for an image without a present label: none, or around the origin"
-    )
-    one_positive: Literal["keep", "skip"] = Field(
-        "keep", description="Eq. 12 for an image with one present label"
-    )
 
 
 # %% ../../nbs/engine/config.ipynb #07ebb87e
@@ -141,25 +116,23 @@ class RecipeFields(BaseModel):
     """The optimiser and its schedule (Sec. 3.2)."""
 
     epochs: int = Field(60, ge=1, description="passes over the training images (Sec. 3.2)")
-    batch_size: int = Field(
-        32, ge=1, description="images per step, over all processes (the paper does not say)"
-    )
+    batch_size: decided("batch_size", ge=1)
     optimizer: Literal["sgd", "adamw"] = Field(
-        "sgd", description="SGD with momentum (Sec. 3.2), or AdamW, which later methods use"
+        "sgd", description="SGD with momentum (Sec. 3.2), or AdamW for later methods"
     )
     lr: float = Field(0.01, gt=0, description="initial learning rate (Sec. 3.2)")
-    head_lr_mult: float = Field(1.0, gt=0, description="factor on the learning rate of the new layers")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD (Sec. 3.2)")
-    weight_decay: float = Field(1e-4, ge=0, description="(Sec. 3.2)")
+    head_lr_mult: decided("head_lr_mult", gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD (Sec. 3.2); AdamW's first beta")
+    weight_decay: float = Field(1e-4, ge=0, description="of all parameters alike (Sec. 3.2)")
     schedule: Literal["step", "cosine"] = Field(
-        "step", description="step: lr_plateaus equal plateaus; cosine: to zero"
+        "step", description="equal plateaus (Sec. 3.2), or a cosine to zero"
     )
     lr_plateaus: int = Field(
         3, ge=1, description="plateaus of the step schedule: 60 epochs in 3 divide every 20 (Sec. 3.2)"
     )
     lr_gamma: float = Field(0.1, gt=0, le=1, description="factor from one plateau to the next (Sec. 3.2)")
     warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up, in epochs")
-    clip_grad: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: not clipped")
+    clip_grad: decided("clip_grad", ge=0)
     accumulate: int = Field(
         1, ge=1, description="micro-batches a step is computed in; their sizes add up to batch_size"
     )
@@ -169,11 +142,8 @@ class RecipeFields(BaseModel):
 class MachineFields(BaseModel):
     """What the run may use of the machine."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description="of the training's forward and backward pass; auto: bf16 where the hardware has it",
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto means cuda where there is one")
+    precision: decided("precision")
     threads: int = Field(0, ge=0, description="CPU threads of a run; 0: all physical cores")
     workers: int = Field(0, ge=0, description="processes or threads that read images")
     processes: int = Field(
