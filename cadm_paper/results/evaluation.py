@@ -234,20 +234,6 @@ def read_files(scores, against=None, array: str = "scores", unlabelled: str = "k
     return [file.take(kept) for file in files]
 
 
-# %% ../../nbs/results/evaluation.ipynb #56a1126b
-def counts_of(file: ScoreFile) -> dict[str, int]:
-    """How many images, classes and labels a score file has."""
-    present = file.targets == 1
-    return {
-        "images": len(present),
-        "classes": present.shape[1],
-        "labels": int(present.sum()),
-        "ignored": int((file.targets == -1).sum()),
-        "unlabelled_images": int((~present.any(1)).sum()),
-        "classes_without_positive": int((~present.any(0)).sum()),
-    }
-
-
 # %% ../../nbs/results/evaluation.ipynb #e0965eef
 def numbers_of(table: pd.DataFrame, side: str = "") -> tuple[dict, dict]:
     """Values, and [low, high] where there are intervals, by metric, of one side of `compare_scores`."""
@@ -259,15 +245,18 @@ def numbers_of(table: pd.DataFrame, side: str = "") -> tuple[dict, dict]:
 def file_data(file: ScoreFile, table: pd.DataFrame, side: str, threshold: float, k: int) -> dict:
     """Name, checksum, counts, metrics and per-class numbers of a score file, fit for JSON (None for NaN)."""
     classes = per_class_metrics(file.scores, file.targets, file.classes, threshold, k).reset_index()
-    values, intervals = numbers_of(table, side)
-    return {
-        "file": file.path.name,
-        "sha256": sha256_file(file.path),
-        "counts": counts_of(file),
-        "metrics": values,
-        "intervals": intervals,
-        "per_class": classes.astype(object).where(classes.notna(), None).to_dict("records"),
+    (values, intervals), present = numbers_of(table, side), file.targets == 1
+    counts = {
+        "images": len(present),
+        "classes": present.shape[1],
+        "labels": int(present.sum()),
+        "ignored": int((file.targets == -1).sum()),
+        "unlabelled_images": int((~present.any(1)).sum()),
+        "classes_without_positive": int((~present.any(0)).sum()),
     }
+    lines = classes.astype(object).where(classes.notna(), None).to_dict("records")
+    name = dict(file=file.path.name, sha256=sha256_file(file.path))
+    return name | dict(counts=counts, metrics=values, intervals=intervals, per_class=lines)
 
 
 # %% ../../nbs/results/evaluation.ipynb #4cbd21a2
