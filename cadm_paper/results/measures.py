@@ -180,7 +180,7 @@ def measure_pairs(model, normalise: str, unit: float, n: int = 300) -> dict[str,
         present, and over the absent ones.
     """
     pairs = paired_scenes("coco", n)
-    logits = lambda x: model_outputs(model, torch.from_numpy(x).permute(0, 3, 1, 2), normalise)[2]
+    logits = lambda images: model_outputs(model, torch.from_numpy(images), normalise)[2]
     change = (logits(pairs.images_without) - logits(pairs.images)) / unit
     mean = lambda where: (change * where).sum(1) / where.sum(1)
     return {
