@@ -5,7 +5,6 @@
 # %% ../nbs/06_figures.ipynb #90f001cb
 from __future__ import annotations
 
-import base64
 import io
 import textwrap
 from collections.abc import Sequence
@@ -105,13 +104,6 @@ def small_png(buffer: io.BytesIO, description: str) -> bytes:
     image = Image.open(buffer).convert("RGB").quantize(256, **palette)
     image.save(out, format="png", optimize=True, pnginfo=info)
     return out.getvalue()
-
-
-# %% ../nbs/06_figures.ipynb #5039b415
-def data_uri(content: bytes, form: str) -> str:
-    """Bytes as an address that needs no file: for a page that stands alone."""
-    kind = {"svg": "image/svg+xml", "png": "image/png", "jpeg": "image/jpeg"}[form]
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 # %% ../nbs/06_figures.ipynb #43ae9b6b

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "COLUMNS",
     "describe",
     "build_model",
     "build_loss",
@@ -90,7 +89,7 @@ from .engine.splits import held_out, prepare_data
 from .engine.variants import run_name
 from .files import default_folder, folder_lock
 from .loss import CADMLoss
-from .metrics import average_precision, metric_names, multilabel_metrics
+from .metrics import average_precision, multilabel_metrics
 from .model import CADM, METHODS
 
 
@@ -301,10 +300,6 @@ def predict(trainer: Trainer, loader: Loader) -> dict[str, np.ndarray] | None:
         for indices, values in zip(rows, found):
             scores[:, indices] = values
     return dict(zip(("scores", "scores_fcls", "scores_scls"), scores))
-
-
-# %% ../nbs/05_train.ipynb #92f5651e
-COLUMNS = tuple(metric_names())
 
 
 # %% ../nbs/05_train.ipynb #e7517657

@@ -21,6 +21,7 @@ from cadm_paper.engine.config import ConfigError, TrainConfig
 from cadm_paper.engine.processes import Team
 from cadm_paper.engine.record import RunRecord
 from cadm_paper.files import FolderLocked, folder_lock
+from cadm_paper.paper import COLUMNS
 from cadm_paper.train import NonFiniteLoss, Progress, checkpoint_file, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -377,9 +378,7 @@ def test_wrong_configurations_are_named_before_anything_is_computed(config):
 @pytest.mark.parametrize("method", ["linear_probe", "baseline_gap", "baseline"])
 def test_every_row_leaves_a_record_of_the_same_form(config, method):
     record = train(config(method=method, epochs=1))
-    assert set(module.COLUMNS) <= set(record.metrics) and (record.maps() is None) == (
-        method == "linear_probe"
-    )
+    assert set(COLUMNS) <= set(record.metrics) and (record.maps() is None) == (method == "linear_probe")
     assert (
         str(ROOT) not in (record.folder / "run.json").read_text()
         and str(record.folder) not in (record.folder / "run.json").read_text()

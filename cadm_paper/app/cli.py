@@ -81,7 +81,7 @@ def train(options: tyro.conf.OmitArgPrefixes[TrainOptions], resume: bool = False
 # %% ../../nbs/app/cli.ipynb #0d0efd44
 def print_row(metrics: dict, name: str) -> None:
     """The thirteen numbers in percent, in the paper's order."""
-    from cadm_paper.train import COLUMNS
+    from cadm_paper.paper import COLUMNS
 
     print(f"{name}: " + "  ".join(f"{c.replace('_top3', '@3')} {100 * metrics[c]:.1f}" for c in COLUMNS))
 

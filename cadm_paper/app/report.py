@@ -5,6 +5,7 @@
 # %% ../../nbs/app/report.ipynb #29afd25b
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -15,7 +16,6 @@ from cadm_paper.figures import (
     class_gains,
     cooccurrence_heatmap,
     curves,
-    data_uri,
     figure2,
     figure4,
     overlays,
@@ -50,7 +50,8 @@ def plate(title: str, draw: Callable, runs: Sequence[RunRecord], form: str = "pn
         for r in runs:
             problem = problem.replace(str(r.folder), run_key(r))
         return {"title": title, "problem": problem}
-    uri, inches = data_uri(figure.data(form), form), figure.figure.get_figwidth()
+    kind, content = {"svg": "svg+xml"}.get(form, form), b64encode(figure.data(form)).decode()
+    uri, inches = f"data:image/{kind};base64,{content}", figure.figure.get_figwidth()
     return {"title": title, "figure": figure, "uri": uri, "inches": inches}
 
 
