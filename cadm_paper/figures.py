@@ -19,7 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image, PngImagePlugin
 
 from cadm_paper.data.summary import cooccurrence
-from cadm_paper.engine.record import RecordError, RunRecord
+from cadm_paper.engine.record import RecordError, RunRecord, source
 from cadm_paper.engine.variants import Variant, group
 from cadm_paper.files import whole_file
 
@@ -79,13 +79,6 @@ def house_style():
     """
     with mpl.rc_context({**mpl.rcParamsDefault, **STYLE, "backend": mpl.rcParams["backend"]}):
         yield
-
-
-# %% ../nbs/06_figures.ipynb #c0198c1d
-def source(record: RunRecord) -> str:
-    """The record's data set and name, and a warning if it is synthetic."""
-    warning = " (SYNTHETIC, NOT A RESULT)" if record.extra.get("synthetic") else ""
-    return f"{record.dataset['name']}/{record.name}{warning}"
 
 
 # %% ../nbs/06_figures.ipynb #c18cab3d

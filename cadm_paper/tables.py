@@ -16,9 +16,8 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from .engine.record import RecordError, RunRecord, is_record, outdated
+from .engine.record import RecordError, RunRecord, is_record, outdated, source
 from .engine.variants import MAIN, Variant, by_recipe, recipe, recipe_changes
-from .figures import source
 from .files import whole_file
 from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow
 from .results.evaluation import compare_scores

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engine.record import RecordError, RunRecord
+from ..engine.record import RecordError, RunRecord, source
 from ..engine.variants import Variant, pair_of_runs
-from ..figures import MAP_COLOURS, map_limit, map_ranks, read_kept, same_draw, source
+from ..figures import MAP_COLOURS, map_limit, map_ranks, read_kept, same_draw
 from ..files import whole_file
 from ..tables import render
 

@@ -22,9 +22,8 @@ import json
 import shutil
 from pathlib import Path
 
-from ..engine.record import RecordError, RunRecord
+from ..engine.record import RecordError, RunRecord, source
 from ..engine.variants import Variant
-from ..figures import source
 from ..files import sha256_file, whole_folder, write_json
 from ..model import CADM, export_onnx
 from ..paper import COLUMNS

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from ..engine.record import RecordError, RunRecord, load_runs
+from ..engine.record import RecordError, RunRecord, load_runs, source
 from ..engine.variants import MAIN, NoRuns, Variant, by_recipe, pair_of_runs, pick, rows_of_loss
 from cadm_paper.figures import (
     class_gains,
@@ -21,7 +21,6 @@ from cadm_paper.figures import (
     overlays,
     per_class,
     precision_recall_curves,
-    source,
 )
 from ..files import default_folder, whole_file
 from cadm_paper.tables import (

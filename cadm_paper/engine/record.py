@@ -284,6 +284,13 @@ def is_record(path: Path) -> bool:
         return False
 
 
+# %% ../../nbs/engine/record.ipynb #7f1b6850
+def source(record: RunRecord) -> str:
+    """The record's data set and name, and a warning if it is synthetic."""
+    warning = " (SYNTHETIC, NOT A RESULT)" if record.extra.get("synthetic") else ""
+    return f"{record.dataset.get('name', '?')}/{record.name}{warning}"
+
+
 # %% ../../nbs/engine/record.ipynb #1e14ac25
 def outdated(record: RunRecord) -> str:
     """Why a record's configuration means something else today, or an empty string."""
