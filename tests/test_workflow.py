@@ -42,7 +42,7 @@ resume: bool = None
 """
 BODY = """
 from cadm_paper.engine.config import TrainConfig, given_parameters
-given = given_parameters({n: v for n, v in globals().items() if n not in ("TrainConfig", "given_parameters")}, before, extra=("resume",))
+given = given_parameters({n: v for n, v in globals().items() if n not in ("TrainConfig", "given_parameters")}, before)
 import hashlib, json, os, time
 from pathlib import Path
 import numpy as np
@@ -50,7 +50,7 @@ from cadm_paper.engine.variants import run_name
 from cadm_paper.files import folder_lock, write_json
 from cadm_paper.engine.record import environment, save_arrays, write_record
 
-given.pop("resume")
+given.pop("resume", None)
 config = TrainConfig(**given)
 out = Path(config.out_dir)
 if not (out / "run.json").exists():

@@ -18,7 +18,7 @@ from cadm_paper.files import sha256_file
 
 def line_of(record: RunRecord) -> dict:
     """The content of a record's run.json."""
-    parts = {k: v for k, v in vars(record).items() if k not in ("folder", "extra", "archive", "config")}
+    parts = {k: v for k, v in vars(record).items() if k not in ("folder", "extra", "store", "config")}
     return {"schema": SCHEMA, "config": record.config.model_dump(), **parts, **record.extra}
 
 

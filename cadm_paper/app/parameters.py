@@ -35,7 +35,7 @@ class TableParameters(BaseModel):
     def read(cls, namespace: dict, before: set[str]):
         """A notebook's parameters, checked and cast; raises `ConfigError` for an unknown name or an ill-typed value."""
         try:
-            return cls(**given_parameters(namespace, before, fields=cls))
+            return cls(**given_parameters(namespace, before))
         except ValidationError as error:
             raise ConfigError(explain(error, cls)) from None
 

@@ -47,10 +47,9 @@ def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 # %% ../../nbs/engine/checkpoint.ipynb #70a5a42f
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's buffers as `index.name`."""
-    state = optimiser.state_dict()["state"]
     return {
         f"{i}.{name}": value
-        for i, buffers in state.items()
+        for i, buffers in optimiser.state_dict()["state"].items()
         for name, value in buffers.items()
         if isinstance(value, Tensor)
     }

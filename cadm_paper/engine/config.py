@@ -20,7 +20,6 @@ __all__ = [
     "config_digest",
     "config_changes",
     "given_parameters",
-    "truth",
 ]
 
 # %% ../../nbs/engine/config.ipynb #0409142e
@@ -32,7 +31,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from ..paper import DECISIONS, LossOptions, ModelOptions
 
@@ -211,16 +210,10 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
         except ValidationError as error:
             raise ConfigError(explain(error, type(self))) from None
 
-    def __getitem__(self, name: str):
-        return getattr(self, name)
-
-    def get(self, name: str, default=None):
-        return getattr(self, name, default)
-
     @model_validator(mode="before")
     @classmethod
     def _no_truth_values_as_numbers(cls, values):
-        for name, value in values.items():
+        for name, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(name)
             if isinstance(value, bool) and field and field.annotation in (int, float):
                 raise ValueError(f"{name}: a number is expected, not {value}")
@@ -301,26 +294,7 @@ def config_changes(old: TrainConfig, new: TrainConfig) -> str:
 
 
 # %% ../../nbs/engine/config.ipynb #881ea601
-def given_parameters(
-    namespace: dict, before: set[str], extra: tuple[str, ...] = (), fields: type[BaseModel] = TrainConfig
-) -> dict:
-    """Parameters set since `before`, by name; raises `ConfigError` for a name that is neither a field nor in `extra`."""
-    allowed = {*fields.model_fields, *extra}
-    new = {n: v for n, v in namespace.items() if n not in before and not n.startswith("_") and n != "before"}
-    for name in new:
-        if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-            raise ConfigError(
-                f"unknown parameter {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; known are: {', '.join(sorted(allowed))}")
-            )
-    return {n: v for n, v in new.items() if v is not None}
-
-
-# %% ../../nbs/engine/config.ipynb #0f41410a
-def truth(name: str, value) -> bool:
-    """A truth value from a parameter that may have come as text. Raises `ConfigError`."""
-    try:
-        return TypeAdapter(bool).validate_python(value)
-    except ValidationError:
-        raise ConfigError(f"{name} = {value!r}: true or false is expected") from None
+def given_parameters(namespace: dict, before: set[str]) -> dict:
+    """Parameters set in a notebook since `before`, by name; None counts as not given."""
+    old = {*before, "before"}
+    return {n: v for n, v in namespace.items() if n not in old and n[0] != "_" and v is not None}

@@ -23,26 +23,18 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 import cadm_paper
-from .config import ConfigError, TrainConfig, config_digest, portable
+from .config import ConfigError, TrainConfig, config_digest, explain, portable
 from ..files import checkout_root, sha256_file, whole_file, write_json
 
 # %% ../../nbs/engine/record.ipynb #38a6cf78
 _PACKAGES = "torch torchvision numpy scikit-learn pillow pycocotools safetensors pydantic".split()
-
-
-# %% ../../nbs/engine/record.ipynb #e4c0ab51
-def _installed(package: str) -> str | None:
-    """Version of an installed package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 # %% ../../nbs/engine/record.ipynb #cfe20c8a
@@ -85,7 +77,7 @@ def environment(device: str = "cpu", code: dict | None = None) -> dict:
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     return {
         "code": {**code_version(), **(code or {})},
-        "packages": {p: _installed(p) for p in _PACKAGES},
+        "packages": {p: version(p) for p in _PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": gpu or _cpu_name(),
@@ -126,14 +118,7 @@ class RunRecord:
     digest: str
     machine: dict = field(default_factory=dict)
     extra: dict = field(default_factory=dict)  # all else in run.json
-    archive: Path | None = None  # where a study keeps the arrays
-
-    def __post_init__(self):
-        if isinstance(self.config, dict):
-            try:
-                self.config = TrainConfig(**self.config)
-            except ConfigError as error:
-                raise RecordError(f"{self.folder / 'run.json'}: config: {error}") from None
+    store: Path | None = None  # the .npz of a study that keeps the arrays
 
     def __repr__(self):
         return f"{type(self).__name__}({self.dataset.get('name')}/{self.name})"
@@ -151,19 +136,18 @@ class RunRecord:
         return cls.from_dict(content, folder)
 
     @classmethod
-    def from_dict(cls, content: dict, folder, archive: Path | None = None) -> "RunRecord":
+    def from_dict(cls, content: dict, folder, store: Path | None = None) -> "RunRecord":
         """Check the schema, and that every part is there and of its kind."""
         path = Path(folder) / "run.json"
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise RecordError(f"{path}: schema {SCHEMA!r} expected")
-        if lacking := [p for p in _PARTS if p not in content]:
-            raise RecordError(f"{path}: lacks {', '.join(lacking)}")
-        if wrong := [f"{p} is not a {k.__name__}" for p, k in _PARTS.items() if type(content[p]) is not k]:
-            raise RecordError(f"{path}: {', '.join(wrong)}")
-        if lacking := {"image_size", "resize", "normalise"} - content["config"].keys():
-            raise RecordError(f"{path}: config: lacks {', '.join(sorted(lacking))}")
-        extra = {k: v for k, v in content.items() if k not in _PARTS}
-        return cls(Path(folder), extra=extra, archive=archive, **{p: content[p] for p in _PARTS})
+        parts = {k: content[k] for k in content.keys() & cls.__dataclass_fields__.keys()}
+        extra = {k: v for k, v in content.items() if k not in parts and k != "schema"}
+        try:
+            return _RECORD.validate_python(parts | dict(folder=folder, store=store, extra=extra))
+        except (ValidationError, ConfigError) as error:
+            said = explain(error, cls) if isinstance(error, ValidationError) else error
+            raise RecordError(f"{path}: {said}") from None
 
     def seen_at(self) -> dict:
         """How its model sees an image: image_size, resize, normalise."""
@@ -171,8 +155,8 @@ class RunRecord:
 
     def _place(self, file: str) -> tuple[Path, str]:
         """Where the arrays of a file are: an .npz, and what their names begin with there."""
-        if self.archive:
-            return self.archive, f"{self.name}/{Path(file).stem}/"
+        if self.store:
+            return self.store, f"{self.name}/{Path(file).stem}/"
         return self.folder / file, ""
 
     def _read(self, file: str) -> dict:
@@ -188,11 +172,10 @@ class RunRecord:
         if file not in self.files:
             return None
         path, _ = self._place(file)
-        expected = self.extra["archive"]["sha256"] if self.archive else self.files[file]
+        expected = self.extra["archive"]["sha256"] if self.store else self.files[file]
         if path.is_file() and sha256_file(path) != expected:
             raise RecordError(f"{path}: differs from the checksum in the record")
-        found = self._read(file)
-        if not found:
+        if not (found := self._read(file)):
             raise RecordError(f"{self.folder / file}: named by the record but not there")
         return found
 
@@ -211,11 +194,7 @@ class RunRecord:
     def beside(self, file: str) -> dict | None:
         """Arrays that `keep` wrote for this very record; None if there are none. Raises `RecordError` if they are another record's."""
         found = self._read(file)
-        if (
-            not self.archive
-            and found
-            and str(found.pop("record", "")) != sha256_file(self.folder / "run.json")
-        ):
+        if not self.store and found and str(found.pop("record", "")) != sha256_file(self.folder / "run.json"):
             raise RecordError(
                 f"{self.folder / file} was made from another run than the run.json beside it: delete it and make it again"
             )
@@ -226,12 +205,8 @@ class RunRecord:
         save_arrays(self.folder / file, record=np.array(sha256_file(self.folder / "run.json")), **arrays)
 
 
-# %% ../../nbs/engine/record.ipynb #92f0e626
-_PARTS = {
-    part: dict if part == "config" else f.type
-    for part, f in RunRecord.__dataclass_fields__.items()
-    if part not in ("folder", "extra", "archive")
-}
+# %% ../../nbs/engine/record.ipynb #6c595aba
+_RECORD = TypeAdapter(RunRecord)
 
 
 # %% ../../nbs/engine/record.ipynb #13bd5cf8
@@ -257,10 +232,10 @@ def _study_runs(study: Path) -> list[RunRecord]:
     found = []
     for number, line in enumerate(study.read_text(encoding="utf-8").splitlines(), 1):
         content = json.loads(line)
-        archive = study.parent / content["archive"]["file"] if "archive" in content else None
+        store = study.parent / content["archive"]["file"] if "archive" in content else None
         folder = study.parent / content["dataset"]["name"] / content["name"]
         try:
-            found.append(RunRecord.from_dict(content, folder, archive))
+            found.append(RunRecord.from_dict(content, folder, store))
         except RecordError as error:
             raise RecordError(f"{study}, line {number}: {error}") from None
     return found
