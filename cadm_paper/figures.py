@@ -383,8 +383,8 @@ def figure4_numbers(record_without: RunRecord, record_with: RunRecord, positive:
     before, after = (map_ranks(m["maps"], positive)[there] for m in pair)
     return {
         "labels": int(there.sum()),
-        "scale_present": float(b[there].mean()) / max(float(a[there].mean()), 1e-12),
-        "scale_all": float(b.mean()) / max(float(a.mean()), 1e-12),
+        "scale_present": float(b[there].mean() / max(a[there].mean(), 1e-12)),
+        "scale_all": float(b.mean() / max(a.mean(), 1e-12)),
         "gained": int((after < before).sum()),
         "kept": int((after == before).sum()),
         "lost": int((after > before).sum()),

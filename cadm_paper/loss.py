@@ -34,16 +34,18 @@ def check_targets(targets: Tensor, shape: tuple[int, ...]) -> None:
 
 
 # %% ../nbs/02_loss.ipynb #12eea167
-def reduced(
-    per_image: Float[Tensor, "batch"],
-    targets: Shaped[Tensor, "batch classes"],
-    reduction: str,
-    num_images: int | None = None,
-) -> Float[Tensor, ""]:
-    """Mean over `num_images` (default: those here) of sums over classes; "mean": each over its labels that are not ignored."""
+def reduce_classes(
+    total: Float[Tensor, "batch"], targets: Shaped[Tensor, "batch classes"], reduction: str
+) -> Float[Tensor, "batch"]:
+    """An image's loss as it is ("sum") or divided by the number of its labels that are not ignored ("mean")."""
     DECISIONS["reduction_classes"].check(reduction)
-    total = per_image if reduction == "sum" else per_image / (targets >= 0).sum(1).clamp(min=1)
-    return total.sum() / (max(len(total), 1) if num_images is None else num_images)
+    return total if reduction == "sum" else total / (targets >= 0).sum(1).clamp(min=1)
+
+
+# %% ../nbs/02_loss.ipynb #be9fe0af
+def mean_over_images(per_image: Float[Tensor, "batch"], num_images: int | None = None) -> Float[Tensor, ""]:
+    """Sum over the images here, divided by `num_images` (default: those here; give the number of all where there are more)."""
+    return per_image.sum() / (max(len(per_image), 1) if num_images is None else num_images)
 
 
 # %% ../nbs/02_loss.ipynb #b04fbd06
@@ -67,7 +69,7 @@ def classification_loss(
     logits = full_precision(logits)
     each = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
     total = torch.where(targets >= 0, each, 0).sum(1)
-    loss = reduced(total, targets, reduction_classes, num_images)
+    loss = mean_over_images(reduce_classes(total, targets, reduction_classes), num_images)
     return -loss if sign == "printed" else loss
 
 
@@ -91,7 +93,7 @@ def asymmetric_loss(
     shifted = F.relu(torch.sigmoid(x) - clip)
     absent = (-torch.log1p(-shifted) if clip else -F.logsigmoid(-x)) * shifted**gamma_neg
     total = torch.where(targets == 1, present, torch.where(targets == 0, absent, 0)).sum(1)
-    return reduced(total, targets, reduction_classes, num_images)
+    return mean_over_images(reduce_classes(total, targets, reduction_classes), num_images)
 
 
 # %% ../nbs/02_loss.ipynb #0bb319aa
@@ -159,7 +161,8 @@ def _label_correlation(
     total = attraction + hinged(distances, targets, choose.margin, choose.hinge)
     least = 0 if choose.no_positive == "origin" else 1
     counted = (size >= least) & ((size != 1) | (choose.one_positive == "keep"))
-    return reduced(torch.where(counted, total, 0), targets, choose.reduction_classes, num_images)
+    total = torch.where(counted, total, 0)
+    return mean_over_images(reduce_classes(total, targets, choose.reduction_classes), num_images)
 
 
 # %% ../nbs/02_loss.ipynb #2d27cf5b

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -44,9 +45,12 @@ def runs_copy(runs_dir, tmp_path):
 
 def record(values: dict, seed: int = 0, **config) -> RunRecord:
     """A record in memory, without files."""
-    config = TrainConfig(dataset="scenes-coco", seed=seed, **config)
-    parts = (config, values, [], {"name": config.dataset, "classes": []}, {}, {}, {}, config_digest(config))
-    return RunRecord(Path("scenes-coco") / f"seed{seed}", f"seed{seed}", *parts)
+    config, where = (
+        TrainConfig(dataset="scenes-coco", seed=seed, **config),
+        Path("scenes-coco") / f"seed{seed}",
+    )
+    data = {"name": config.dataset, "classes": []}
+    return RunRecord(where, where.name, config, values, [], data, {}, {}, {}, config_digest(config))
 
 
 def html_rows(text: str) -> list[list[str]]:
@@ -54,10 +58,16 @@ def html_rows(text: str) -> list[list[str]]:
     return [["".join(cell.itertext()) for cell in row] for row in ElementTree.fromstring(text).iter("tr")]
 
 
-@given(st.lists(st.fixed_dictionaries({c: st.floats(0, 1) for c in COLUMNS}), min_size=1, max_size=4))
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=30)
+NUMBERS = st.lists(st.fixed_dictionaries({c: st.floats(0, 1) for c in COLUMNS}), min_size=1, max_size=4)
+
+
+@given(NUMBERS, NAMES)
 @settings(max_examples=25, deadline=None)
-def test_every_form_of_a_table_says_the_same(numbers):
-    shown = table("table1", [record(v, seed) for seed, v in enumerate(numbers)])
+def test_every_form_of_a_table_says_the_same_and_any_name_stays_text(numbers, name):
+    runs = [replace(record(v, seed), dataset={"name": name}) for seed, v in enumerate(numbers)]
+    shown = table("table1", runs, datasets=[name])
+    assert any(name in row[0] for row in html_rows(shown.html()) if len(row) == 1)
     line = next(row for row in shown.rows() if row["part"] == "measured" and row["lam"] == 0.5)
     in_csv = next(row for row in csv.DictReader(io.StringIO(shown.csv())) if row["row"] == line["row"])
     in_html = next(row for row in html_rows(shown.html()) if row[0].startswith(line["row"]))
@@ -65,10 +75,9 @@ def test_every_form_of_a_table_says_the_same(numbers):
     assert line["n"] == len(numbers) == int(in_csv["n"])
     for place, c in enumerate(COLUMNS, 1):
         each = [100 * v[c] for v in numbers]
-        assert abs(line["percent"][c] - np.mean(each)) < 1e-9
-        assert abs(float(in_csv[c]) - np.mean(each)) < 1e-3
-        assert abs(float(in_html[place].split("±")[0]) - np.mean(each)) < 0.0501
-        assert abs(float(in_md[place].split(" ± ")[0].strip(" |")) - np.mean(each)) < 0.0501
+        texts = (in_html[place].split("±")[0], in_md[place].split(" ± ")[0].strip(" |"))
+        assert all(abs(float(text) - np.mean(each)) < 0.0501 for text in texts)
+        assert abs(line["percent"][c] - np.mean(each)) < 1e-9 and abs(float(in_csv[c]) - np.mean(each)) < 1e-3
         assert len(numbers) == 1 or abs(line["sd"][c] - np.std(each, ddof=1)) < 1e-9
 
 
@@ -84,30 +93,14 @@ def test_printed_rows_are_the_papers_and_absent_rows_are_named(name, printed):
     assert shown.html().count("not run") == shown.markdown().count("not run") == len(MAIN)
 
 
-NUMBERS = {c: 0.5 for c in COLUMNS}
-
-
 def test_runs_of_other_recipes_are_not_averaged_and_say_so():
-    others = [
-        record(NUMBERS, 2, epochs=3),
-        record(NUMBERS, 0, image_size=96),
-        record(NUMBERS, 0, hinge="outside"),
-    ]
-    shown = table("table1", [record(NUMBERS, 0), record(NUMBERS, 1), *others])
+    same = {c: 0.5 for c in COLUMNS}
+    others = [record(same, 2, epochs=3), record(same, 0, image_size=96), record(same, 0, hinge="outside")]
+    shown = table("table1", [record(same, 0), record(same, 1), *others])
     lines = [[(line.label, line.note) for line in block.lines if line.runs] for block in shown.blocks]
     cadm = "CADM (λ = 0.5)"
     usual, longer = (cadm, "n = 2, seeds 0, 1"), (cadm, "seed 2; epochs 3")
     assert lines == [[usual, longer, (f"{cadm}, hinge outside", "seed 0")], [(cadm, "seed 0")]]
-
-
-@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=30))
-@settings(max_examples=25, deadline=None)
-def test_any_name_stays_text(name):
-    one = record(NUMBERS)
-    one.dataset["name"] = name
-    rows = html_rows(table("table1", [one], datasets=[name]).html())
-    assert len({len(row) for row in rows if len(row) > 7}) <= 2
-    assert any(name in row[0] for row in rows if len(row) == 1)
 
 
 def test_a_changed_record_is_not_drawn_and_the_report_goes_on(runs_copy, tmp_path):
@@ -158,18 +151,16 @@ def test_the_report_stands_alone_and_does_not_know_where_it_is(runs_dir, tmp_pat
         "from cadm_paper.app.explorer import build_explorers\n"
         "build_report(*sys.argv[1:], build_explorers(load_runs(sys.argv[1]), sys.argv[2]))"
     )
-    env = {**os.environ, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"}
     build_report(runs_dir, ours, build_explorers(load_runs(runs_dir), ours))
+    env = {**os.environ, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, "-c", program, "x", "y"], cwd=elsewhere, check=True, env=env)
-    for name in ("index.html", "explorer.html"):
-        assert (ours / name).read_bytes() == (elsewhere / "y" / name).read_bytes()
-    page = (ours / "index.html").read_text(encoding="utf-8")
-    ids = {f"#{name}" for name in re.findall(r'id="([^"]*)"', page)}
+    names, page = {p.name for p in ours.iterdir()}, (ours / "index.html").read_text(encoding="utf-8")
+    assert names == {"index.html", "explorer.html"}
+    assert all((ours / name).read_bytes() == (elsewhere / "y" / name).read_bytes() for name in names)
     addresses = set(re.findall(r"""(?:src|href|action|data)=["']([^"']*)""", page))
-    beside = {a for a in addresses - ids if not a.startswith("data:")}
-    assert beside == {"explorer.html"} == {p.name for p in ours.iterdir()} - {"index.html"}
-    assert not re.search(r"<script|<iframe|@import|https?://", page)
-    assert str(ROOT) not in page and str(tmp_path) not in page
+    inside = {f"#{name}" for name in re.findall(r'id="([^"]*)"', page)}
+    assert {a for a in addresses - inside if not a.startswith("data:")} == {"explorer.html"}
+    assert not re.search(rf"<script|<iframe|@import|https?://|{ROOT}|{tmp_path}", page)
 
 
 def papermill(notebook: str, cwd: Path, **parameters) -> subprocess.CompletedProcess:

@@ -1,6 +1,5 @@
 """The documentation: every part of the paper has its place, links resolve, and site, report and explorer work in a real browser."""
 
-import configparser
 import importlib
 import json
 import os
@@ -8,107 +7,79 @@ import re
 import shutil
 import subprocess
 import sys
-import urllib.parse
-from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
 
+import nbformat
 import pytest
 
+from cadm_paper.app.explorer import explore
+from cadm_paper.engine.synthetic import synthetic_run, synthetic_runs
+
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(
-    p
-    for p in (ROOT / "nbs").rglob("*.ipynb")
-    if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)
-)
-LINK = re.compile(r"\[[^\]\n]*\]\(((?:[^()\s]|\([^()\s]*\))+)\)")
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+PAPER = (ROOT / "docs" / "paper-to-here.md").read_text(encoding="utf-8")
 
 
-def markdown(path):
-    return "\n\n".join(
-        "".join(c["source"])
-        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
-        if c["cell_type"] == "markdown"
-    )
+def markdown(path: Path) -> str:
+    """The text of a notebook or of a Markdown file."""
+    if path.suffix != ".ipynb":
+        return path.read_text(encoding="utf-8")
+    return "\n\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
 
 
-def anchors(path):
-    """JupyterLab's and GitHub's anchors of a notebook's headings."""
-    return {m.strip().replace(" ", "-") for m in re.findall(r"^#+ (.+)$", markdown(path), re.M)}
-
-
-def broken(text, home):
-    """Links of a Markdown text in folder `home` that lead to no file, or to no heading of a notebook."""
+def broken(path: Path, text: str, home: Path) -> list[str]:
+    """Links of a text, as GitHub and JupyterLab follow them from folder `home`, to no file or to no heading of a notebook."""
     bad = []
-    for target in LINK.findall(re.sub(r"`[^`\n]*`|```.*?```", "", text, flags=re.S)):
+    for target in re.findall(
+        r"\]\(((?:[^()\s]|\([^()\s]*\))+)\)", re.sub(r"`[^`\n]*`|```.*?```", "", text, flags=re.S)
+    ):
         name, _, anchor = target.partition("#")
-        if re.match(r"\w+:", target) or (not name and not home.suffix):
-            continue
-        path = (home if home.is_dir() else home.parent) / name if name else home
-        if not path.exists() or (
-            anchor and path.suffix == ".ipynb" and urllib.parse.unquote(anchor) not in anchors(path)
-        ):
+        to = home / name if name else path
+        headings = re.findall(r"^#+ (.+)$", markdown(to), re.M) if anchor and to.suffix == ".ipynb" else []
+        found = (
+            not anchor or not headings or unquote(anchor) in [h.strip().replace(" ", "-") for h in headings]
+        )
+        if not re.match(r"\w+:", target) and not (to.exists() and found):
             bad.append(target)
     return bad
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
-def test_links_of_notebooks_work_where_they_are_read(path):
-    """On GitHub and in JupyterLab a link is a path from the notebook's own folder."""
-    assert broken(markdown(path), path) == []
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *ROOT.glob("*.md")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_work_where_they_are_read(path):
+    assert broken(path, markdown(path), path.parent) == []
 
 
-def test_links_of_the_root_work():
-    pages = [p for p in ROOT.glob("*.md")]
-    assert {p.name: b for p in pages if (b := broken(p.read_text(encoding="utf-8"), ROOT))} == {}
-
-
-def test_binder_and_colab_open_notebooks_of_the_repository_in_the_settings():
-    """One setting names the public address; what the README links there is in this repository."""
-    settings = configparser.ConfigParser()
-    settings.read(ROOT / "settings.ini")
-    url, branch = settings["DEFAULT"]["git_url"], settings["DEFAULT"]["branch"]
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    repository = url.removeprefix("https://github.com/")
+def test_binder_and_colab_open_notebooks_of_the_repository():
     found = re.findall(
-        r"https://mybinder\.org/v2/gh/([\w-]+/[\w.-]+)/([\w-]+)\?urlpath=lab/tree/([\w/.]+)", text
-    ) + re.findall(
-        r"https://colab\.research\.google\.com/github/([\w-]+/[\w.-]+)/blob/([\w-]+)/([\w/.]+)", text
+        r"(?:\?urlpath=lab/tree|github/[\w/.-]+/blob/\w+)/(nbs/[\w/.]+)", markdown(ROOT / "README.md")
     )
-    assert (
-        len(found) == 2
-        and {f[:2] for f in found} == {(repository, branch)}
-        and all((ROOT / f[2]).is_file() for f in found)
-    )
-    assert f"git+{url}" in text and "once the repository is public" in text and "environment.yml" in text
+    assert len(found) == 2 and all((ROOT / name).is_file() for name in found)
 
 
 def test_every_part_of_the_paper_has_its_place():
-    text = (ROOT / "docs" / "paper-to-here.md").read_text(encoding="utf-8")
-    assert broken(text, ROOT) == []
-    equations = [int(n) for row in re.findall(r"^\| Eq\. ([\d, ]+):", text, re.M) for n in row.split(",")]
+    assert broken(ROOT / "docs" / "paper-to-here.md", PAPER, ROOT) == []
+    equations = [int(n) for row in re.findall(r"^\| Eq\. ([\d, ]+):", PAPER, re.M) for n in row.split(",")]
     assert sorted(equations) == list(range(1, 13))
-    assert all(
-        re.search(rf"^\| (3\.3 in small|{re.escape(s)}) ", text, re.M)
-        for s in ("1", "2.1", "2.2", "2.3", "2.4", "3.1", "3.2", "3.3.1", "3.3.2", "3.4", "4")
-    )
-    assert all(
-        re.search(rf"^\| {part}\b", text, re.M)
-        for part in ("Table 1", "Table 2", "Fig. 1", "Fig. 2", "Fig. 3", "Fig. 4")
-    )
+    sections = ("1", "2.1", "2.2", "2.3", "2.4", "3.1", "3.2", "3.3.1", "3.3.2", "3.4", "4")
+    parts = (*sections, "Table 1", "Table 2", "Fig. 1", "Fig. 2", "Fig. 3", "Fig. 4")
+    assert [part for part in parts if not re.search(rf"^\| {re.escape(part)}\b", PAPER, re.M)] == []
 
 
 def test_its_commands_names_and_files_exist():
     from cadm_paper.app.cli import COMMANDS, GROUPS
 
-    text = (ROOT / "docs" / "paper-to-here.md").read_text(encoding="utf-8")
-    commands = [c.split()[1:3] for c in re.findall(r"`(cadm [^`]+)`", text)]
+    commands = [c.split()[1:3] for c in re.findall(r"`(cadm [^`]+)`", PAPER)]
     assert len(commands) > 5 and all(c[0] in COMMANDS or c[1] in GROUPS[c[0]] for c in commands)
-    for file in re.findall(r"`(cadm_paper/[\w/]+\.py|nbs/[\w/]+\.ipynb)`", text):
-        assert (ROOT / file).is_file(), file
-    module = {"01_model": "cadm_paper.model", "02_loss": "cadm_paper.loss"}
-    for notebook, names in re.findall(r"^\| Eq\.[^\n]*\[(0\d_\w+)\][^\n|]*\| ([^\n|]+) \|$", text, re.M):
-        for name in re.findall(r"`(\w+)`", names):
-            assert hasattr(importlib.import_module(module[notebook]), name), name
+    files = re.findall(r"`(cadm_paper/[\w/]+\.py|nbs/[\w/]+\.ipynb)`", PAPER)
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+    rows = re.findall(r"^\| Eq\.[^\n]*\[0\d_(\w+)\][^\n|]*\| ([^\n|]+) \|$", PAPER, re.M)
+    names = [
+        (importlib.import_module(f"cadm_paper.{m}"), n)
+        for m, cell in rows
+        for n in re.findall(r"`(\w+)`", cell)
+    ]
+    assert [name for module, name in names if not hasattr(module, name)] == []
 
 
 # ---------------------------------------------------------------- the built site
@@ -116,103 +87,31 @@ def test_its_commands_names_and_files_exist():
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The site, built from the notebooks as they are and from made-up records of all rows, so that report and explorers are in it."""
-    pytest.importorskip("sphinx")
-    pytest.importorskip("myst_nb")
-    pytest.importorskip("furo")
-    from cadm_paper.engine.synthetic import synthetic_runs
-
+    """The site, built without a network from the notebooks and from synthetic records, so that report and explorers are in it."""
+    [pytest.importorskip(package) for package in ("sphinx", "myst_nb", "furo")]
     folder = tmp_path_factory.mktemp("site")
     synthetic_runs(folder / "runs", preset="mini", drawn=5)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "tools/docs.py",
-            "--runs",
-            str(folder / "runs"),
-            "--work",
-            str(folder / "work"),
-            "--out",
-            str(folder / "site"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return folder / "site"
-
-
-class Page(HTMLParser):
-    """Ids, links and loaded resources of a page."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.ids, self.links, self.loaded = set(), [], []
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.ids |= {attrs[k] for k in ("id", "name") if attrs.get(k)}
-        if tag == "a" and attrs.get("href"):
-            self.links.append(attrs["href"])
-        if attrs.get("src"):
-            self.loaded.append(attrs["src"])
-        if tag == "link" and attrs.get("rel") in ("stylesheet", "icon", "preload", "shortcut icon"):
-            self.loaded.append(attrs["href"])
-
-
-@pytest.fixture(scope="session")
-def pages(site):
-    return {p: Page(p) for p in sorted(site.rglob("*.html")) if "_static" not in p.parts}
-
-
-@pytest.mark.slow
-def test_every_internal_link_resolves(site, pages):
-    assert len(pages) > len(NOTEBOOKS)
-    bad = []
-    for path, page in pages.items():
-        for target in page.links:
-            where = urllib.parse.urlsplit(target)
-            if where.scheme or where.netloc:
-                continue
-            to = (path.parent / urllib.parse.unquote(where.path)).resolve() if where.path else path
-            to = to / "index.html" if to.is_dir() else to
-            if not to.is_file() or (
-                where.fragment
-                and to in pages
-                and urllib.parse.unquote(where.fragment) not in pages[to].ids
-                and not to.name.startswith("explorer")
-            ):
-                bad.append(f"{path.relative_to(site)}: {target}")
-    assert bad == []
-
-
-@pytest.mark.slow
-def test_nothing_is_loaded_from_elsewhere(site, pages):
-    assert [
-        f"{p.relative_to(site)}: {u}"
-        for p, page in pages.items()
-        for u in page.loaded
-        if re.match(r"(https?:)?//", u)
-    ] == []
+    places = [word for name in ("runs", "work", "out") for word in (f"--{name}", str(folder / name))]
+    env = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    subprocess.run([sys.executable, "tools/docs.py", *places], cwd=ROOT, check=True, env=env)
+    return folder / "out"
 
 
 @pytest.mark.slow
 def test_every_notebook_and_module_has_its_page_and_outputs(site):
     for path in NOTEBOOKS:
-        page = site / path.relative_to(ROOT).with_suffix(".html")
-        outputs = sum(
-            bool(c.get("outputs")) and not re.search(r"^#\|\s*hide", "".join(c["source"]), re.M)
-            for c in json.loads(path.read_text())["cells"]
-            if c["cell_type"] == "code"
-        )
-        assert page.read_text(encoding="utf-8").count('class="cell_output') >= outputs, path
-    api = (site / "api" / "cadm_paper.model.html").read_text(encoding="utf-8")
-    assert "batch d h w" in re.sub(r"<[^>]+>", "", api)  # shapes as they were written
-    loss = (site / "nbs" / "00_paper.html").read_text(encoding="utf-8")
-    assert "api/cadm_paper.metrics.html#cadm_paper.metrics.multilabel_metrics" in loss
+        page = (site / path.relative_to(ROOT).with_suffix(".html")).read_text(encoding="utf-8")
+        shown = [
+            c
+            for c in nbformat.read(path, 4).cells
+            if c.get("outputs") and not re.search(r"^#\|\s*hide", c.source, re.M)
+        ]
+        assert page.count('class="cell_output') >= len(shown), path
+    text = lambda name: (site / name).read_text(encoding="utf-8")
+    assert "batch classes h w" in re.sub(
+        r"<[^>]+>", "", text("api/cadm_paper.model.html")
+    )  # shapes as written
+    assert "api/cadm_paper.metrics.html#cadm_paper.metrics.multilabel_metrics" in text("nbs/00_paper.html")
 
 
 # ---------------------------------------------------------------- in a browser
@@ -221,39 +120,33 @@ def test_every_notebook_and_module_has_its_page_and_outputs(site):
 @pytest.fixture(scope="session")
 def chromium():
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[browser]'")
-    program = os.environ.get("CADM_CHROMIUM") or next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = os.environ.get("CADM_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     if not program:
         pytest.skip("no Chromium on this machine (CADM_CHROMIUM names one)")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    with (
+        playwright.sync_playwright() as p,
+        p.chromium.launch(executable_path=program, args=["--no-sandbox"]) as browser,
+    ):
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def opened(chromium):
-    """A function that opens a file at a width; what the console said and what was asked for from elsewhere is checked at the end."""
+    """A function that opens a file at a width; at the end the console must be silent and nothing requested from elsewhere."""
     complaints, contexts = [], []
 
     def open_(path, width=1280, height=860, dark=False, fragment=""):
-        context = chromium.new_context(
-            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda m: complaints.append(f"{m.type}: {m.text}") if m.type == "error" else None)
-        page.on("pageerror", lambda e: complaints.append(f"error: {e}"))
-        page.on(
-            "request",
-            lambda r: (
-                complaints.append(f"asked {r.url}")
-                if not r.url.startswith(("file:", "data:", "blob:"))
-                else None
-            ),
-        )
-        page.on("requestfailed", lambda r: complaints.append(f"failed {r.url}"))
+        size, scheme = {"width": width, "height": height}, "dark" if dark else "light"
+        contexts.append(chromium.new_context(viewport=size, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        for event, complain in {
+            "console": lambda m: complaints.append(m.text) if m.type == "error" else None,
+            "pageerror": lambda e: complaints.append(str(e)),
+            "request": lambda r: None if re.match("file:|data:|blob:", r.url) else complaints.append(r.url),
+            "requestfailed": lambda r: complaints.append(f"failed {r.url}"),
+        }.items():
+            page.on(event, complain)
         page.goto(path.as_uri() + fragment, wait_until="load")
         return page
 
@@ -263,39 +156,43 @@ def opened(chromium):
     assert complaints == []
 
 
-OVERFLOW = "() => document.documentElement.scrollWidth - innerWidth"
-MATHEMATICS = """() => new Promise(done => { const wait = n => {
+FACTS = """() => new Promise(done => { const wait = n => {
   const all = [...document.querySelectorAll('.math.notranslate')], set = all.filter(e => e.querySelector('mjx-container'));
-  if (set.length === all.length || !n) done([all.length, set.length, document.querySelectorAll('mjx-merror, [data-mjx-error]').length]); else setTimeout(() => wait(n - 1), 100);
+  if (set.length !== all.length && n) return setTimeout(() => wait(n - 1), 100);
+  done({formulas: all.length, wrong: all.length - set.length + document.querySelectorAll('mjx-merror, [data-mjx-error]').length,
+        over: document.documentElement.scrollWidth - innerWidth, ids: [...document.querySelectorAll('[id]')].map(e => e.id),
+        links: [...document.links].map(a => a.href).filter(a => a.startsWith('file:'))});
 }; wait(300); })"""
 
 
 @pytest.mark.slow
-def test_every_page_opens_on_a_phone_with_its_mathematics(site, pages, opened):
-    """At 390 px: nothing in the console, nothing asked for elsewhere, nothing wider than the screen, every formula typeset without an error."""
-    formulas, wide, wrong = 0, {}, {}
-    for path in pages:
+def test_every_page_opens_on_a_phone_with_its_mathematics_and_its_links_resolve(site, opened):
+    found = {}
+    for path in sorted(p for p in site.rglob("*.html") if "_static" not in p.parts):
         page = opened(path, 390, 844)
-        there, done, errors = page.evaluate(MATHEMATICS)
-        formulas += there
-        if there != done or errors:
-            wrong[path.relative_to(site).as_posix()] = (there, done, errors)
-        if (over := page.evaluate(OVERFLOW)) > 0:
-            wide[path.relative_to(site).as_posix()] = over
+        found[path] = page.evaluate(FACTS)
         page.context.close()
-    assert formulas > 300 and wrong == {} and wide == {}
+    assert len(found) > len(NOTEBOOKS) and sum(facts["formulas"] for facts in found.values()) > 300
+    assert [path for path, facts in found.items() if facts["wrong"] or facts["over"] > 0] == []
+    for path, facts in found.items():
+        for to, fragment in (
+            (Path(unquote(urlsplit(a).path)), unquote(urlsplit(a).fragment)) for a in facts["links"]
+        ):
+            assert to.is_file() and (not fragment or to not in found or fragment in found[to]["ids"]), (
+                path,
+                to,
+                fragment,
+            )
 
 
 @pytest.mark.slow
 def test_light_and_dark(site, opened):
+    sum_of = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
     for name in ("index.html", "nbs/02_loss.html", "report/index.html", "report/explorer.html"):
-        light, dark = (
-            opened(site / name, dark=d).evaluate(
-                "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)"
-            )
-            for d in (False, True)
-        )
-        assert sum(light) > 600 and sum(dark) < 200, (name, light, dark)
+        assert (
+            opened(site / name).evaluate(sum_of) > 600
+            and opened(site / name, dark=True).evaluate(sum_of) < 200
+        ), name
 
 
 @pytest.mark.slow
@@ -305,62 +202,50 @@ def test_search_finds(site, opened):
 
 
 @pytest.mark.slow
-def test_the_landing_page_says_what_was_measured_in_one_screen(site, opened):
+def test_the_landing_page_leads_to_the_report_and_to_the_explorers_of_its_records(site, opened):
     page = opened(site / "index.html", 1280, 860)
-    box = page.locator(".cards").bounding_box()
-    assert box["y"] + box["height"] <= 860
-    text = page.locator(".cards").inner_text()
-    assert "82.3" in text and "make reproduce" in text and "make test" in text and "scenes-coco" in text
-    page.locator('.cards a[href="report/index.html"]').click()
-    assert "Synthetic records" in page.locator("body").inner_text()
-
-
-@pytest.mark.slow
-def test_the_report_leads_to_the_explorers_of_its_records(site, opened):
-    """One for each data set, from the top of the report and from its figures; the page that opens shows that data set."""
-    addresses = ["explorer.html", "explorer-scenes-nus.html"]
-    for dataset, address in zip(("scenes-coco", "scenes-nus"), addresses):
-        page = opened(site / "report" / "index.html")
+    box, text = page.locator(".cards").bounding_box(), page.locator(".cards").inner_text()
+    assert box["y"] + box["height"] <= 860 and all(
+        t in text for t in ("82.3", "make reproduce", "scenes-coco")
+    )
+    for dataset, address in (("scenes-coco", "explorer.html"), ("scenes-nus", "explorer-scenes-nus.html")):
+        page = opened(site / "index.html")
+        page.locator('.cards a[href="report/index.html"]').click()
+        assert "Synthetic records" in page.locator("body").inner_text()
         assert page.locator(f'a[href="{address}"]').count() == 2
         page.locator(f'a[href="{address}"]').first.click()
         page.wait_for_selector("body[data-ready]")
         assert page.locator("#about").inner_text().startswith(f"{dataset}:")
 
 
-CANVASES = "() => [...document.querySelectorAll('canvas.map')].map(c => c.toDataURL())"
-
-
 @pytest.mark.slow
-def test_the_explorer_changes_its_picture_on_a_choice(site, opened):
-    """By pointer and by keyboard; both maps are drawn; the text beside them says what the records say."""
+def test_the_explorer_changes_on_a_choice_and_says_what_the_records_say(site, opened):
     page = opened(site / "report" / "explorer.html")
     page.wait_for_selector("body[data-ready]")
-    seen = [page.evaluate(CANVASES)]
-    assert len(seen[0]) == 2 and seen[0][0] != seen[0][1]
-
-    def changed(action):
-        action()
-        seen.append(page.evaluate(CANVASES))
+    maps = "() => [...document.querySelectorAll('canvas.map')].map(c => c.toDataURL())"
+    seen = [page.evaluate(maps)]
+    assert (
+        page.locator("#labels button").first.get_attribute("aria-selected") == "true"
+        and seen[0][0] != seen[0][1]
+    )
+    for act in (
+        page.locator("#labels button").nth(1).click,
+        page.locator("#images button").nth(2).click,
+        lambda: page.keyboard.press("ArrowRight"),
+        lambda: page.keyboard.press("ArrowDown"),
+        page.locator("#boxes").uncheck,
+        page.locator("#signed").check,
+        lambda: page.locator("#strength").fill("0"),
+    ):
+        act()
+        seen.append(page.evaluate(maps))
         assert seen[-1] != seen[-2]
-
-    changed(lambda: page.locator("#labels button").nth(1).click())
-    changed(lambda: page.locator("#images button").nth(2).click())
-    changed(lambda: page.keyboard.press("ArrowRight"))
-    changed(lambda: page.keyboard.press("ArrowDown"))
-    changed(lambda: page.locator("#boxes").uncheck())
-    changed(lambda: page.locator("#signed").check())
-    changed(lambda: page.locator("#strength").fill("0"))
-    assert seen[-1][0] == seen[-1][1]  # no map left: the same photograph twice
-    data = json.loads(page.locator("#data").text_content())
-    place = urllib.parse.parse_qs(urllib.parse.urlsplit(page.url).fragment)
-    image, label = int(place["image"][0]), int(place["label"][0])
-    shown = page.locator("#pair").inner_text()
-    for run in data["images"][image]["runs"]:
-        assert (
-            all(f"{value:.2f}" in shown for value in run["scores"][label])
-            and f"ranks {run['ranks'][label]} of" in shown
-        )
-    assert page.locator("#synthetic").is_visible()
+    assert seen[-1][0] == seen[-1][1]
+    place = {name: int(n) for name, (n,) in parse_qs(urlsplit(page.url).fragment).items()}
+    shown, data = page.locator("#runs").inner_text(), json.loads(page.locator("#data").text_content())
+    for run in data["images"][place["image"]]["runs"]:
+        expected = [f"{value:.2f}" for value in run["scores"][place["label"]]]
+        assert all(text in shown for text in [*expected, f"ranks {run['ranks'][place['label']]} of"])
 
 
 @pytest.mark.slow
@@ -368,25 +253,19 @@ def test_an_address_leads_to_a_case_and_pointing_tells_the_value(site, opened):
     page = opened(site / "report" / "explorer.html", 390, 844, fragment="#image=3&label=7")
     page.wait_for_selector("body[data-ready]")
     assert page.evaluate("[state.image, state.label]") == [3, 7]
+    side = page.locator("canvas.map").first.bounding_box()["width"]
     page.locator("canvas.map").first.hover(position={"x": 60, "y": 60})
-    value = page.evaluate(
-        "value(0, 60 / document.querySelector('canvas.map').getBoundingClientRect().height, 60 / document.querySelector('canvas.map').getBoundingClientRect().width)"
-    )
-    said = page.locator("#said").inner_text()
-    assert "without" in said and abs(float(re.search(r": (-?[\d.]+) without", said)[1]) - value) < 0.15
+    told = float(re.search(r": (-?[\d.]+) without", page.locator("#said").inner_text())[1])
+    assert abs(told - page.evaluate(f"value(0, {60 / side}, {60 / side})")) < 0.15
 
 
 @pytest.mark.slow
-def test_class_names_are_only_text(tmp_path, opened):
-    """A class called like a script is shown, not run."""
-    from cadm_paper.app.explorer import explorer_data, explorer_html
-    from cadm_paper.engine.synthetic import synthetic_run
-
-    data = explorer_data(*(synthetic_run(tmp_path / str(lam), method="cadm", lam=lam) for lam in (0.0, 0.5)))
+def test_names_are_only_text_and_a_notebook_frames_the_same_page(tmp_path, opened):
     name = "</script><img src=x onerror=\"document.title='run'\">"
-    (tmp_path / "odd.html").write_text(
-        explorer_html({**data, "classes": [name] * len(data["classes"])}), encoding="utf-8"
-    )
-    page = opened(tmp_path / "odd.html")
-    page.wait_for_selector("body[data-ready]")
-    assert name in page.locator("#labels button").first.inner_text() and page.title() != "run"
+    run = synthetic_run(tmp_path)
+    run.dataset["classes"] = [name] * 20
+    (tmp_path / "odd.html").write_text(explore(run)._repr_html_(), encoding="utf-8")
+    frame = opened(tmp_path / "odd.html").frames[1]
+    frame.wait_for_selector("body[data-ready]")
+    assert name in frame.locator("#labels button").first.inner_text() and frame.title() != "run"
+    assert frame.locator("canvas.map").count() == 1 and frame.locator("#synthetic").is_visible()

@@ -155,9 +155,23 @@ def measured(runs) -> dict | None:
     return {
         "heads": [block.dataset for block in blocks],
         "rows": [(variant.label, [of.get(variant, "not run") for of in found]) for variant in MAIN],
-        "gains": [gain for t in tables for gain in t.gains],
+        "gains": "; ".join(short(gain) for t in tables for gain in t.gains),
         "synthetic": any(r.extra.get("synthetic") for r in runs),
     }
+
+
+def short(gain) -> str:
+    """What the embedding loss changed in mAP, with its certainty, in a few words."""
+    from cadm_paper.tables import signed
+
+    over = f" [{signed(gain.interval[0])}, {signed(gain.interval[1])}]" if gain.interval else ""
+    seeds = (
+        f"{len(gain.seeds)} seeds"
+        if len(gain.seeds) > 1
+        else "one seed" + ", interval over test images" * bool(over)
+    )
+    printed = f"printed {signed(gain.printed['mAP'])} on {gain.printed_on}"
+    return f"{gain.dataset} {signed(gain.points['mAP'])}{over} ({seeds}; {printed})"
 
 
 def verdict_counts() -> str:
