@@ -88,7 +88,7 @@ def measured_line(runs: Sequence[RunRecord], *notes: str) -> Line:
 # %% ../nbs/07_tables.ipynb #fd7d1791
 @dataclass(frozen=True)
 class Status:
-    """What is known about runs beside their records: the reasons of unfinished, stale and submitted ones, by data set/folder."""
+    """What is known about runs beside their records: the reasons of unfinished and stale ones, and who or which other code made the rest, by data set/folder."""
 
     unfinished: dict[str, str] = field(default_factory=dict)
     stale: dict[str, str] = field(default_factory=dict)
@@ -126,7 +126,9 @@ def run_status(folder: str | Path) -> Status:
         unfinished[f"{path.parent.name}/{path.name}"] = why
     unfinished |= {key: f"{s}: {why}" for key, (s, why) in told.items() if s in ("failed", "interrupted")}
     of = lambda state: {key: why for key, (s, why) in told.items() if s == state}
-    return Status(unfinished, of("stale"), of("submitted"))
+    return Status(
+        unfinished, of("stale"), of("submitted") | of("finished")
+    )  # finished, and a reason: by other code
 
 
 # %% ../nbs/07_tables.ipynb #92c7067b
