@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+SOURCES := nbs tests tools benchmarks docs
 
 .PHONY: help reproduce test test-slow docs sync lock clean
 .DEFAULT_GOAL := help
@@ -24,6 +25,10 @@ reproduce: $(STAMP)
 	$(BIN)/cadm reproduce
 
 test: $(STAMP)
+	$(BIN)/ruff check --quiet $(SOURCES)
+	$(BIN)/ruff format --quiet --check $(SOURCES) cadm_paper
+	$(BIN)/lint-imports --no-logo >/dev/null 2>&1 || $(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/count.py
 	$(BIN)/python -m pytest -m "not slow" -n 2
 
 # what takes longer: kills, browsers (a Chromium on the machine, or CADM_CHROMIUM), wheels; what the machine lacks is skipped with its reason
@@ -43,7 +48,8 @@ $(VENV)/.installed-docs: $(STAMP)
 
 # notebooks -> cadm_paper/, README.md, badges
 sync: $(STAMP)
-	$(BIN)/ruff format --quiet nbs tests tools benchmarks docs
+	$(BIN)/ruff check --quiet --fix $(SOURCES)
+	$(BIN)/ruff format --quiet $(SOURCES)
 	$(BIN)/nbdev_export
 	$(BIN)/ruff format --quiet cadm_paper
 	$(BIN)/nbdev_clean
