@@ -3,7 +3,7 @@
 No data are needed: files of the official form and size are made in a temporary folder (COCO's JSON with as many objects as the real one and outlines that bring
 it to the real one's size; NUS-WIDE's 162 label files; one file for each photograph, so that looking whether it is there costs what it costs, for NUS-WIDE of a size like a photograph's, so
 that the search for placeholders costs what it costs). Labels are drawn at random, about as many as the real ones. Every time is of a new process, measured inside
-it around `load_split` alone (check that the index is fresh, open it, look for every photograph): `load` is by the clock, `cpu` what the processor worked, which
+it around `load_split` alone (check that the index is fresh, open it, search every photograph): `load` is by the clock, `cpu` what the processor worked, which
 is less where others use the machine or the disk is slow; `process` is everything from start to end of the interpreter, by the clock.
 
 As yardsticks in the same run: pycocotools on the same JSON file, and NumPy's `loadtxt` on all label files of NUS-WIDE.
@@ -145,7 +145,6 @@ def measure(name: str, root: Path, splits, repeats: int) -> dict:
     for split in splits:
         first = new_process(LOAD, name, root, split, False)
         new_process(LOAD, name, root, split, True)
-        time.sleep(2.2)  # an index younger than this does not trust the times of files yet
         new_process(LOAD, name, root, split, True)
         cached = [new_process(LOAD, name, root, split, True) for _ in range(repeats)]
         assert {c["fingerprint"] for c in cached} == {first["fingerprint"]}

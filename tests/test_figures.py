@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from cadm_paper.data.summary import cooccurrence
+from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.record import RecordError
 from cadm_paper.engine.synthetic import synthetic_run
 from cadm_paper.figures import curve_at, figure2, figure4, map_ranks, overlays, place_names, vector_plane

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "LATER",
     "DATASETS",
     "Dataset",
     "DataError",
@@ -20,6 +19,9 @@ __all__ = [
 from .datasets import DATASETS, Dataset, load_split  # noqa: F401
 from .split import DataError, MissingPhotographs, Split  # noqa: F401
 
+# %% ../../nbs/data/package.ipynb #2da40342
+LATER = {"build_scenes": "scenes", "data_check": "check", "data_show": "check"}
+
 # %% ../../nbs/data/package.ipynb #01db48f6
 _all_ = [
     "DATASETS",
@@ -32,19 +34,6 @@ _all_ = [
     "data_check",
     "data_show",
 ]
-
-# %% ../../nbs/data/package.ipynb #2da40342
-LATER = dict(
-    build_scenes="scenes",
-    ensure_scenes="scenes",
-    data_check="check",
-    data_show="check",
-    CheckReport="check",
-    label_table="summary",
-    cooccurrence="summary",
-    split_table="summary",
-    summary_figure="summary",
-)
 
 
 # %% ../../nbs/data/package.ipynb #a2f7c8d4
