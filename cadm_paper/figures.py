@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image, PngImagePlugin
 
-from cadm_paper.data.summary import cooccurrence
+from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.record import RecordError, RunRecord, source
 from cadm_paper.engine.variants import Variant, group
 from cadm_paper.files import whole_file

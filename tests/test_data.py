@@ -1,4 +1,4 @@
-"""What the data notebooks cannot show in a cell: the real files, many inputs, other processes, bad input of every kind."""
+"""What the data notebooks cannot show in a cell: the real files, many inputs, bad input."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ SHARED = Path(os.environ.get("CADM_SHARED_DATA", ROOT.parent / "shared" / "data"
 VOC, TINY, LABELS80 = SHARED / "VOCdevkit-224", SHARED / "coco-tiny", SHARED / "coco2014_labels80.npz"
 needs = lambda path: pytest.mark.skipif(not path.exists(), reason=f"no {path.name} in CADM_SHARED_DATA")
 
-# ---- the real files ---------------------------------------------------------------------------------------------
+# ---- the real files
 
 
 @needs(VOC)
@@ -76,7 +76,7 @@ def test_official_counts_of_coco_and_its_labels_per_image_are_those_of_the_real_
         assert all(2.85 < found.sum() / n < 2.95 for n in (images, labelled))
 
 
-# ---- every form, random content: written by us, read back, compared with what was drawn -------------------------
+# ---- every form, random content: written by us, read back, compared with what was drawn
 
 word = (
     st.text(st.characters(categories=("L", "N"), include_characters=" -_.&'"), min_size=1, max_size=8)
@@ -192,7 +192,7 @@ def test_no_name_leaves_the_root(name):
     assert path.startswith("/folder/of/data")
 
 
-# ---- the split ---------------------------------------------------------------------------------------------------
+# ---- the split
 
 
 @quick
@@ -214,7 +214,7 @@ def test_the_fingerprint_never_changes():
     assert split.fingerprint == "6f52bd5226f0ad0e793f679222c0ef7312f7f77e29772c957768e19abe93ee9d"
 
 
-# ---- the index ---------------------------------------------------------------------------------------------------
+# ---- the index
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_a_damaged_index_is_read_anew_and_nothing_is_unpickled(nus, damage):
         assert z["codes"].shape == (6, 3)  # mended
 
 
-# ---- photographs that are absent ---------------------------------------------------------------------------------
+# ---- photographs that are absent
 
 
 def test_placeholders_count_as_missing_and_are_listed(nus):
@@ -278,7 +278,7 @@ def test_placeholders_count_as_missing_and_are_listed(nus):
     assert load_split("scenes-nus", nus, "test").missing == ()  # made by us: no dead links
 
 
-# ---- bad input: one clear error that names file and line or field ------------------------------------------------
+# ---- bad input: one clear error that names file and line or field
 
 
 def refused(says, name, root, split, **switches):
@@ -325,16 +325,10 @@ GOOD = dict(
     categories=[dict(id=1, name="cat"), dict(id=2, name="dog")],
     annotations=[dict(id=i, image_id=i, category_id=i, iscrowd=0, bbox=[0, 0, 5, 5]) for i in (1, 2)],
 )
-COCO_MISTAKES = [  # part, what its second entry is changed by (None: the part itself is), what the error has to say
+COCO_MISTAKES = [  # part, change of its second entry (None: part removed), what the error says
     *((part, None, part) for part in GOOD),
     *((part, dict(id=1), f"ids of {part}: 1 occurs twice") for part in GOOD),
-    *(
-        (p, {k: v}, f"{p}[1].{k}: ")
-        for p in GOOD
-        for k in GOOD[p][0]
-        for v in (1.5, None, [])
-        if k != "bbox"
-    ),
+    *((p, {k: v}, f"{p}[1].{k}: ") for p in GOOD for k in GOOD[p][0] for v in (1.5, None, []) if k != "bbox"),
     *(
         ("annotations", {key: 7}, "annotation 2: its image or category is in no list")
         for key in ("image_id", "category_id")

@@ -34,7 +34,10 @@ from cadm_paper.data.split import (
 
 # %% ../../nbs/data/coco.ipynb #0c119953
 def coco_split(root, split: str, year: str = "") -> str:
-    """The official name ("val2014") of a split that may be called "val" or "test" too. Raises `DataError` if it is absent."""
+    """The official name ("val2014") of a split that may be called "val" or "test" too.
+
+    Raises `DataError` if it is absent.
+    """
     folder = Path(root) / "annotations"
     there = sorted(p.name[len("instances_") : -len(".json")] for p in folder.glob("instances_*.json"))
     kind = {"test": "val"}.get(split, split)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .split import RECENT, DataError, file_stamp, index_folder, may_write
+from .split import DataError, index_folder, may_write
 from ..files import default_folder, folder_lock, sha256_file, whole_file
 
 
@@ -232,13 +232,15 @@ class Images(Dataset):
 
 # %% ../../nbs/data/loading.ipynb #ff0e83e2
 CACHE_BYTES, CACHE_VERSION = 2**32, 1  # of a split's resized images; of how they are decoded and resized
+RECENT = 2_000_000_000  # nanoseconds: times of files are not trusted to be finer than this
 
 
 # %% ../../nbs/data/loading.ipynb #7a7970de
 def file_state(path, now: int) -> list:
     """Size, times and inode of a file; its content too if younger than 2 s. Raises `ImageError`."""
     try:
-        stamp = file_stamp(path)
+        s = os.stat(path)
+        stamp = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
         return stamp if max(stamp[1:3]) + RECENT < now else [*stamp, sha256_file(path)]
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from error

@@ -34,7 +34,7 @@ from .config import ConfigError, TrainConfig, config_digest, explain, portable
 from ..files import checkout_root, sha256_file, whole_file, write_json
 
 # %% ../../nbs/engine/record.ipynb #38a6cf78
-_PACKAGES = "torch torchvision numpy scikit-learn pillow pycocotools safetensors pydantic".split()
+_PACKAGES = "torch torchvision numpy scikit-learn pillow safetensors pydantic".split()
 
 
 # %% ../../nbs/engine/record.ipynb #cfe20c8a

@@ -1,0 +1,351 @@
+"""What data/download cannot show: servers that misbehave in every order, hostile archives, full disks."""
+
+import errno
+import hashlib
+import io
+import os
+import stat
+import tarfile
+import threading
+import zipfile
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cadm_paper.data import DATASETS, DataError, load_split
+from cadm_paper.data import download as G
+from cadm_paper.data.voc import VOC_CLASSES
+
+# ---- a server that does what it is told
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves `server.files`; each answer follows one of `server.tricks` (a dict), or none."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        plan, asked = self.server.tricks.pop(0) if self.server.tricks else {}, self.headers.get("Range", "")
+        self.server.asked.append((self.path, asked))
+        body, first = plan.get("serve", self.server.files.get(self.path)), int(asked[6:-1] or 0)
+        headers = {"Location": plan.get("to", "")}
+        if first and not plan.get("no_ranges"):
+            first += plan.get("shift", 0)
+            headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+            body = body[first:]
+        if not plan.get("no_length"):
+            headers["Content-Length"] = str(len(body) + plan.get("lie", 0))
+        self.send_response(plan.get("status") or (206 if "Content-Range" in headers else 200))
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body[: plan.get("cut")])
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.files, server.tricks, server.asked = {}, [], []
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def archive(server, body, name="a.bin", gives=("d",)):
+    server.files[f"/{name}"] = body
+    address = f"http://127.0.0.1:{server.server_port}/{name}"
+    digest = "sha256:" + hashlib.sha256(body).hexdigest()
+    return G.Archive((address,), gives, 10**7, len(body), digest, "this test")
+
+
+BODY = bytes(i * i % 251 for i in range(5000))
+fetch = lambda a, folder, **k: G.fetch(a, folder, **{"wait": 0, "timeout": 5, **k})
+names = lambda folder: sorted(p.name for p in folder.iterdir())
+TRICKS = dict(
+    cut=st.integers(0, 400),
+    no_ranges=st.booleans(),
+    shift=st.integers(-3, 3),
+    status=st.sampled_from([0, 416, 429, 500, 503]),
+    serve=st.binary(min_size=1, max_size=300),
+    lie=st.integers(-2, 2),
+    no_length=st.booleans(),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    body=st.binary(min_size=1, max_size=300),
+    tricks=st.lists(st.fixed_dictionaries({}, optional=TRICKS), max_size=6),
+)
+def test_whatever_the_server_does_only_the_published_bytes_get_the_name(
+    server, tmp_path_factory, body, tricks
+):
+    folder = tmp_path_factory.mktemp("f")
+    a, server.tricks = archive(server, body), tricks
+    for _ in range(len(tricks) + 1):
+        try:
+            path = fetch(a, folder, tries=3)
+            break
+        except DataError:
+            assert "a.bin" not in names(folder)
+    assert path.read_bytes() == body and names(folder) == ["a.bin"]
+
+
+def test_it_goes_on_where_it_stopped_also_days_later(server, tmp_path):
+    a = archive(server, BODY)
+    server.tricks = [{"cut": 2000}, {"status": 503}, {"cut": 500}, {"status": 500}, {"status": 500}]
+    with pytest.raises(DataError, match="HTTP Error 500.*continues where it stopped"):
+        fetch(a, tmp_path, tries=2)
+    assert names(tmp_path) == ["a.bin.part"]
+    assert fetch(a, tmp_path).read_bytes() == BODY
+    assert [asked for _, asked in server.asked] == ["", "bytes=2000-", "bytes=2000-", *["bytes=2500-"] * 3]
+
+
+def test_bytes_joined_from_two_versions_and_wrong_ones_are_named_and_leave_nothing(server, tmp_path):
+    a = archive(server, BODY)
+    for server.tricks in ([{"serve": BODY[::-1], "cut": 3000}], [{"serve": bytes(5000)}]):
+        with pytest.raises(DataError, match=f"is sha256:.* not {a.checksum} .this test"):
+            fetch(a, tmp_path)
+        assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("trick", [dict(serve=b"<html>log in</html>"), dict(no_length=True), dict(lie=100)])
+def test_another_file_does_not_cost_what_has_arrived(server, tmp_path, trick):
+    """A hotel's login page, a page of an error, a newer version."""
+    a, server.tricks = archive(server, BODY), [{"cut": 3000}, trick | {"no_ranges": True}]
+    with pytest.raises(DataError, match="another file or a web page"):
+        fetch(a, tmp_path)
+    assert (tmp_path / "a.bin.part").read_bytes() == BODY[:3000]
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:9/a.bin", "http://no-such-host.invalid/a.bin", "file:///a.bin"]
+)
+def test_the_next_address_is_tried_and_the_error_says_what_to_do_by_hand(server, tmp_path, address):
+    a = archive(server, BODY)
+    lost = replace(a, addresses=(address,))
+    with pytest.raises(DataError) as error:
+        fetch(lost, tmp_path, tries=1)
+    for what in (address, "by hand", "5000 bytes", a.checksum, str(tmp_path / "a.bin")):
+        assert what in str(error.value)
+    assert fetch(replace(a, addresses=(address, *a.addresses)), tmp_path, tries=1).read_bytes() == BODY
+
+
+def test_https_is_never_left_and_http_needs_a_checksum(server, tmp_path):
+    a = archive(server, BODY)
+    server.tricks = [{"status": 302, "to": a.addresses[0]}]
+    with pytest.raises(DataError, match="redirects to http:.* is not https"):
+        fetch(a, tmp_path)
+    with pytest.raises(DataError, match="only https addresses"):
+        fetch(replace(a, checksum=None), tmp_path)
+    http = [
+        x
+        for s in G.SOURCES.values()
+        for a in s.archives
+        for x in a.addresses
+        if not (a.checksum or x[:6] == "https:")
+    ]
+    assert http == []
+
+
+def test_an_archive_put_there_by_hand_is_checked_and_never_removed(server, tmp_path):
+    a, path = archive(server, BODY), tmp_path / "a.bin"
+    path.write_bytes(BODY)
+    assert fetch(a, tmp_path) == path and server.asked == []
+    path.write_bytes(BODY[:-1] + b"?")
+    with pytest.raises(DataError, match="remove this file"):
+        fetch(a, tmp_path)
+    assert path.exists()
+
+
+# ---- hostile and broken archives
+
+
+def tar_of(path, *entries):
+    with tarfile.open(path, "w") as tar:
+        for name, content, *kind in entries:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.size = (kind[0] if kind else tarfile.REGTYPE), 0 if kind else len(content)
+            entry.linkname, entry.mode = content.decode("latin-1") if kind else "", 0o6755
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def zip_of(path, *entries):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, content, *mode in entries:
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr, entry.compress_type = (
+                (mode[0] if mode else stat.S_IFREG) << 16,
+                zipfile.ZIP_DEFLATED,
+            )
+            z.writestr(entry, content)
+    return path
+
+
+GOOD = [("d/a", b"1"), ("d/b/c", b"22")]
+both = pytest.mark.parametrize("make, path", [(tar_of, "s.tar"), (zip_of, "s.zip")])
+
+
+def refused(path, says, **known):
+    """An archive is refused, with nothing written."""
+    with pytest.raises(DataError, match=says):
+        G.unpack(path, G.Archive((path.name,), ("d",), **{"room": 1000, **known}), path.parent / "out")
+    assert names(path.parent) == [path.name] and not (path.parent.parent / "evil").exists()
+
+
+@both
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/evil",
+        "../evil",
+        "d/../../evil",
+        "..",
+        "d/..",
+        "..\\evil",
+        "d\\..\\..\\evil",
+        "\\evil",
+        "C:\\evil",
+        "C:evil",
+        "//host/evil",
+        "d/evil\x07",
+    ],
+)
+def test_names_that_leave_the_folder_are_refused_before_anything_is_written(tmp_path, make, path, name):
+    refused(
+        make(tmp_path / path, *GOOD, (name, b"evil")), "nothing was unpacked.*is not the name of a file below"
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+)
+def test_links_and_devices_in_tar_files_are_refused(tmp_path, kind):
+    refused(
+        tar_of(tmp_path / "s.tar", *GOOD, ("d/l", b"../../evil", kind), ("d/l/x", b"through")),
+        "no plain file",
+    )
+
+
+@pytest.mark.parametrize("mode", [stat.S_IFLNK | 0o777, stat.S_IFCHR, stat.S_IFIFO])
+def test_links_devices_and_encrypted_files_in_zip_files_are_refused(tmp_path, mode):
+    refused(zip_of(tmp_path / "s.zip", *GOOD, ("d/link", b"/etc/passwd", mode)), "no plain file")
+    raw = bytearray(zip_of(tmp_path / "s.zip", *GOOD).read_bytes())
+    raw[raw.index(b"PK\1\2") + 8] |= 1
+    (tmp_path / "s.zip").write_bytes(raw)
+    refused(tmp_path / "s.zip", "encrypted")
+
+
+@both
+def test_bombs_and_more_bytes_than_the_disk_has_are_refused(tmp_path, make, path, monkeypatch):
+    bomb = make(tmp_path / path, ("d/zeros", bytes(100_000)))
+    refused(bomb, "unpacks to 100kB, more than 1.00kB")
+    real = G.shutil.disk_usage
+    monkeypatch.setattr(G.shutil, "disk_usage", lambda where: real(where)._replace(free=99_999))
+    refused(bomb, "make room", room=10**18)
+
+
+@both
+def test_whole_archives_are_unpacked_without_their_modes_and_damaged_ones_named(tmp_path, make, path):
+    whole = make(tmp_path / path, ("d/a", os.urandom(3000)), ("x/d/b", os.urandom(3000)), ("c", b"3"))
+    of = G.Archive((path,), ("d",), 10**5)
+    G.unpack(whole, of, tmp_path / "out")
+    assert names(tmp_path / "out/d") == ["a", "b", "c"] and not (tmp_path / "out/d/a").stat().st_mode & 0o7022
+    raw = whole.read_bytes()
+    for broken in (raw[:2000], raw[:100], b"", b"<html>"):
+        whole.write_bytes(broken)
+        with pytest.raises(DataError, match=f"{path}: damaged.*remove it"):
+            G.unpack(whole, of, tmp_path / "out2")
+
+
+# ---- all of it, on a VOC in miniature
+
+IDS = {"trainval": ["000001", "000002", "000004"], "test": ["000003", "000005"]}
+
+
+def voc_tar(path, split):
+    lists = [
+        (f"ImageSets/Main/{c}_{split}.txt", "".join(f"{i} 1\n" for i in IDS[split])) for c in VOC_CLASSES
+    ]
+    files = lists + [(f"JPEGImages/{i}.jpg", f"photograph {i}" * 9000) for i in IDS[split]]
+    return tar_of(path, *((f"VOCdevkit/VOC2007/{name}", text.encode()) for name, text in files)).read_bytes()
+
+
+@pytest.fixture
+def tiny(server, tmp_path_factory, monkeypatch):
+    """Its two archives on the server, as what is published of VOC 2007; calls data_get."""
+    made = [
+        archive(
+            server,
+            voc_tar(tmp_path_factory.mktemp("voc") / s, s),
+            f"{s}.tar",
+            (f"VOC2007/ImageSets/Main/tvmonitor_{s}.txt",),
+        )
+        for s in IDS
+    ]
+    monkeypatch.setitem(G.SOURCES, "voc2007", G.Source(tuple(made), "this test", ""))
+    counts = {split: (len(ids), len(ids)) for split, ids in IDS.items()}
+    monkeypatch.setitem(DATASETS, "voc2007", replace(DATASETS["voc2007"], counts=counts))
+    return lambda root, **k: G.data_get(
+        "voc2007", root, **{"yes": True, "quiet": True, "wait": 0, "timeout": 5, **k}
+    )
+
+
+def test_two_archives_become_one_data_set_and_only_what_is_not_there_is_fetched(server, tiny, tmp_path):
+    root = tiny(tmp_path / "voc", keep=False)
+    assert [len(load_split("voc2007", root, s)) for s in IDS] == [3, 2] and names(root / "archives") == [
+        ".lock"
+    ]
+    (root / "VOC2007/ImageSets/Main/tvmonitor_test.txt").unlink()
+    server.asked = []
+    tiny(root, mirror=f"http://127.0.0.1:{server.server_port}/")
+    assert server.asked == [("/test.tar", "")] and names(root / "archives") == [".lock", "test.tar"]
+
+
+def test_nothing_is_fetched_without_room(server, tiny, tmp_path, monkeypatch):
+    real = G.shutil.disk_usage
+    monkeypatch.setattr(G.shutil, "disk_usage", lambda where: real(where)._replace(free=999))
+    with pytest.raises(DataError, match="999B are free"):
+        tiny(tmp_path / "voc")
+    assert server.asked == [] and not (tmp_path / "voc").exists()
+
+
+@pytest.mark.parametrize("stop", range(0, 45, 4))
+def test_a_failure_while_moving_into_place_never_looks_finished_and_is_made_good(
+    tiny, tmp_path, monkeypatch, stop
+):
+    """Lists come last, so a list that is there has its photographs."""
+    real, moved = os.replace, []
+
+    def full(a, b):
+        if "VOC2007" in str(b) and len(moved) == stop:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        moved.append(b) if "VOC2007" in str(b) else None
+        real(a, b)
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(DataError, match="No space left on device. What has arrived is kept"),
+    ):
+        patched.setattr(G.os, "replace", full)
+        tiny(tmp_path)
+    with pytest.raises(DataError):
+        [load_split("voc2007", tmp_path, s) for s in IDS]
+    assert [len(load_split("voc2007", tiny(tmp_path), s)) for s in IDS] == [3, 2]
+
+
+def test_every_number_of_the_catalogue_names_its_source():
+    for a in (a for source in G.SOURCES.values() for a in source.archives):
+        assert (a.checksum is None) == (a.size is None) == (a.published == "no checksum is published")
+        assert {x.rpartition("/")[2] for x in a.addresses} == {a.name} and a.room >= (a.size or 0)
+        algorithm, _, digits = (a.checksum or "sha256:" + "0" * 64).partition(":")
+        assert len(bytes.fromhex(digits)) == hashlib.new(algorithm).digest_size
