@@ -63,7 +63,8 @@ def make_steps(a: argparse.Namespace) -> dict:
         )
 
     def cadm(x):
-        return loss(model.head(x), targets)
+        with torch.autocast(torch.device(a.device).type, enabled=False):  # as in a Network
+            return loss(model.head(x.float()), targets)
 
     def clear():
         for part in (model, plain_head):

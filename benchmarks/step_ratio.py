@@ -15,13 +15,14 @@ from measure import in_turn, keep_freed_memory, setting, spread, write
 
 from cadm_paper.data.loading import Batch, prepare
 from cadm_paper.engine.config import TrainConfig
-from cadm_paper.engine.processes import Team, machine_settings, resolve_machine
+from cadm_paper.engine.processes import ProcessGroup, machine_settings, resolve_machine
 from cadm_paper.model import narrow_resnet
 from cadm_paper.train import Trainer, build_model
 
 ROWS = {
     "baseline_gap": {},
     "baseline": {},
+    "csra": {},
     "cadm lam 0": {"method": "cadm", "lam": 0.0},
     "cadm lam 0.5": {"method": "cadm", "lam": 0.5},
 }
@@ -78,15 +79,10 @@ def main() -> None:
         )
         with machine_settings(config):
             batch = made_batch(config, 20)
-            trainer = Trainer(config, build_model(config, range(20)), Team(), 10**6)
+            trainer = Trainer(config, build_model(config, range(20)), ProcessGroup(), 10**6)
             trainer.network.train()
 
-            def ours():
-                trainer.step(batch, config.batch_size)
-                trainer.recent.clear()
-
-            bare = bare_step(config, batch)
-            steps = {"bare": bare, "ours": ours}
+            steps = {"bare": bare_step(config, batch), "ours": lambda: trainer.step(batch, config.batch_size)}
             in_turn(steps, 3, "cpu")
             times = in_turn(steps, a.rounds, "cpu")
         ratios[name] = spread([ours / bare for ours, bare in zip(times["ours"], times["bare"])])

@@ -23,7 +23,7 @@ from measure import in_turn, peak_bytes, seconds, setting, spread, write
 from cadm_paper.data.loading import Batch, Loader
 from cadm_paper.data.split import Split
 from cadm_paper.engine.config import TrainConfig
-from cadm_paper.engine.processes import Team, machine_settings, resolve_machine
+from cadm_paper.engine.processes import ProcessGroup, machine_settings, resolve_machine
 from cadm_paper.model import CADM
 from cadm_paper.train import Trainer, build_model
 
@@ -95,16 +95,17 @@ def plain_step(config: TrainConfig, batch: Batch, device, compiled: bool, usual:
     return step
 
 
+def our_trainer(config: TrainConfig, device) -> Trainer:
+    model = build_model(config, range(CLASSES), device=device)
+    trainer = Trainer(config, model, ProcessGroup(device=device), 10**6)
+    trainer.network.train()
+    return trainer
+
+
 def our_step(config: TrainConfig, batch: Batch, device):
     """(b)"""
-    trainer = Trainer(config, build_model(config, range(CLASSES)), Team(device=device), 10**6)
-    trainer.network.train()
-
-    def step():
-        trainer.step(batch, config.batch_size)
-        trainer.recent.clear()
-
-    return step
+    trainer = our_trainer(config, device)
+    return lambda: trainer.step(batch, config.batch_size)
 
 
 def tf32(on: bool):
@@ -182,8 +183,7 @@ def loader_share(config: TrainConfig, device, step_seconds: float, count: int, w
     with tempfile.TemporaryDirectory() as tmp:
         photographs = generated_photographs(Path(tmp), count, config.image_size)
         loader = Loader(photographs, config.image_size, workers=workers)
-        trainer = Trainer(config, build_model(config, range(CLASSES)), Team(device=device), 10**6)
-        trainer.network.train()
+        trainer = our_trainer(config, device)
         batches = loader.epoch(config.batch_size, seed=0, shuffle=True)
         trainer.step(next(batches), config.batch_size)  # warm
         done = 0

@@ -207,7 +207,8 @@ def option(*decision, where: tuple[str, ...] = ("config",)):
 # %% ../nbs/00_paper.ipynb #4ea692eb
 def decisions(options: type) -> tuple[Decision, ...]:
     """The decisions that the fields of a dataclass state."""
-    return tuple(replace(f.metadata["decision"], switch=f.name) for f in fields(options))
+    found = {f.name: f.metadata["decision"] for f in fields(options) if "decision" in f.metadata}
+    return tuple(replace(d, switch=name) for name, d in found.items())
 
 
 # %% ../nbs/00_paper.ipynb #3b642466

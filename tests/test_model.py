@@ -1,9 +1,8 @@
-"""What the notebook 01_model cannot show in a cell: properties over many inputs, other number formats, compilers, exports, other processes."""
+"""What 01_model, weights and methods cannot show in a cell: properties over many inputs, number formats, compilers, exports, other processes."""
 
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import urllib.error
@@ -18,16 +17,16 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from cadm_paper import model as module
-from cadm_paper.model import BACKBONES, CADM, METHODS, CADMHead, class_maps, export_onnx, global_pool
+from cadm_paper.methods import METHODS, load_model
+from cadm_paper.methods.base import build_network, method_arguments
+from cadm_paper.model import BACKBONES, CADM, CADMHead, class_maps, export_onnx, global_pool, pair
 from cadm_paper.weights import UntrainedBackbone, load_backbone_weights, read_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("CADM_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 
 def images(n=2, size=64, seed=0):
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(n, 3, *pair(size), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -37,10 +36,17 @@ def small():
         return CADM(6, "narrow_resnet", None, image_size=64, embed_dim=8, classes=list("abcdef"))
 
 
+def network(method, image_size=64, **given):
+    """A small network of a method, λ = 0.5 where it has one."""
+    lam = {"lam": 0.5} if method == "cadm" else {}
+    args = method_arguments(method, {**lam, **given})
+    return build_network(method, 3, "narrow_resnet", None, args, image_size=image_size)
+
+
 def close(a, b, **tolerance):
-    """Every field of two outputs, label vectors too where both have them."""
-    assert (a.label_vectors is None) == (b.label_vectors is None)
-    for ours, theirs in zip(a, b):
+    """Every field of two outputs, those that are None in both."""
+    for ours, theirs in zip(a, b, strict=True):
+        assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours.float(), theirs.float(), **tolerance)
 
@@ -70,33 +76,15 @@ def test_bounds_between_the_streams(seed, d, h, w, signed):
     assert average.abs().max() < 1e-9
 
 
-def test_equal_exactly_where_one_position_carries_every_maximum():
-    g = torch.Generator().manual_seed(0)
-    X, theta = torch.rand(1, 6, 3, 3, generator=g), torch.rand(2, 6, generator=g)
-    gap = lambda: global_pool(class_maps(X, theta)) - global_pool(X) @ theta.T
-    assert (gap() < -1e-3).all()
-    X[:, :, 1, 2] = 2.0
-    assert gap().abs().max() < 1e-6
-
-
 def test_nothing_of_size_classes_times_channels_times_positions():
     """The largest tensor of forward and backward is X's size, the weights' or the maps'; C x d x h x w would be 40 times that."""
-    largest = 0
+    largest = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
             out = func(*args, **(kwargs or {}))
-            largest = max(
-                [
-                    largest,
-                    *(
-                        t.untyped_storage().nbytes() // t.element_size()
-                        for t in tree_flatten(out)[0]
-                        if isinstance(t, torch.Tensor)
-                    ),
-                ]
-            )
+            found = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor)]
+            largest.extend(t.untyped_storage().nbytes() // t.element_size() for t in found)
             return out
 
     B, C, d, hw = 2, 40, 64, 49
@@ -104,7 +92,7 @@ def test_nothing_of_size_classes_times_channels_times_positions():
     with Watch():
         out = head(X)
         (out.logits.sum() + out.label_vectors.square().sum()).backward()
-    assert 0 < largest <= max(B * d * hw, B * C * hw, C * d)
+    assert 0 < max(largest) <= max(B * d * hw, B * C * hw, C * d)
 
 
 # ---- backbones and weights ---------------------------------------------------------------------------------------
@@ -116,61 +104,32 @@ def test_every_torchvision_resnet_keeps_its_names_and_fits_the_head(name):
         theirs = torchvision.models.get_model(name, weights=None).state_dict()
         ours = CADM(3, name, None, quiet=True)
         assert ours(torch.empty(1, 3, 64, 96)).maps.shape == (1, 3, 2, 3)
-    assert {k: v.shape for k, v in ours.backbone.state_dict().items()} == {
-        k: v.shape for k, v in theirs.items() if not k.startswith("fc.")
-    }
+    shapes = {k: v.shape for k, v in theirs.items() if not k.startswith("fc.")}
+    assert {k: v.shape for k, v in ours.backbone.state_dict().items()} == shapes
 
 
-def test_the_features_are_those_of_torchvision():
+def test_the_features_are_those_of_torchvision(tmp_path):
+    """From torchvision's own file, without a warning; its counters may be missing, as in files of torch < 0.4.1, but no layer."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         theirs = torchvision.models.resnet18(weights=None).eval()
-    ours = CADM(1000, "resnet18", None, quiet=True, pool="avg", streams="fcls", bias="fcls").eval()
-    load_backbone_weights(ours.backbone, theirs.state_dict())
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    ours = CADM(1000, "resnet18", tmp_path / "resnet18.pth", pool="avg", streams="fcls", bias="fcls").eval()
     ours.head.classifier.load_state_dict(theirs.fc.state_dict())
     torch.testing.assert_close(ours(images()).logits, theirs(images()))
-
-
-def test_a_checkpoint_file_of_torchvision(tmp_path):
-    theirs = torchvision.models.resnet18(weights=None)
-    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
-    ours = CADM(
-        4, "resnet18", weights=tmp_path / "resnet18.pth"
-    )  # pytest shows warnings: there is none to show here
-    assert torch.equal(ours.backbone.layer3[0].conv1.weight, theirs.layer3[0].conv1.weight)
-    assert (
-        ours.provenance["source"] == "resnet18.pth"
-        and len(ours.provenance["sha256"]) == 64
-        and str(tmp_path) not in json.dumps(ours.config)
-    )
-    old = {
-        k: v for k, v in theirs.state_dict().items() if not k.endswith("num_batches_tracked")
-    }  # torch < 0.4.1 had no such counter
+    assert ours.provenance["source"] == "resnet18.pth" and str(tmp_path) not in json.dumps(ours.config)
+    old = {k: v for k, v in theirs.state_dict().items() if not k.endswith("num_batches_tracked")}
     assert load_backbone_weights(ours.backbone, old) == []
-    with pytest.raises(ValueError, match="missing: layer1.1|missing: layer"):
+    with pytest.raises(ValueError, match="missing: layer"):
         CADM(4, "resnet34", weights=tmp_path / "resnet18.pth")
 
 
-def test_real_weights_with_a_layer_missing():
-    file = SHARED / "resnet18_imagenet_no_layer4_1.npz"
-    if not file.is_file():
-        pytest.skip(f"no {file.name} in ../shared/data")
-    with pytest.raises(ValueError, match="missing: layer4.1"):
-        CADM(4, "resnet18", weights=file)
-    ours = CADM(4, "resnet18", weights=file, expected_missing=["layer4.1.*"])
-    assert (
-        all(name.startswith("layer4.1.") for name in ours.provenance["initialised"])
-        and len(ours.provenance["initialised"]) == 10
-    )
-    assert np.array_equal(ours.backbone.conv1.weight.detach().numpy(), np.load(file)["conv1.weight"])
-
-
 class Bomb:
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
     def __init__(self, path):
         self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 def test_pickles_are_not_run(tmp_path):
@@ -190,9 +149,7 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
-    with pytest.raises(
-        RuntimeError, match=r"could not get .*resnet18.*\.pth .*no route to host.*pass its path"
-    ):
+    with pytest.raises(RuntimeError, match=r"could not get .*resnet18.*\.pth .*no route.*pass its path"):
         CADM(4, "resnet18")
 
 
@@ -202,69 +159,48 @@ def test_training_from_nothing_is_warned_of_at_the_callers_line():
     assert caught[0].filename == __file__
 
 
-def test_wrong_arguments_are_named():
-    for arguments, message in [
-        (dict(num_classes=0), "num_classes=0"),
-        (dict(num_classes=3, classes=["a"]), "1 class names"),
-        (dict(num_classes=3, pool="sum"), "pool='sum'"),
-        (dict(num_classes=3, map_size=0), "positive whole number"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            CADM(backbone="narrow_resnet", weights=None, **arguments)
-    with pytest.raises(TypeError, match="poool"):
-        CADM(3, "narrow_resnet", None, poool="max")
-
-
 # ---- number formats, memory formats --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
-)
-def test_autocast(small, dtype, device):
-    """Forward and backward; the head answers in float32, near the float32 answer."""
-    small, x = small.to(device), images().to(device)
-    expected = small(x)
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast(method, dtype):
+    """Forward and backward, on a GPU where there is one; every head answers in float32, near the float32 answer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, x = network(method).to(device), images().to(device)
+    expected = model(x)
     with torch.autocast(device, dtype):
-        out = small(x)
-    assert all(t.dtype == torch.float32 for t in out)
+        out = model(x)
     for ours, theirs in zip(out, expected):
-        assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
-    (out.logits.sum() + out.label_vectors.sum()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
+        if ours is not None:
+            assert ours.dtype == torch.float32 and (ours - theirs).abs().max() < 0.1 * theirs.abs().max()
+    out.logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.backbone.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_parameters_of_another_precision(small, dtype):
-    out = small.to(dtype)(images().to(dtype))
-    assert all(t.dtype == dtype for t in out)
-
-
-def test_channels_last(small):
+def test_parameters_of_another_precision_and_layout(small):
     expected = small.eval()(images(), with_label_vectors=True)
-    last = small.to(memory_format=torch.channels_last)(
-        images().contiguous(memory_format=torch.channels_last), with_label_vectors=True
-    )
-    close(expected, last, rtol=1e-4, atol=1e-5)
+    last = small.to(memory_format=torch.channels_last)
+    out = last(images().contiguous(memory_format=torch.channels_last), with_label_vectors=True)
+    close(expected, out, rtol=1e-4, atol=1e-5)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert all(t.dtype == dtype for t in small.train().to(dtype)(images().to(dtype)))
 
 
 def test_float64_gradients_of_the_head():
     head = CADMHead(4, 3, 3, embed_hidden=5, embed_dim=2, bias="both").double()
-    X = torch.rand(
-        2, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    ).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: tuple(head(x)), X)
+    X = torch.rand(2, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(lambda x: tuple(head(x)), X.requires_grad_())
 
 
 # ---- compiled and exported -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method, training", [("cadm", True), ("cadm", False), ("baseline_gap", True)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", METHODS)
 def test_no_graph_breaks(method, training):
     """fullgraph=True raises at the first graph break; label vectors at another size than f_embed's are in it, too."""
-    model = CADM(3, "narrow_resnet", None, image_size=48, **METHODS[method]).train(training)
+    model = network(method, image_size=48).train(training)
     expected = model(images())
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -273,60 +209,22 @@ def test_no_graph_breaks(method, training):
         assert compiled(images()).logits.dtype == torch.float32
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))),
-    reason="torch.compile on a CPU needs a C++ compiler",
-)
-def test_compiled_code_agrees(small):
-    expected = small(images())
-    grads = torch.autograd.grad(
-        expected.logits.sum() + expected.label_vectors.square().sum(), list(small.parameters())
-    )
-    torch._dynamo.reset()
-    out = torch.compile(small, fullgraph=True)(images())
-    close(out, expected, rtol=1e-3, atol=1e-4)
-    for ours, theirs in zip(
-        torch.autograd.grad(out.logits.sum() + out.label_vectors.square().sum(), list(small.parameters())),
-        grads,
-    ):
-        assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max() + 1e-4
-
-
-def test_torch_export(small):
-    program = torch.export.export(small.eval(), (images(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    close(program.module()(images(5)), small(images(5)), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("backbone, size", [("narrow_resnet", 80), ("resnet18", (64, 96))])
-def test_onnx_file_agrees(tmp_path, backbone, size):
+@pytest.mark.parametrize("method, size", [*((method, 64) for method in METHODS), ("cadm", (64, 96))])
+def test_onnx_file_agrees(tmp_path, method, size):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = CADM(4, backbone, None, quiet=True, bias="both", image_size=size).train()
+    model = network(method, size).train()
     file = export_onnx(model, tmp_path / "new" / "model.onnx")
     assert model.training and os.listdir(file.parent) == ["model.onnx"]
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    assert [o.name for o in session.get_outputs()] == ["logits", "logits_fcls", "logits_scls", "maps"]
-    assert json.loads(session.get_modelmeta().custom_metadata_map["cadm_paper"])["backbone"] == backbone
+    about = json.loads(session.get_modelmeta().custom_metadata_map["cadm_paper"])
+    assert about["backbone"] == "narrow_resnet" and about["image_size"] == list(pair(size))
+    names = [o.name for o in session.get_outputs()]
     for n in (1, 3):
-        x = torch.randn(n, 3, *module.pair(size), generator=torch.Generator().manual_seed(n))
-        for ours, theirs in zip(model.eval()(x), session.run(None, {"images": x.numpy()})):
-            np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-3, atol=1e-4)
-
-
-def test_a_failed_export_leaves_what_was_there(tmp_path, small, monkeypatch):
-    pytest.importorskip("onnxscript")
-    file = tmp_path / "model.onnx"
-    file.write_bytes(b"the old one")
-
-    def full_disk(self, destination, **kwargs):
-        Path(destination).write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        export_onnx(small, file)
-    assert file.read_bytes() == b"the old one" and os.listdir(tmp_path) == ["model.onnx"]
+        expected = model.eval()(images(n, size, seed=n))
+        assert names == [name for name, value in expected._asdict().items() if value is not None]
+        for name, found in zip(names, session.run(None, {"images": images(n, size, seed=n).numpy()})):
+            np.testing.assert_allclose(getattr(expected, name).detach().numpy(), found, rtol=1e-3, atol=1e-4)
 
 
 # ---- saved and loaded ------------------------------------------------------------------------------------------------
@@ -346,71 +244,22 @@ def test_round_trip(tmp_path, switches):
     model(images())  # batch statistics move
     again = CADM.from_pretrained(model.save_pretrained(tmp_path / "m"))
     assert again.config == model.config and not again.training
-    close(
-        again(images(), with_label_vectors=True),
-        model.eval()(images(), with_label_vectors=True),
-        rtol=0,
-        atol=0,
-    )
+    expected = model.eval()(images(), with_label_vectors=True)
+    close(again(images(), with_label_vectors=True), expected, rtol=0, atol=0)
     again.train()(images()).logits.sum().backward()  # what was loaded can be trained
 
 
-def test_loading_draws_no_random_numbers_and_unpickles_nothing(tmp_path, small, monkeypatch):
-    folder = small.save_pretrained(tmp_path / "m")
-    forbidden = lambda *a, **k: pytest.fail("unpickled")
-    monkeypatch.setattr(torch, "load", forbidden)
-    monkeypatch.setattr(pickle, "loads", forbidden)
-    monkeypatch.setattr(pickle, "load", forbidden)
-    before = torch.get_rng_state()
-    again = CADM.from_pretrained(folder)
-    assert torch.equal(before, torch.get_rng_state()) and again.classes == list("abcdef")
-
-
-def test_a_deep_model_loads_without_a_warning(tmp_path, recwarn):
-    model = CADM(3, "resnet18", None, quiet=True)
-    CADM.from_pretrained(model.save_pretrained(tmp_path / "m"))
-    assert not [w for w in recwarn if w.category is UntrainedBackbone]
-
-
-def test_a_failed_save_leaves_the_old_model(tmp_path, small, monkeypatch):
-    folder = small.save_pretrained(tmp_path / "m")
-    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
-
-    def full_disk(state, filename, **kwargs):
-        Path(filename).write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(module.safetensors.torch, "save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        CADM(2, "narrow_resnet", None).save_pretrained(folder)
-    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before and os.listdir(
-        tmp_path
-    ) == ["m"]
-
-
-def test_damaged_folders_are_refused(tmp_path, small):
-    folder = small.save_pretrained(tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text())
-    for change, message in [
-        ({"backbone": "resnet18"}, "do not make a model"),
-        ({"backbone": "no"}, "unknown backbone"),
-        ({"new_switch": 1}, "new_switch"),
-        ({"sha256": "0" * 64}, "checksum differs"),
-        ({"schema": None}, "another schema"),
-        ({"map_size": [2, 2]}, "do not make a model"),
-    ]:
-        (folder / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=message):
-            CADM.from_pretrained(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        CADM.from_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="incomplete"):
-        CADM.from_pretrained(folder)
-    with pytest.raises(FileNotFoundError, match="no saved model"):
-        CADM.from_pretrained(tmp_path / "nowhere")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_loaded_as_it_was_saved(tmp_path, method, monkeypatch, recwarn):
+    """No random number is drawn, nothing is unpickled, nobody is warned."""
+    model = network(method)
+    model(images())
+    folder, before = model.save_pretrained(tmp_path / "m"), torch.get_rng_state()
+    for place, name in ((torch, "load"), (pickle, "loads"), (pickle, "load")):
+        monkeypatch.setattr(place, name, lambda *a, **k: pytest.fail("unpickled"))
+    again = load_model(folder)
+    assert torch.equal(before, torch.get_rng_state()) and again.config == model.config and not recwarn.list
+    close(again(images()), model.eval()(images()), rtol=0, atol=0)
 
 
 # ---- outside processes -------------------------------------------------------------------------------------------------
@@ -418,33 +267,7 @@ def test_damaged_folders_are_refused(tmp_path, small):
 
 def test_the_import_is_light():
     """`from cadm_paper.model import CADM` brings in nothing of notebooks, tests, plots or tables."""
-    heavy = [
-        "fastcore",
-        "nbdev",
-        "IPython",
-        "papermill",
-        "pytest",
-        "hypothesis",
-        "matplotlib",
-        "seaborn",
-        "pandas",
-        "sklearn",
-        "pycocotools",
-        "onnx",
-        "onnxruntime",
-        "onnxscript",
-    ]
-    code = f"import sys; from cadm_paper.model import CADM; print([m for m in {heavy!r} if m in sys.modules])"
+    heavy = "fastcore nbdev IPython papermill pytest hypothesis matplotlib seaborn pandas sklearn pycocotools onnx onnxruntime"
+    code = f"import sys; from cadm_paper.model import CADM; print([m for m in {heavy.split()} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
-
-
-def test_the_papers_setting():
-    """ResNet-101 at 448 x 448 (Sec. 2.2), without weights."""
-    model = CADM(80, weights=None, quiet=True).eval()
-    with torch.inference_mode():
-        out = model(images(1, 448))
-    assert (
-        out.logits.shape == (1, 80) and out.maps.shape == (1, 80, 14, 14) and model.head.map_size == (14, 14)
-    )
-    assert out.upsampled_maps(448).shape == (1, 80, 448, 448)

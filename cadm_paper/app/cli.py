@@ -10,7 +10,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_origin
 
 import tyro
 
@@ -21,8 +21,10 @@ from cadm_paper.engine.config import TrainConfig
 
 # %% ../../nbs/app/cli.ipynb #1a1e959e
 def option_type(annotation):
-    """The type of an option; truth values are the words that papermill takes, too."""
-    return (Literal["true", "false"] if annotation is bool else annotation) | None
+    """The type of an option; truth values are the words that papermill takes, too, and a dictionary is JSON text."""
+    if annotation is bool:
+        return Literal["true", "false"] | None
+    return (annotation if annotation in (int, float) or get_origin(annotation) is Literal else str) | None
 
 
 # %% ../../nbs/app/cli.ipynb #9a40e07d

@@ -29,9 +29,17 @@ import json
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from ..paper import DECISIONS, LossOptions, ModelOptions
 
@@ -52,6 +60,12 @@ def fields_of(options: type) -> dict:
     return {f.name: (decided(f.name, **number(f)), f.default) for f in chosen}
 
 
+# %% ../../nbs/engine/config.ipynb #3a73385f
+def _from_json(value):
+    """A value that may have come as JSON text, from a command line or papermill."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
 # %% ../../nbs/engine/config.ipynb #d4b68bbb
 class TaskFields(BaseModel):
     """What is trained on what."""
@@ -63,8 +77,12 @@ class TaskFields(BaseModel):
     data_dir: str | None = Field(
         None, description="folder that holds the dataset's official files; none given: data/<its folder>"
     )
-    method: Literal["baseline_gap", "baseline", "cadm", "linear_probe"] = Field(
-        "cadm", description="row of the table"
+    method: str = Field(
+        "cadm", description="linear_probe, baseline_gap, baseline, cadm, or another name in METHODS (csra)"
+    )
+    method_args: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(
+        {},
+        description="parameters of the method's own by name, or JSON text of them; those not given are at their defaults",
     )
     lam: float = Field(0.5, ge=0, description="trade-off of Eq. 5; 0 leaves the label correlation loss out")
     seed: int = Field(0, ge=0, description="decides initial weights, image order and flips")
@@ -191,6 +209,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the field and what to do."""
 
 
+# %% ../../nbs/engine/config.ipynb #7a906904
+PAPER_ROWS = ("linear_probe", "baseline_gap", "baseline", "cadm")  # without parameters of their own
+
+
 # %% ../../nbs/engine/config.ipynb #9895cbdc
 class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFields, TaskFields):
     """The complete configuration of one run. Raises `ConfigError` on unknown names, wrong types and values out of range."""
@@ -210,6 +232,12 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
         except ValidationError as error:
             raise ConfigError(explain(error, type(self))) from None
 
+    def arguments(self):
+        """The checked parameters of the method, a frozen dataclass: its own, and fields of the configuration that it shares. Raises `ValueError`."""
+        from cadm_paper.methods.base import method_arguments
+
+        return method_arguments(self.method, self.method_args, self.model_dump(exclude={"method_args"}))
+
     @model_validator(mode="before")
     @classmethod
     def _no_truth_values_as_numbers(cls, values):
@@ -221,6 +249,13 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
 
     @model_validator(mode="after")
     def _values_that_go_together(self):
+        if (
+            self.method_args or self.method not in PAPER_ROWS
+        ):  # else the import, which takes seconds, is spared
+            args = self.arguments()
+            differ = {f.name: v for f in fields(args) if (v := getattr(args, f.name)) != f.default}
+            kept = {name: value for name, value in differ.items() if name not in type(self).model_fields}
+            object.__setattr__(self, "method_args", kept)
         if self.method != "cadm" and self.lam:
             raise ValueError(
                 f"lam = {self.lam:g}: only method='cadm' has the label correlation loss; leave lam out for {self.method!r}"

@@ -6,34 +6,22 @@
 __all__ = []
 
 # %% ../../nbs/methods/cadm.ipynb #818c0922
-import inspect
-from dataclasses import field, make_dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
 from ..loss import CADMLoss, LossTerms
-from .base import Head, MethodArgs
+from .base import Head
 from ..model import LAST, CADMHead
+from ..paper import LossOptions, ModelOptions
 
 
 # %% ../../nbs/methods/cadm.ipynb #1cc9d368
-def keywords(kind: type) -> dict:
-    """Name, type and default of the keyword arguments that a run may choose; the others belong to a row or to who calls the library."""
-    fixed = {"pool", "streams", "embed_relu", "embed_resize"}
-    found = inspect.signature(kind).parameters.values()
-    return {p.name: p for p in found if p.kind == p.KEYWORD_ONLY and p.name not in fixed}
+@dataclass(frozen=True)
+class CADMArgs(ModelOptions, LossOptions):
+    """The open decisions of the paper, and λ of Eq. 5."""
 
-
-CADMArgs = make_dataclass(
-    "CADMArgs",
-    [("lam", float, 0.5)]
-    + [
-        (p.name, p.annotation, field(default=p.default))
-        for p in (keywords(CADMHead) | keywords(CADMLoss)).values()
-    ],
-    bases=(MethodArgs,),
-    frozen=True,
-)
+    lam: float = 0.5
 
 
 # %% ../../nbs/methods/cadm.ipynb #191be6d8
@@ -41,12 +29,14 @@ class PaperHead(CADMHead, Head, method="cadm"):
     """CADM's head with the loss of Eq. 5."""
 
     Args = CADMArgs
-    row = dict(pool="max", streams="both")  # Eq. 3
 
     def __init__(self, shapes: dict, num_classes: int, args: CADMArgs):
-        (d, *size), choose = shapes[LAST], lambda kind: {n: getattr(args, n) for n in keywords(kind)}
-        super().__init__(d, num_classes, size, **self.row, **choose(CADMHead))
-        self.criterion = CADMLoss(args.lam, **choose(CADMLoss))
+        (d, *size), chosen = (
+            shapes[LAST],
+            lambda options: {f.name: getattr(args, f.name) for f in fields(options)},
+        )
+        super().__init__(d, num_classes, size, **chosen(ModelOptions))
+        self.criterion = CADMLoss(args.lam, **chosen(LossOptions))
         self.embed.requires_grad_(args.lam > 0)
 
     def loss(self, output, targets: Tensor, num_images: int | None = None) -> LossTerms:
@@ -55,13 +45,24 @@ class PaperHead(CADMHead, Head, method="cadm"):
 
 
 # %% ../../nbs/methods/cadm.ipynb #8690d694
-class Baseline(PaperHead, method="baseline"):
+@dataclass(frozen=True)
+class BaselineArgs(CADMArgs):
     """The first stream alone, with the paper's pooling: the fair comparison."""
 
-    row = dict(pool="max", streams="fcls")
+    streams: str = "fcls"
+
+
+@dataclass(frozen=True)
+class BaselineGAPArgs(BaselineArgs):
+    """The usual ResNet classifier: average pooling and a linear layer."""
+
+    pool: str = "avg"
+
+
+# %% ../../nbs/methods/cadm.ipynb #e881655e
+class Baseline(PaperHead, method="baseline"):
+    Args = BaselineArgs
 
 
 class BaselineGAP(PaperHead, method="baseline_gap"):
-    """The usual ResNet classifier: average pooling and a linear layer."""
-
-    row = dict(pool="avg", streams="fcls")
+    Args = BaselineGAPArgs
