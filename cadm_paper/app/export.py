@@ -6,36 +6,32 @@
 __all__ = ["export_run"]
 
 # %% ../../nbs/app/export.ipynb #8afeea89
-import json
 import shutil
 from pathlib import Path
 
+from ..data.loading import PIXELS
 from ..engine.record import RecordError, RunRecord, source
 from ..engine.variants import Variant
 from ..files import sha256_file, whole_folder, write_json
-from ..model import CADM, export_onnx
+from ..methods import load_model
+from ..model import export_onnx
 from ..paper import COLUMNS
-
-# %% ../../nbs/app/export.ipynb #a39d0511
-NORMALISATION = {"imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "half": ([0.5] * 3, [0.5] * 3)}
+from ..tables import render
 
 
 # %% ../../nbs/app/export.ipynb #3da534ba
 def preprocessing(record: RunRecord) -> dict:
     """`preprocessor_config.json`: size in pixels, mean and standard deviation of pixels in 0..1."""
     seen = record.seen_at()
-    side, whole, (mean, std) = (
-        seen["image_size"],
-        seen["resize"] == "squash",
-        NORMALISATION[seen["normalise"]],
-    )
+    square, crop = dict.fromkeys(("height", "width"), seen["image_size"]), seen["resize"] == "crop"
+    mean, std = map(list, PIXELS[seen["normalise"]])
     return {
         "image_processor_type": "CADM",
         "do_resize": True,
-        "size": {"height": side, "width": side} if whole else {"shortest_edge": side},
+        "size": {"shortest_edge": seen["image_size"]} if crop else square,
         "resample": 2,
-        "do_center_crop": not whole,
-        **({} if whole else {"crop_size": {"height": side, "width": side}}),
+        "do_center_crop": crop,
+        **({"crop_size": square} if crop else {}),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -47,137 +43,45 @@ def preprocessing(record: RunRecord) -> dict:
 # %% ../../nbs/app/export.ipynb #07cf9c96
 def card_facts(record: RunRecord) -> dict:
     """The card's front matter: licence, library, tags, and the 13 numbers of Section 3.1 in percent."""
-    data = str(record.dataset["name"])
-    metrics = [
-        {"type": name, "name": name, "value": round(100 * record.metrics[name], 2)}
-        for name in COLUMNS
-        if record.metrics.get(name) is not None
-    ]
+    data, numbers = str(record.dataset["name"]), record.metrics
+    found = [{"type": c, "name": c, "value": round(100 * numbers[c], 2)} for c in COLUMNS if c in numbers]
+    task = {"type": "image-classification", "name": "multi-label image recognition"}
+    tested = {"task": task, "dataset": {"name": data, "type": data, "split": "test"}, "metrics": found}
     return {
         "license": "apache-2.0" if data.startswith("scenes") else "other",
         "library_name": "cadm-paper",
         "pipeline_tag": "image-classification",
-        "tags": ["multi-label-classification", "class-activation-maps", "cadm", record.config.backbone],
-        "model-index": [
-            {
-                "name": record.name,
-                "results": [
-                    {
-                        "task": {"type": "image-classification", "name": "multi-label image recognition"},
-                        "dataset": {"name": data, "type": data, "split": "test"},
-                        "metrics": metrics,
-                    }
-                ],
-            }
-        ],
+        "tags": ["multi-label-classification", record.config.method, record.config.backbone],
+        "model-index": [{"name": record.name, "results": [tested]}],
     }
-
-
-# %% ../../nbs/app/export.ipynb #0a6113c8
-LIMITS = """- It knows the labels listed below and no others, and gives each a confidence of its own; a photograph without any of them still gets a number for each.
-- Labels that came together in training raise each other's confidence. That is the method's purpose, and also how it errs: where the usual company is misleading, so is the prediction.
-- The maps show where a label's evidence was found by this network. They are not segmentations, and their scale is not comparable between models.
-- Confidences are not calibrated. Choose the threshold on data of your own."""
-
-
-# %% ../../nbs/app/export.ipynb #ea7e52dc
-def card_limits(record: RunRecord) -> str:
-    """What a user must not expect of this model."""
-    data, lines = str(record.dataset["name"]), [LIMITS]
-    if record.extra.get("synthetic"):
-        lines.insert(
-            0,
-            "- **The record is synthetic: its numbers are made up for demonstration, and this model is no result.**",
-        )
-    if data.startswith("scenes"):
-        lines.append(
-            "- It was trained on DigitScenes, an embedded benchmark of handwritten digits pasted on crops of two photographs. It is of no use on photographs of anything else."
-        )
-    lines.append(
-        f"- One seed ({record.config.seed}): another may differ by more than the rows of a table do."
-    )
-    return "\n".join(lines)
-
-
-# %% ../../nbs/app/export.ipynb #295f3029
-USE = """```python
-from cadm_paper.app.predict import Predictor
-
-predict = Predictor.load("{folder}", resize="{resize}", normalise="{normalise}")
-found = predict("photograph.jpg")     # scores by label (0..1), maps C x h x w
-```"""
-
-
-# %% ../../nbs/app/export.ipynb #4e0d2d4c
-def pairs_table(pairs: dict, heads: tuple[str, str]) -> str:
-    """A Markdown table of two columns."""
-    cell = lambda v: ("none" if v is None else str(v)).replace("|", "\\|")
-    return "\n".join(
-        [
-            f"| {heads[0]} | {heads[1]} |",
-            "| :-- | --: |",
-            *(f"| {cell(k)} | {cell(v)} |" for k, v in pairs.items()),
-        ]
-    )
 
 
 # %% ../../nbs/app/export.ipynb #ae4e0fdf
-def model_card(record: RunRecord, folder: str = ".") -> str:
-    """README.md of an exported model: facts for machines, then row, use, numbers, recipe, data, origin and limits, all from the record."""
-    front = "\n".join(
-        f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in card_facts(record).items()
-    )
-    numbers = {
-        name.replace("_top3", " (top-3)"): f"{100 * record.metrics[name]:.1f}"
-        for name in COLUMNS
-        if record.metrics.get(name) is not None
-    }
-    splits = {
+def model_card(record: RunRecord, folder: str = ".", maps: bool = True) -> str:
+    """README.md of an exported model; every fact is the record's."""
+    env, numbers = record.environment, [c for c in COLUMNS if c in record.metrics]
+    data = {
         f"{split}: {what}": (record.dataset.get(split) or {}).get(what)
         for split in ("train", "test")
         for what in ("images", "fingerprint")
     }
-    code, env = record.environment.get("code", {}), record.environment
-    origin = {
-        "record": source(record),
-        "digest": record.digest,
-        "code": f"cadm_paper {code.get('cadm_paper')}, commit {code.get('commit', 'unknown')}",
-        "device": env.get("device"),
-        "precision": record.machine.get("precision"),
+    data |= {"record": source(record), "digest": record.digest, "device": env.get("device"), **record.machine}
+    data |= {name: value for name, value in env.get("code", {}).items() if name != "resumed"}
+    sections = {
+        "Numbers": {c.replace("_top3", " (top-3)"): f"{100 * record.metrics[c]:.1f}" for c in numbers},
+        "Recipe": dict(record.config),
+        "Data and origin": data,
     }
-    use = USE.format(folder=folder, resize=record.config.resize, normalise=record.config.normalise)
-    return f"""---
-{front}
----
-
-# {Variant.of(record).label} on {record.dataset["name"]}
-
-A row of the tables in *CADM, reproduced*, the companion of "Multi-Label Image Recognition with Joint Class-Aware Map Disentangling and Label Correlation Embedding" (Chen, Wei, Jin, Guo; ICME 2019): {record.config.backbone}, {record.config.image_size} × {record.config.image_size} px.
-
-## Limits
-
-{card_limits(record)}
-
-## Use
-
-{use}
-
-## Numbers
-
-Percent, on the test split of {record.dataset["name"]}, at the last epoch; present means confidence above 0.5.
-
-{pairs_table(numbers, ("metric", "value"))}
-
-## Recipe
-
-{pairs_table(dict(record.config), ("parameter", "value"))}
-
-## Data and origin
-
-{pairs_table(splits | origin, ("what", "value"))}
-
-Labels: {", ".join(map(str, record.dataset["classes"]))}.
-"""
+    return render(
+        "model_card.md",
+        record=record,
+        label=Variant.of(record).label,
+        folder=folder,
+        maps=maps,
+        facts=card_facts(record),
+        sections=sections,
+        synthetic_data=str(record.dataset["name"]).startswith("scenes"),
+    )
 
 
 # %% ../../nbs/app/export.ipynb #3c27b5ff
@@ -198,7 +102,7 @@ def model_files(record: RunRecord) -> list[Path]:
     for path in found:
         if not path.is_file():
             raise RecordError(
-                f"{path}: no such file, so there is no model to export (linear probes and records made elsewhere keep none)"
+                f"{path}: no such file, so there is no model to export (committed records keep none)"
             )
         known = record.files.get(path.relative_to(record.folder).as_posix())
         if known and known != sha256_file(path):
@@ -215,9 +119,10 @@ def export_run(run: RunRecord | str | Path, out: str | Path, onnx: bool = False)
     with whole_folder(out, EXPORTED, "an exported model") as new:
         for path in model_files(record):
             shutil.copyfile(path, new / path.name)
+        model, maps = load_model(new), record.maps() is not None
         shutil.copyfile(record.folder / "run.json", new / "record.json")
         write_json(new / "preprocessor_config.json", preprocessing(record))
-        (new / "README.md").write_text(model_card(record, out.name), encoding="utf-8")
+        (new / "README.md").write_text(model_card(record, out.name, maps), encoding="utf-8")
         if onnx:
-            export_onnx(CADM.from_pretrained(new), new / "model.onnx", record.config.image_size)
+            export_onnx(model, new / "model.onnx", record.config.image_size)
     return out
