@@ -220,7 +220,7 @@ def test_a_failing_run_leaves_the_others_going_and_goes_on_from_its_checkpoint(s
     assert states.pop(failed) == "failed" and set(states.values()) == {"finished"} and len(states) == 1
     status = json.loads((site.outputs / "runs" / "status.json").read_text())["runs"]
     (row,) = (row for row in status if row["run"] == failed)
-    cells = nbformat.read(site.outputs / row["notebook"], 4).cells
+    cells = nbformat.read(site.outputs / row["reason"].split("; see ")[1], 4).cells
     assert any(o.get("ename") == "ValueError" for c in cells for o in c.get("outputs", []))
     site.run()
     assert [m["first"] for m in site.made().values()] == [1, 0]

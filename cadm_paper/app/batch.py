@@ -361,7 +361,12 @@ def engine(batch: Batch, target: str, jobs: int | None = None, profile: str | No
     ]
     line += ["--workflow-profile", ours if ours.is_dir() else Path(profile).resolve(), "--resources", *limits]
     again = [run.folder / name for run in runs for name in ("run.json", "evidence.npz")]
-    line += ["--forcerun", *(path for path in again if path.exists()), "--", target]
+    line += [
+        "--forcerun",
+        *(path.relative_to(batch.outputs) for path in again if path.exists()),
+        "--",
+        target,
+    ]
     environ = {**os.environ, "CADM_PARENT": str(os.getpid())}
     process = subprocess.Popen([*map(str, line)], env=environ, cwd=project_root(), start_new_session=True)
     try:

@@ -149,13 +149,14 @@ def main() -> None:
     parent, content, kind, name, out = sys.argv[1:]
     ParentPollerUnix(parent_pid=int(parent)).start()
     batch = parse_batch(json.loads(Path(content).read_text(encoding="utf-8")))
+    place = Path(out).resolve()
     os.chdir(project_root())
     if kind in ("notebook", "report"):
         write_json(
             batch.outputs / "runs" / "status.json", {"schema": "cadm-status/1", "runs": status(batch.outputs)}
         )
     try:
-        globals()[f"{kind}_job"](batch, name, Path(out))
+        globals()[f"{kind}_job"](batch, name, place)
     except (ValueError, OSError) as error:
         sys.exit(f"{name}: {error}")
 
