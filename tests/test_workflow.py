@@ -20,14 +20,15 @@ import psutil
 import pytest
 import yaml
 
-from cadm_paper.app.batch import load_batch, parse_batch, plan
+from cadm_paper.app import batch
 from cadm_paper.data import build_scenes
 from cadm_paper.engine.record import load_runs
+from cadm_paper.engine.synthetic import synthetic_run
+from cadm_paper.engine.variants import MAIN, Variant
 
 ROOT = Path(__file__).resolve().parents[1]
-PARAMETERS = (
-    "preset = dataset = method = lam = seed = epochs = weights = device = out_dir = data_dir = resume = None"
-)
+NAMES = "preset dataset method lam seed epochs weights device processes out_dir data_dir"
+PARAMETERS = " = ".join([*NAMES.split(), "resume", "None"])
 STAND_IN = """
 import hashlib, json, os, time
 import numpy as np
@@ -35,8 +36,7 @@ import safetensors.numpy
 from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.record import code_version, save_arrays, write_record
 from cadm_paper.files import folder_lock, whole_file
-names = "preset dataset method lam seed epochs weights device out_dir data_dir".split()
-config = TrainConfig(**{name: globals()[name] for name in names})
+config = TrainConfig(**{name: globals()[name] for name in "NAMES".split()})
 checkpoint = os.path.join(out_dir, "checkpoint", "last.safetensors")
 with folder_lock(out_dir):
     first, value = 0, "start"
@@ -61,6 +61,8 @@ TABLE = """
 import json
 from pathlib import Path
 from cadm_paper.engine.record import load_runs
+from cadm_paper.engine.synthetic import synthetic_run
+from cadm_paper.engine.variants import MAIN, Variant
 states = {r["run"]: r["state"] for r in json.loads(Path(runs_dir, "status.json").read_text())["runs"]}
 rows = {r.folder.name: r.metrics["mAP"] for r in load_runs(runs_dir)}
 Path(runs_dir, "..", "table.json").write_text(json.dumps([states, rows], sort_keys=True))
@@ -82,7 +84,7 @@ class Site:
         self.folder, self.outputs, self.data = folder, folder / "outputs", folder / "data"
         self.temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # names of sockets have to be short
         books = folder / "nbs" / "experiments"
-        write_notebook(books / "train.ipynb", PARAMETERS, STAND_IN)
+        write_notebook(books / "train.ipynb", PARAMETERS, STAND_IN.replace("NAMES", NAMES))
         if real:
             shutil.copy(ROOT / "nbs" / "experiments" / "train.ipynb", books)
         write_notebook(books / "table1.ipynb", "runs_dir = None", TABLE)
@@ -153,16 +155,16 @@ def site(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "workflow" / "config").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_is_valid(path):
-    batch = load_batch(str(path))
-    assert plan(batch) and batch.title and batch.clean == (path.stem != "mini")
+    found = batch.load_batch(str(path))
+    assert batch.plan(found) and found.title and found.clean == (path.stem != "mini")
 
 
 def test_paper_lists_every_run_of_tables_1_and_2():
-    runs = [run.config for run in plan(load_batch("paper"))]
-    rows = {(c.dataset, c.method, c.lam if c.method == "cadm" else None) for c in runs}
-    main = [("baseline_gap", None), ("baseline", None), ("cadm", 0.0), ("cadm", 0.5)]
-    assert rows >= {(data, *row) for data in ("coco2014", "nuswide") for row in main}
-    assert all((c.image_size, c.epochs, c.backbone) == (448, 60, "resnet101") for c in runs)
+    runs = [run.config for run in batch.plan(batch.load_batch("paper"))]
+    assert {(c.dataset, Variant.of(c)) for c in runs} == {
+        (d, v) for d in ("coco2014", "nuswide") for v in MAIN
+    }
+    assert {(c.image_size, c.epochs, c.backbone) for c in runs} == {(448, 60, "resnet101")}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,29 @@ def test_paper_lists_every_run_of_tables_1_and_2():
 )
 def test_a_wrong_line_is_refused_with_a_hint(content, hint):
     with pytest.raises(ValueError, match=hint):
-        parse_batch(content)
+        batch.parse_batch(content)
+
+
+def test_uncommitted_code_is_refused_where_the_batch_wants_none(monkeypatch):
+    monkeypatch.setattr(batch, "code_version", lambda: {"modified": True})
+    clean = batch.parse_batch({"clean": True})
+    with pytest.raises(ValueError, match="uncommitted changes"):
+        batch.check_code(clean, ["a run"])
+    for allowed in (clean.model_copy(update={"dirty": True}), batch.parse_batch({})):
+        batch.check_code(allowed, ["a run"])
+    batch.check_code(clean, [])
+
+
+def test_a_record_of_other_labels_is_stale(tmp_path, monkeypatch):
+    monkeypatch.setenv("CADM_DATA", str(tmp_path))
+    record = synthetic_run(tmp_path / "run", images=40, drawn=2)
+    assert batch.state(record.folder).word == "finished"  # there is no data to compare it with
+    build_scenes(tmp_path / "scenes-coco", "coco", train=16, test=8)
+    batch.labels_now.cache_clear()
+    assert (
+        batch.state(record.folder).reason
+        == "made with other train and test images or labels than are there now"
+    )
 
 
 def test_a_batch_is_run_once_and_only_content_counts(site):
@@ -198,32 +222,29 @@ def test_a_batch_is_run_once_and_only_content_counts(site):
 
 
 @pytest.mark.slow
-def test_what_other_code_made_is_reported_and_run_again_only_by_force(site):
-    site.run(STUB_CODE="other")
-    made, output = site.made(), site.run("--dry-run")
-    assert output.count("made by commit") == 2 and "0 to do" in site.run() and site.made() == made
-    site.run("--force", STUB_FAIL="cadm", code=1)  # what fails leaves the old record
-    again = site.made()
-    assert [name for name in made if made[name] != again[name]] == [n for n in made if "baseline" in n]
-    assert set(site.table()[0].values()) == {"finished"} and site.table()[1].keys() == made.keys()
-    site.run("--force")
-    assert all(m["first"] == ("cadm" in name) for name, m in site.made().items())  # gone on from epoch 1
-    assert "made by" not in site.run("--dry-run")
-
-
-@pytest.mark.slow
-def test_a_failing_run_leaves_the_others_going_and_goes_on_from_its_checkpoint(site):
-    output = site.run(STUB_FAIL="baseline", code=1)
-    assert "ValueError: told to fail" in output and "goes on" in output
+def test_failures_leave_the_others_going_and_what_other_code_made_is_run_again_only_by_force(site):
+    output = site.run(STUB_FAIL="baseline", STUB_CODE="other", code=1)
     states = site.table()[0]
-    (failed,) = (name for name in states if "baseline" in name)
-    assert states.pop(failed) == "failed" and set(states.values()) == {"finished"} and len(states) == 1
-    status = json.loads((site.outputs / "runs" / "status.json").read_text())["runs"]
-    (row,) = (row for row in status if row["run"] == failed)
+    assert "ValueError: told to fail" in output and sorted(states.values()) == ["failed", "finished"]
+    row = next(
+        r
+        for r in json.loads((site.outputs / "runs" / "status.json").read_text())["runs"]
+        if "failed" in r.values()
+    )
     cells = nbformat.read(site.outputs / row["reason"].split("; see ")[1], 4).cells
     assert any(o.get("ename") == "ValueError" for c in cells for o in c.get("outputs", []))
-    site.run()
-    assert [m["first"] for m in site.made().values()] == [1, 0]
+    assert site.run(STUB_CODE="other").count("[1/1]") == 1
+    made = site.made()
+    assert [m["first"] for m in made.values()] == [1, 0]  # gone on from the checkpoint
+    assert (
+        site.run("--dry-run").count("made by commit") == 2 and "0 to do" in site.run() and site.made() == made
+    )
+    site.run("--force", STUB_FAIL="cadm", code=1)
+    again = site.made()  # what fails leaves the older record
+    assert ["baseline" in name for name in made if made[name] != again[name]] == [True]
+    assert set(site.table()[0].values()) == {"finished"} and site.table()[1].keys() == made.keys()
+    site.run("--force")
+    assert [m["first"] for m in site.made().values()] == [0, 1] and "made by" not in site.run("--dry-run")
 
 
 @pytest.mark.slow
@@ -247,17 +268,12 @@ def test_killed_at_random_moments_nothing_stays_and_the_tables_are_the_same(tmp_
 
 
 @pytest.mark.slow
-def test_two_workflows_on_one_folder_and_uncommitted_code_are_refused(site):
+def test_two_workflows_on_one_folder_are_refused(site):
     process = site.start(STUB_SLEEP="3")
-    site.wait(lambda: list(site.outputs.glob("runs/*/*/.lock")))
+    site.wait(lambda: list(site.outputs.glob("runs/*/*/checkpoint")))
     assert "another process is writing here" in site.run(code=2)
     process.send_signal(signal.SIGINT)
-    assert process.wait() == 130 and "stopped" in process.communicate()[0]
-    site.write([{"method": "baseline"}], clean=True)
-    commit = {
-        "GIT_DIR": str(site.folder / "no repository")
-    }  # neither commit nor changes are known: nothing to refuse
-    assert "uncommitted changes" not in site.run("--dry-run", **commit)
+    assert "stopped" in process.communicate()[0] and process.returncode == 130
 
 
 @pytest.mark.slow
@@ -328,9 +344,6 @@ def test_the_slurm_profile_submits_what_each_rule_asks_for(site):
         profile.read_text() + "slurm-init-seconds-before-status-checks: 2\nslurm-no-account: true\n"
     )
     site.write([{"method": "baseline"}, {"method": "cadm", "device": "cuda", "processes": 2}], notebooks=[])
-    book = nbformat.read(site.folder / "nbs" / "experiments" / "train.ipynb", 4)
-    book.cells[0].source += "\nprocesses = None"
-    nbformat.write(book, site.folder / "nbs" / "experiments" / "train.ipynb")
     site.run("--profile", "slurm", STANDIN=str(tools), PATH=f"{tools}:{os.environ['PATH']}")
     calls = ["\n".join(p.read_text().splitlines()) for p in tools.glob("*.call")]
     trained = {("cadm" if "run=cadm" in call else "baseline"): call for call in calls if "rule_train" in call}
