@@ -1050,8 +1050,6 @@ d = { 'settings': { 'branch': 'main',
                                     'cadm_paper.weights.imagenet_state_dict': ('weights.html#imagenet_state_dict', 'cadm_paper/weights.py'),
                                     'cadm_paper.weights.load_backbone_weights': ( 'weights.html#load_backbone_weights',
                                                                                   'cadm_paper/weights.py'),
-                                    'cadm_paper.weights.read_npz': ('weights.html#read_npz', 'cadm_paper/weights.py'),
                                     'cadm_paper.weights.read_state_dict': ('weights.html#read_state_dict', 'cadm_paper/weights.py'),
                                     'cadm_paper.weights.start_backbone': ('weights.html#start_backbone', 'cadm_paper/weights.py'),
-                                    'cadm_paper.weights.unnamed': ('weights.html#unnamed', 'cadm_paper/weights.py'),
                                     'cadm_paper.weights.weights_file': ('weights.html#weights_file', 'cadm_paper/weights.py')}}}

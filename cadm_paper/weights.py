@@ -27,16 +27,11 @@ def weights_file(path: str | Path) -> Path:
     return Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
 
 
-# %% ../nbs/weights.ipynb #e4a3099c
-def read_npz(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from an .npz of arrays, without pickle."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-
-
 # %% ../nbs/weights.ipynb #b0f50530
-READERS = dict.fromkeys((".pth", ".pt"), partial(torch.load, map_location="cpu", weights_only=True))
-READERS |= {".safetensors": safetensors.torch.load_file, ".npz": read_npz}
+READERS = dict.fromkeys((".pth", ".pt"), partial(torch.load, map_location="cpu", weights_only=True)) | {
+    ".safetensors": safetensors.torch.load_file,
+    ".npz": lambda path: {k: torch.from_numpy(v) for k, v in np.load(path, allow_pickle=False).items()},
+}
 
 
 # %% ../nbs/weights.ipynb #9aa2d311
@@ -79,12 +74,6 @@ def imagenet_state_dict(backbone: str, version: str = "IMAGENET1K_V1") -> dict[s
         ) from error
 
 
-# %% ../nbs/weights.ipynb #561e08d5
-def unnamed(keys: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The keys that no shell-style pattern names."""
-    return [key for key in keys if not any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)]
-
-
 # %% ../nbs/weights.ipynb #4f96ac75
 def load_backbone_weights(
     backbone: nn.Module,
@@ -96,6 +85,7 @@ def load_backbone_weights(
     if any(key.startswith("backbone.") for key in state):  # a saved model: take its backbone
         state = {k.removeprefix("backbone."): v for k, v in state.items() if not k.startswith("head.")}
     own = backbone.state_dict()
+    unnamed = lambda keys, names: [k for k in keys if not any(fnmatch.fnmatchcase(k, name) for name in names)]
     # a counter that only some checkpoints have; torch fills it in
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     wrong = {
