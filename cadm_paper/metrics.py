@@ -6,74 +6,53 @@
 __all__ = ["average_precision", "metric_names", "multilabel_metrics", "MultiLabelMetrics"]
 
 # %% ../nbs/03_metrics.ipynb #b0b2f25d
+from collections import namedtuple
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 
 # %% ../nbs/03_metrics.ipynb #b6588abc
-def as_array(values: Any) -> np.ndarray:
+def as_array(name: str, values: Any) -> np.ndarray:
     """A NumPy array of whatever holds numbers; torch tensors are taken off their device, bfloat16 widened."""
     if hasattr(values, "detach"):
         values = (values.float() if "bfloat16" in str(values.dtype) else values).detach().cpu().numpy()
-    return np.asarray(values)
+    if np.ma.is_masked(values := np.ma.asarray(values)):
+        raise ValueError(f"{name} has masked entries: fill them first (targets.filled(-1) ignores them)")
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"{name} must be numbers, not {values.dtype}")
+    return values.data
 
 
 # %% ../nbs/03_metrics.ipynb #4df602a1
-def refuse_entry(name: str, values: np.ndarray, wrong: np.ndarray, why: str) -> None:
-    """Raise ValueError naming the first entry that is wrong."""
-    i, c = np.argwhere(wrong)[0]
-    raise ValueError(f"{name}[{i}, {c}] is {values[i, c]}: {why}")
+def refuse_entries(name: str, values: np.ndarray, wrong: np.ndarray, why: str) -> None:
+    """Raise ValueError naming the first entry that is wrong, if any is."""
+    if wrong.any():
+        i, c = np.argwhere(wrong)[0]
+        raise ValueError(f"{name}[{i}, {c}] is {values[i, c]}: {why}")
 
 
 # %% ../nbs/03_metrics.ipynb #96d58bf2
 def checked(scores: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
     """Scores N x C in 0..1 (float32 or float64) and labels N x C in {1, 0, -1} (int8), or ValueError."""
-    s, y = as_array(scores), as_array(targets)
+    s, y = as_array("scores", scores), as_array("targets", targets)
     if s.ndim != 2 or not s.shape[1]:
         raise ValueError(f"scores must be an array of images x classes, not of shape {s.shape}")
     if y.shape != s.shape:
         raise ValueError(f"targets have the shape {y.shape} and scores {s.shape}: both are images x classes")
-    for name, values in (("scores", s), ("targets", y)):
-        if values.dtype.kind not in "fiub":
-            raise ValueError(f"{name} must be numbers, not {values.dtype}")
-    return in_range(s), labels_of(y)
-
-
-# %% ../nbs/03_metrics.ipynb #c5d83102
-def in_range(s: np.ndarray) -> np.ndarray:
-    """Scores as float32 or float64; ValueError for NaN, or anything outside 0..1."""
     if s.dtype not in (np.float32, np.float64):
         s = s.astype(np.float32 if s.dtype == np.float16 else np.float64)
-    if s.size and not (s.min() >= 0 and s.max() <= 1):  # NaN, too: every comparison with it is false
-        why = "scores are what sigmoid gives, from 0 to 1 (logits must go through sigmoid first)"
-        refuse_entry("scores", s, ~((s >= 0) & (s <= 1)), why)
-    return s
-
-
-# %% ../nbs/03_metrics.ipynb #bffb2ed0
-def labels_of(y: np.ndarray) -> np.ndarray:
-    """Labels as int8; ValueError unless every one is 1, 0 or -1."""
-    outside = y.size and not (y.min() >= (-1 if y.dtype.kind in "fi" else 0) and y.max() <= 1)
-    if outside or y.dtype.kind == "f" and (y != np.rint(y)).any():
-        refuse_entry(
-            "targets", y, ~np.isin(y, (-1, 0, 1)), "a label is 1 (present), 0 (absent) or -1 (ignored)"
-        )
-    return y.astype(np.int8, copy=False)
+    why = "scores are what sigmoid gives, from 0 to 1 (logits must go through sigmoid first)"
+    refuse_entries("scores", s, ~((s >= 0) & (s <= 1)), why)  # NaN, too: no comparison with it is true
+    why = "a label is 1 (present), 0 (absent) or -1 (ignored)"
+    refuse_entries("targets", y, (y != 1) & (y != 0) & (y != -1), why)
+    return s, y.astype(np.int8, copy=False)
 
 
 # %% ../nbs/03_metrics.ipynb #0dec84ef
-class Ranking(NamedTuple):
-    """One class: sorted scores (ascending) of the labelled images and of the positives.
-
-    `hits` and `seen` are TP(s) and n(s) at each positive, best first.
-    """
-
-    scores: np.ndarray
-    positives: np.ndarray
-    hits: np.ndarray
-    seen: np.ndarray
+# One class: sorted scores (ascending) of the labelled images and of the positives; TP(s) and n(s) at each positive, best first
+Ranking = namedtuple("Ranking", "scores positives hits seen")
 
 
 # %% ../nbs/03_metrics.ipynb #1520098e
@@ -87,17 +66,12 @@ def ranking(scores: np.ndarray, labels: np.ndarray) -> Ranking:
 
 
 # %% ../nbs/03_metrics.ipynb #edc18a81
-class APs(NamedTuple):
-    """AP of one class and its VOC forms; NaN without positives."""
-
-    ap: float
-    voc11: float
-    voc_area: float
+APs = namedtuple("APs", "ap voc11 voc_area")  # of one class
 
 
 # %% ../nbs/03_metrics.ipynb #8429be23
 def average_precisions(ranked: Ranking) -> APs:
-    """AP, VOC's 11-point and VOC's area of one ranked class; recalls are compared without rounding."""
+    """AP, VOC's 11-point and VOC's area of one ranked class, NaN without positives; recalls are not rounded."""
     total = len(ranked.hits)
     if not total:
         return APs(np.nan, np.nan, np.nan)
@@ -162,25 +136,13 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 # %% ../nbs/03_metrics.ipynb #fa0a3096
-class PerClass(NamedTuple):
-    """What every number is made of: counts and APs per class, arrays (..., C).
-
-    `_ge`: present means score >= threshold; `_top`: top-k; `_forced`: top-k without a threshold.
-    """
-
-    images: np.ndarray
-    positives: np.ndarray
-    ap: np.ndarray
-    ap_voc11: np.ndarray
-    ap_voc_area: np.ndarray
-    predicted: np.ndarray
-    correct: np.ndarray
-    predicted_ge: np.ndarray
-    correct_ge: np.ndarray
-    predicted_top: np.ndarray
-    correct_top: np.ndarray
-    predicted_forced: np.ndarray
-    correct_forced: np.ndarray
+# What every number is made of: counts and APs per class, arrays (..., C).
+# _ge: present means score >= threshold; _top: top-k; _forced: top-k without a threshold.
+PerClass = namedtuple(
+    "PerClass",
+    "images positives ap ap_voc11 ap_voc_area predicted correct predicted_ge correct_ge "
+    "predicted_top correct_top predicted_forced correct_forced",
+)
 
 
 # %% ../nbs/03_metrics.ipynb #efcf9ded
@@ -288,16 +250,18 @@ def multilabel_metrics(scores: Any, targets: Any, threshold: float = 0.5, k: int
         Name -> fraction: `metric_names(k)` first, in the order of the paper's tables. Always finite.
 
     Raises:
-        ValueError: for arrays as in `average_precision`, no image at all, or an impossible threshold or k.
+        ValueError: for arrays as in `average_precision`, no present label at all, or an impossible threshold or k.
 
     >>> multilabel_metrics([[0.9, 0.2], [0.6, 0.7]], [[1, 0], [0, 1]])["OP"]
     0.6666666666666666
     """
     s, y = checked(scores, targets)
     checked_rule(threshold, k)
-    if not len(s):
-        raise ValueError("there are no images: nothing to evaluate")
-    found, labelled = metrics_of(count_classes(s, y, threshold, k), k), (y == 1).any(1)
+    labelled = (y == 1).any(1)
+    if not labelled.any():
+        what = f"no label of {len(s)} images is present (1)" if len(s) else "there are no images"
+        raise ValueError(f"{what}: nothing to evaluate")
+    found = metrics_of(count_classes(s, y, threshold, k), k)
     kept = found if labelled.all() else metrics_of(count_classes(s[labelled], y[labelled], threshold, k), k)
     found |= {f"{name}_labelled": kept[name] for name in metric_names(k)}
     return {name: float(value) for name, value in found.items()}

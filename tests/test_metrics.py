@@ -25,6 +25,7 @@ def evaluations(draw, ignored=True, ties=None):
     targets = (rng.random((n, c)) < draw(st.sampled_from([0.05, 0.3, 0.8]))).astype(np.int8)
     if ignored and draw(st.booleans()):
         targets[rng.random((n, c)) < 0.2] = -1
+    targets[rng.integers(n), rng.integers(c)] = 1  # without a single label there is nothing to evaluate
     return scores.astype(draw(st.sampled_from([np.float32, np.float64]))), targets
 
 
@@ -131,6 +132,11 @@ def test_torch_and_float16_inputs(data):
         (np.zeros((2, 3)), np.zeros((3, 2)), "targets have the shape (3, 2) and scores (2, 3)"),
         (np.zeros((2, 0)), np.zeros((2, 0)), "not of shape (2, 0)"),
         (np.zeros((0, 3)), np.zeros((0, 3)), "no images"),
+        (np.full((2, 3), 0.5), np.zeros((2, 3)), "no label of 2 images is present"),
+        (np.full((2, 3), 0.5), np.full((2, 3), -1), "nothing to evaluate"),
+        (np.full((1, 2), 0.5), np.ma.masked_array([[1, 0]], [[0, 1]]), "targets has masked entries"),
+        (np.full((1, 2), 0.5), [np.ma.masked_array([1, 0], [0, 1])], "targets has masked entries"),
+        (np.ma.masked_invalid([[np.nan, 1.0]]), np.ones((1, 2)), "scores has masked entries"),
         (np.array([["a"]]), np.zeros((1, 1)), "scores must be numbers"),
         (np.array([[0.5]]), np.array([["a"]]), "targets must be numbers"),
         (np.array([[0.5, np.nan]]), np.zeros((1, 2)), "scores[0, 1] is nan"),

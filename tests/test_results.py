@@ -31,6 +31,8 @@ def test_a_replicate_is_the_evaluation_of_the_drawn_images(data, seed, threshold
     drawn = torch.cat(list(draws(len(scores), 3, seed)), 1).int().numpy()
     for i in range(3):
         copies = np.repeat(np.arange(len(scores)), drawn[:, i])
+        if not (targets[copies] == 1).any():
+            continue  # undefined, see multilabel_metrics
         direct = multilabel_metrics(scores[copies], targets[copies], threshold, k)
         assert all(abs(values[i] - direct[name]) < 1e-12 for name, values in found.items())
         assert set(direct) - set(found) == {name for name in direct if name.endswith("_labelled")}
@@ -113,6 +115,27 @@ def test_other_arrays_rules_and_run_folders(files):
     assert of(threshold=0.7, k=2)["metrics"] == multilabel_metrics(a, y, 0.7, 2) and of()["intervals"] == {}
     assert dropped["metrics"] == multilabel_metrics(a[kept], y[kept])
     assert dropped["counts"]["images"] == kept.sum()
+
+
+def test_ids_of_one_file_alone_do_not_reorder_it(files):
+    """Without ids on both sides, files are compared image by image as they are; bytes name images as text does."""
+    folder, a, b, y = files
+    ids = np.array([f"{i:03d}" for i in range(50)][::-1])
+    np.savez(folder / "x.npz", scores=a, targets=y, image_ids=ids)
+    np.savez(folder / "y.npz", scores=b, targets=y)
+    np.savez(folder / "z.npz", scores=b[::-1], targets=y[::-1], image_ids=ids[::-1].astype("S"))
+    for other in ("y.npz", "z.npz"):
+        found = evaluate_files(folder / "x.npz", folder / other, replicates=0)
+        assert found["against"]["metrics"] == multilabel_metrics(b, y)
+
+
+def test_two_runs_are_called_by_their_names(files, capsys):
+    for run, file in (("one", "a"), ("two", "b")):
+        (files[0] / run).mkdir()
+        (files[0] / f"{file}.npz").rename(files[0] / run / "scores.npz")
+    found = evaluate_files(files[0] / "one", files[0] / "two" / "scores.npz", replicates=0)
+    assert (found["file"], found["against"]["file"]) == ("one", "two")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ["one", "two"]
 
 
 GOOD = {"scores": np.full((3, 2), 0.5), "targets": np.array([[1, 0], [0, 1], [0, -1]])}

@@ -106,8 +106,10 @@ def per_class_metrics(
 # %% ../../nbs/results/evaluation.ipynb #0b2e3f03
 def distinct(names: Any, count: int, what: str) -> list[str] | None:
     """Names as strings, None for None; ValueError unless there are `count` different ones."""
-    names = names if names is None else [str(name) for name in np.ravel(names)]
-    if names is not None and not len(names) == len(set(names)) == count:
+    if names is None:
+        return None
+    names = [name.decode() if isinstance(name, bytes) else str(name) for name in np.ravel(names)]
+    if not len(names) == len(set(names)) == count:
         unlike = f"{len(names)} entries ({len(set(names))} different ones)"
         raise ValueError(f"{what} has {unlike}, but the scores are of {count}")
     return names
@@ -161,6 +163,11 @@ class ScoreFile:
     image_ids: list[str] | None
     classes: list[str] | None
 
+    @property
+    def name(self) -> str:
+        """The file's name; that of its folder for the `scores.npz` of a run."""
+        return self.path.resolve().parent.name if self.path.name == "scores.npz" else self.path.name
+
     def take(self, images: np.ndarray) -> "ScoreFile":
         """These images alone, in this order."""
         ids = self.image_ids and [self.image_ids[i] for i in images]
@@ -187,7 +194,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 # %% ../../nbs/results/evaluation.ipynb #ada59541
 def read_score_file(path: str | Path, array: str = "scores") -> ScoreFile:
     """Read and check a score file, or the `scores.npz` of a run's folder; `array` names the scores."""
-    path = Path(path) / "scores.npz" if Path(path).is_dir() else Path(path)
+    path = Path(path).expanduser()
+    path = path / "scores.npz" if path.is_dir() else path
     content = read_arrays(path)
     if missing := [name for name in (array, "targets") if name not in content]:
         there = ", ".join(sorted(content)) or "none"
@@ -199,8 +207,7 @@ def read_score_file(path: str | Path, array: str = "scores") -> ScoreFile:
         ids, names = (distinct(content.get(k), n, k) for k, n in zip(("image_ids", "classes"), scores.shape))
     except ValueError as error:
         raise ScoreFileError(f"{path}: {error}") from None
-    file = ScoreFile(path, scores, targets, ids, names)
-    return file if ids is None else file.take(np.argsort(ids, kind="stable"))
+    return ScoreFile(path, scores, targets, ids, names)
 
 
 # %% ../../nbs/results/evaluation.ipynb #e929b5fe
@@ -227,6 +234,8 @@ def read_files(scores, against=None, array: str = "scores", unlabelled: str = "k
     if unlabelled not in ("keep", "drop"):
         raise ValueError(f"unlabelled is keep or drop, not {unlabelled!r}")
     files = [read_score_file(path, array) for path in (scores, against) if path is not None]
+    if all(file.image_ids for file in files):
+        files = [file.take(np.argsort(file.image_ids, kind="stable")) for file in files]
     check_same(files[0], files[-1])
     kept = np.flatnonzero((files[0].targets == 1).any(1) | (unlabelled == "keep"))
     if not len(kept):
@@ -255,7 +264,7 @@ def file_data(file: ScoreFile, table: pd.DataFrame, side: str, threshold: float,
         "classes_without_positive": int((~present.any(0)).sum()),
     }
     lines = classes.astype(object).where(classes.notna(), None).to_dict("records")
-    name = dict(file=file.path.name, sha256=sha256_file(file.path))
+    name = dict(file=file.name, sha256=sha256_file(file.path))
     return name | dict(counts=counts, metrics=values, intervals=intervals, per_class=lines)
 
 
@@ -319,7 +328,8 @@ def evaluate_files(
     if against is not None:
         gains, ends = numbers_of(table, "difference_")
         found |= {"against": sides[1], "difference": gains, "difference_intervals": ends}
-    print(format_rows(table, [file.path.name for file in files], k))
+    names = [file.name for file in files]
+    print(format_rows(table, names if len({*names}) == len(names) else [file.path for file in files], k))
     print(COUNTS.format(**found["counts"]))
     if replicates:
         print(f"from, to: {100 * level:g} % intervals, {replicates:,} bootstrap replicates over images")
