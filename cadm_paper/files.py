@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 # %% ../nbs/files.ipynb #ad0ca445
 @contextlib.contextmanager
 def whole_file(path, mode: str = "wb"):
-    """Open a temporary sibling for writing; it takes the name `path` only if the block ends without an error."""
+    """Open a temporary sibling for writing; it takes the name `path` if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
@@ -33,26 +33,19 @@ def whole_file(path, mode: str = "wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        sync_folder(path.parent)
+        if os.name != "nt":  # the folder's entry, too, survives a power cut; Windows has no such call
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     finally:
         part.unlink(missing_ok=True)
 
 
-# %% ../nbs/files.ipynb #925b2ef6
-def sync_folder(folder) -> None:
-    """Force a folder's entries to the disk, so that a rename survives a power cut; Windows has no such call."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # %% ../nbs/files.ipynb #93e26ec6
 def write_json(path, value) -> None:
-    """Write JSON whole; NaN and infinities are refused (`ValueError`), since no reader could take them back."""
+    """Write JSON whole; NaN and infinities are refused (`ValueError`): no reader could take them back."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     with whole_file(path, "w") as file:
         file.write(text)
@@ -61,8 +54,9 @@ def write_json(path, value) -> None:
 # %% ../nbs/files.ipynb #fc4e2f16
 @contextlib.contextmanager
 def whole_folder(folder, known: tuple[str, ...], what: str):
-    """A new, empty folder to fill; it takes the name `folder` only if the block ends without an error. Raises `FileExistsError` where
-    `folder` holds anything but the `known` names of `what`."""
+    """A new, empty folder to fill; it takes the name `folder` if the block ends without an error.
+
+    Raises `FileExistsError` where `folder` holds anything but the `known` names of `what`."""
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= set(known)):
         raise FileExistsError(f"{folder} exists and is not {what}: choose another name")
@@ -95,7 +89,7 @@ class FolderLocked(RuntimeError):
 # %% ../nbs/files.ipynb #47e5841b
 @contextlib.contextmanager
 def folder_lock(folder, wait: bool = False, name: str = ".lock"):
-    """Hold the folder for one process. Raises `FolderLocked` at once, or waits for the other to finish if `wait`."""
+    """Hold the folder for one process. Raises `FolderLocked` at once, or waits for the other one if `wait`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -120,17 +114,28 @@ def checkout_root(start: Path | None = None) -> Path | None:
 
 # %% ../nbs/files.ipynb #5552390a
 def default_folder(kind: Literal["data", "outputs"]) -> Path:
-    """Where `data` or `outputs` lie when nothing is said; the variables CADM_DATA and CADM_OUTPUTS move them."""
+    """Where data sets or results are unless a folder is given.
+
+    Args:
+        kind: "data" or "outputs"; the variables CADM_DATA and CADM_OUTPUTS move them.
+
+    Returns:
+        The checkout's folder of this name, else the current folder's.
+
+    Example:
+        >>> default_folder("data").name  # doctest: +SKIP
+        'data'
+    """
     if moved := os.environ.get(f"CADM_{kind.upper()}"):
         return Path(moved)
     return (checkout_root() or Path.cwd()) / kind
 
 
 # %% ../nbs/files.ipynb #daa8ad05
-def known(name: str, names: Iterable[str], what: str) -> str:
-    """The name, if it is one of `names`. Raises `ValueError` with the nearest one."""
+def known(name, names: Iterable[str], what: str, error: type[ValueError] = ValueError):
+    """The name, if it is one of `names`. Raises `error` with the nearest one."""
     if name in (names := sorted(names)):
         return name
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names) or 'none'}"
-    raise ValueError(f"{what} {name!r}; {hint}")
+    raise error(f"{what} {name!r}; {hint}")

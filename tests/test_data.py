@@ -380,11 +380,11 @@ def test_voc_mistakes(tmp_path, text, says):
 @pytest.mark.parametrize(
     "name, folder, switches, says",
     [
-        ("coco", ".", {}, "unknown data set 'coco': one of coco2014"),
+        ("coco", ".", {}, "unknown data set 'coco'; did you mean 'coco2014'?"),
         ("coco2014", "none", {}, "no such folder"),
         ("own", ".", {}, "no table for the split 'train'"),
         ("voc2012", ".", {}, "no VOC2012/ImageSets/Main here"),
-        ("own", ".", dict(missing="ignore"), "missing = 'ignore': one of error, drop"),
+        ("own", ".", dict(missing="ignore"), "missing = 'ignore'; known are: drop, error"),
         ("own", ".", dict(unlabelled=True), "unlabelled = True"),
         ("scenes-coco", "scenes", {}, "`build_scenes(root, 'coco')` makes it"),
     ],

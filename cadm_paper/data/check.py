@@ -17,7 +17,6 @@ import numpy as np
 from .datasets import Dataset, dataset, find_photographs, load_split, opened
 from .own import own_tables
 from .split import DataError, Index, Split, cooccurrence, index_folder
-from ..files import default_folder
 
 
 # %% ../../nbs/data/check.ipynb #16932dff
@@ -46,14 +45,12 @@ def check_counts(data: Dataset, split: str, index: Index, report: CheckReport) -
     """Images and labelled images against the official counts."""
     images, labelled = len(index.image_ids), int(index.labelled.sum())
     counted = f"{split}: {images:,} images listed, {labelled:,} with a label, {len(index.classes)} classes"
-    official = data.counts.get(split)
-    if official in (None, (images, labelled)):
-        report.found.append(counted + (", as published" if official else ""))
+    official = data.counts.get(split, (images, labelled))
+    if official == (images, labelled):
+        report.found.append(counted + ", as published" * (split in data.counts))
     else:
-        complete = "the complete split has {:,} and {:,}: not the official files, or cut short".format(
-            *official
-        )
-        report.problems.append(f"{counted}; {complete}")
+        complete = "the complete split has {:,} and {:,}".format(*official)
+        report.problems.append(f"{counted}; {complete}: not the official files, or cut short")
 
 
 # %% ../../nbs/data/check.ipynb #d2c921f8
@@ -77,19 +74,20 @@ def check_photographs(
 ) -> None:
     """Is every listed photograph there, is it no placeholder, and (`deep`) does it decode?"""
     photos = find_photographs(data, split, root, index)
-    absent = [index.image_ids[i] for i in np.flatnonzero(~photos.there) if i not in photos.dead]
+    absent = [index.image_ids[i] for i, why in photos.why.items() if why == "absent"]
     listed = index_folder(root) / f"{data.name}-{split}-missing.csv"
     where = f"; all are listed in {listed}" if listed.is_file() else ""
-    if photos.there.all():
+    if not photos.why:
         report.found.append(f"{split}: all photographs are there")
     if absent:
         some = f"{', '.join(absent[:20])}{' ...' if len(absent) > 20 else ''}"
         report.problems.append(f"{split}: {len(absent):,} photographs are missing: {some}{where}")
-    if photos.dead:
+    if dead := len(photos.why) - len(absent):
         kind = "placeholders of dead links or empty (same bytes under many names)"
-        report.problems.append(f"{split}: {len(photos.dead):,} files are {kind}{where}")
-    bad = undecodable(root, [photos.names[i] for i in np.flatnonzero(photos.there)]) if deep else []
-    report.problems += [f"{split}: {name} does not decode" for name in bad]
+        report.problems.append(f"{split}: {dead:,} files are {kind}{where}")
+    if deep:
+        bad = undecodable(root, [name for i, name in enumerate(photos.names) if i not in photos.why])
+        report.problems += [f"{split}: {name} does not decode" for name in bad]
 
 
 # %% ../../nbs/data/check.ipynb #4e2c6e38
@@ -121,7 +119,7 @@ def data_check(name: str, root=None, *, deep: bool = False, photographs: bool = 
         >>> print(data_check("voc2007", "data/voc2007"))  # doctest: +SKIP
     """
     data = dataset(name)
-    root = Path(root if root is not None else default_folder("data") / data.folder).absolute()
+    root = data.root(root)
     report, read, splits = CheckReport(data.title, str(root)), {}, [data.train_split, data.test_split]
     with contextlib.suppress(DataError):  # reading says the same
         splits = list(own_tables(root) if name == "own" else data.counts) or splits

@@ -33,13 +33,18 @@ from cadm_paper.data.split import (
     read_lines,
 )
 from .voc import voc_reader
-from ..files import default_folder, whole_file
+from ..files import default_folder, known, whole_file
 
 
 # %% ../../nbs/data/datasets.ipynb #7032f260
 @dataclass(frozen=True)
 class Dataset:
-    """A data set by name: what it is called, how it is read, which splits train and test use."""
+    """A data set by name: what it is called, how it is read, which splits train and test use.
+
+    Example:
+        >>> DATASETS["voc2007"].train_split
+        'trainval'
+    """
 
     name: str
     title: str
@@ -49,10 +54,9 @@ class Dataset:
     make: str  # how to get it
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # split -> images, images with a label
 
-    @property
-    def folder(self) -> str:
-        """Its folder below data/, unless a root is given."""
-        return self.name
+    def root(self, given=None) -> Path:
+        """Absolute path of its folder: the one given, else data/<name>."""
+        return Path(default_folder("data") / self.name if given is None else given).absolute()
 
 
 # %% ../../nbs/data/datasets.ipynb #7d0178d1
@@ -113,10 +117,8 @@ DATASETS: dict[str, Dataset] = {
 
 # %% ../../nbs/data/datasets.ipynb #5f604017
 def dataset(name: str) -> Dataset:
-    """The data set of this name. Raises `DataError` naming those there are."""
-    if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}: one of {', '.join(DATASETS)}")
-    return DATASETS[name]
+    """The data set of this name. Raises `DataError` with the nearest one."""
+    return DATASETS[known(name, DATASETS, "unknown data set", DataError)]
 
 
 # %% ../../nbs/data/datasets.ipynb #4e9f5104
@@ -150,11 +152,10 @@ def index_boxes(index: Index, difficult: str = "ignore", crowd: bool = True) -> 
 
 # %% ../../nbs/data/datasets.ipynb #7e2f0b92
 class Photographs(NamedTuple):
-    """Photographs of an index: names below the root, which are there and real, digests of placeholders."""
+    """Photographs of an index: names below the root, and why some rows do not count."""
 
     names: Sequence[str]
-    there: np.ndarray
-    dead: dict[int, str]
+    why: dict[int, str]  # row -> "absent" or "placeholder <SHA-256>"
 
 
 # %% ../../nbs/data/datasets.ipynb #77508444
@@ -162,32 +163,28 @@ NAMED = 100  # names that fit into a message; all of them are in the error's `mi
 
 
 # %% ../../nbs/data/datasets.ipynb #2b8a1adc
-def missing_error(where: str, ids: Sequence[str], photos: Photographs, root, make: str) -> MissingPhotographs:
+def missing_error(where: str, index: Index, photos: Photographs, root, make: str) -> MissingPhotographs:
     """The error for absent photographs: it names them, where they were searched and what to do."""
+    ids, count = [index.image_ids[i] for i in photos.why], len(photos.names)
+    if len(ids) == count and set(photos.why.values()) == {"absent"}:
+        text = f"none of the {count} photographs of {where}, is in {(root / photos.names[0]).parent}; {make}"
+        return MissingPhotographs(text, ids)
     more = f" and {len(ids) - NAMED} more (`missing` of this error has all)" if len(ids) > NAMED else ""
-    dead = f"{len(photos.dead)} of them are placeholders that dead links left behind. " if photos.dead else ""
+    dead = sum(why != "absent" for why in photos.why.values())
     text = (
-        f"{len(ids)} of the {len(photos.names)} photographs of {where}, are not in {root}: "
-        f"{', '.join(ids[:NAMED])}{more}. "
-        f'{dead}Put them there, or go on without them: missing="drop"'
+        f"{len(ids)} of the {count} photographs of {where}, are not in {root}: {', '.join(ids[:NAMED])}"
+        f"{more}. {f'{dead} of them are placeholders that dead links left behind. ' if dead else ''}"
+        'Put them there, or go on without them: missing="drop"'
     )
-    if not (photos.there.any() or photos.dead):
-        text = (
-            f"none of the {len(ids)} photographs of {where}, is in {(root / photos.names[0]).parent}; {make}"
-        )
-    error = MissingPhotographs(text)
-    error.missing = tuple(ids)
-    return error
+    return MissingPhotographs(text, ids)
 
 
-# %% ../../nbs/data/datasets.ipynb #7a30b6cf
-def write_missing(path: Path, rows: Sequence[tuple[str, str, str]]) -> None:
-    """A CSV file of image id, file and why it does not count; none where nothing is missing."""
-    with contextlib.suppress(OSError):  # read-only or full: the error and the split name them, too
-        if not rows:
-            return path.unlink(missing_ok=True)
-        with whole_file(path, "w") as file:
-            csv.writer(file, lineterminator="\n").writerows([("image_id", "file", "why"), *rows])
+# %% ../../nbs/data/datasets.ipynb #555b9975
+def write_missing(path: Path, index: Index, photos: Photographs) -> None:
+    """A CSV file of image id, file and why it does not count."""
+    rows = [(index.image_ids[i], photos.names[i], why) for i, why in photos.why.items()]
+    with whole_file(path, "w") as file:
+        csv.writer(file, lineterminator="\n").writerows([("image_id", "file", "why"), *rows])
 
 
 # %% ../../nbs/data/datasets.ipynb #1e7cb2ba
@@ -196,23 +193,24 @@ def find_photographs(
 ) -> Photographs:
     """Search the photographs of an index; the absent ones are listed in a file in the index's folder."""
     names, there = locate(root, index.names, partial(data.reader.elsewhere, split))
-    row = {names[i]: i for i in np.flatnonzero(there).tolist()} if data.reader.dead_links else {}
-    dead = {row[name]: sha256 for name, sha256 in placeholders(root, list(row)).items()}
-    there[list(dead)] = False
+    why = {i: "absent" for i in np.flatnonzero(~there).tolist()}
+    if data.reader.dead_links:
+        row = {names[i]: i for i in np.flatnonzero(there).tolist()}
+        why |= {row[name]: f"placeholder {digest}" for name, digest in placeholders(root, list(row)).items()}
+    photos = Photographs(names, dict(sorted(why.items())))
     if may_write(root, cache):
-        why = {
-            i: f"placeholder {dead[i]}" if i in dead else "absent" for i in np.flatnonzero(~there).tolist()
-        }
         path = index_folder(root, cache) / f"{data.name}-{split.replace('/', '_')}-missing.csv"
-        write_missing(path, [(index.image_ids[i], names[i], reason) for i, reason in why.items()])
-    return Photographs(names, there, dead)
+        with contextlib.suppress(OSError):  # read-only or full: the error and the split name them, too
+            path.unlink(missing_ok=True)
+            if why:
+                write_missing(path, index, photos)
+    return photos
 
 
 # %% ../../nbs/data/datasets.ipynb #6dd8a2d6
 def opened(data: Dataset, root, split: str, cache: bool | str | Path = True) -> tuple[Path, str, Index]:
     """Absolute root, official name of the split and its index. Raises `DataError`."""
-    root = Path(root if root is not None else default_folder("data") / data.folder).absolute()
-    if not root.is_dir():
+    if not (root := data.root(root)).is_dir():
         raise DataError(f"{root}: no such folder; it is to hold the files of {data.title}. {data.make}")
     split = data.reader.official(root, split)
     sources, read = data.reader.sources(root, split), lambda: data.reader.read(root, split)
@@ -255,18 +253,14 @@ def load_split(
         >>> train.labels.shape  # doctest: +SKIP
         (5011, 20)
     """
-    choices = dict(missing=(missing, "error", "drop"), unlabelled=(unlabelled, "keep", "drop"))
-    for what, (value, *allowed) in (
-        choices | dict(difficult=(difficult, "ignore", "present", "absent"))
-    ).items():
-        if value not in allowed:
-            raise DataError(f"{what} = {value!r}: one of {', '.join(allowed)}")
+    known(missing, ("error", "drop"), "missing =", DataError)
+    known(unlabelled, ("keep", "drop"), "unlabelled =", DataError)
+    known(difficult, ("ignore", "present", "absent"), "difficult =", DataError)
     data = dataset(name)
     root, split, index = opened(data, root, split, cache)
     photos = find_photographs(data, split, root, index, cache)
-    lost = [index.image_ids[i] for i in np.flatnonzero(~photos.there)]
-    if lost and missing == "error":
-        raise missing_error(f"{name}, {split}", lost, photos, root, data.make)
+    if photos.why and missing == "error":
+        raise missing_error(f"{name}, {split}", index, photos, root, data.make)
     whole = Split(
         name,
         split,
@@ -275,9 +269,10 @@ def load_split(
         index.image_ids,
         [root / name for name in photos.names],
         codes_to_labels(index.codes, difficult, crowd),
-        lost,
+        [index.image_ids[i] for i in photos.why],
         index_boxes(index, difficult, crowd),
-        [index.image_ids[i] for i in sorted(photos.dead)],
+        [index.image_ids[i] for i, why in photos.why.items() if why != "absent"],
     )
-    keep = photos.there & (whole.labelled | (unlabelled == "keep"))
+    keep = whole.labelled | (unlabelled == "keep")
+    keep[list(photos.why)] = False
     return whole if keep.all() else whole.take(keep)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .check import data_check
 from .datasets import dataset
 from .split import DataError, safe_name
-from ..files import default_folder, folder_lock, sha256_file
+from ..files import folder_lock, sha256_file
 
 
 # %% ../../nbs/data/download.ipynb #6cb53b59
@@ -247,14 +247,13 @@ def download(
 # %% ../../nbs/data/download.ipynb #684153c6
 def mistake(path: Path, archive: Archive) -> str:
     """The checksum of a file where it is not the published one; empty where it is or none is published."""
-    algorithm = (archive.checksum or "sha256").partition(":")[0]
+    if archive.checksum is None:
+        return ""
+    algorithm = archive.checksum.partition(":")[0]
     with open(path, "rb") as file:
         found = f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
-    return (
-        ""
-        if archive.checksum in (None, found)
-        else f"is {found}, not {archive.checksum} ({archive.published})"
-    )
+    wrong = f"is {found}, not {archive.checksum} ({archive.published})"
+    return wrong if found != archive.checksum else ""
 
 
 # %% ../../nbs/data/download.ipynb #5acb5790
@@ -408,14 +407,10 @@ def data_get(
     data = dataset(name)
     if name not in SOURCES:
         raise DataError(f"{name}: nothing to fetch; {data.make}. What can be fetched: {', '.join(SOURCES)}")
-    source, root = SOURCES[name], Path(root or default_folder("data") / data.folder).absolute()
+    source, root = SOURCES[name], data.root(root)
     if mirror:
-        source = replace(
-            source,
-            archives=tuple(
-                replace(a, addresses=(f"{mirror.rstrip('/')}/{a.name}",)) for a in source.archives
-            ),
-        )
+        there = lambda a: replace(a, addresses=(f"{mirror.rstrip('/')}/{a.name}",))
+        source = replace(source, archives=tuple(map(there, source.archives)))
     print(plan_text(data.title, source, root))
     waiting = lambda: [a for a in source.archives if state_of(a, root)[0] != "in place"]
     if dry_run:

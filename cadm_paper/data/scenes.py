@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .split import DataError
-from ..files import folder_lock, write_json
+from ..files import folder_lock, known, write_json
 
 
 # %% ../../nbs/data/scenes.ipynb #1b63a7ba
@@ -280,13 +280,10 @@ def plan_scene(
 # %% ../../nbs/data/scenes.ipynb #699559be
 def sample(image: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Bilinear values of an integer image, H x W (x 3), at columns u, rows v in 1/256 px; edges continue."""
-    image, (height, width), deep = (
-        image.astype(np.int32),
-        image.shape[:2],
-        (...,) + (None,) * (image.ndim - 2),
-    )
+    image, (height, width) = image.astype(np.int32), image.shape[:2]
     u, v = np.clip(u, 0, (width - 1) * 256), np.clip(v, 0, (height - 1) * 256)
     i, j = np.minimum(v >> 8, height - 2), np.minimum(u >> 8, width - 2)
+    deep = (..., *[None] * (image.ndim - 2))
     fv, fu = (v - (i << 8))[deep], (u - (j << 8))[deep]
     top = image[i, j] * (256 - fu) + image[i, j + 1] * fu
     low = image[i + 1, j] * (256 - fu) + image[i + 1, j + 1] * fu
@@ -501,29 +498,39 @@ def build_scenes(
     seed: int = 0,
     context: bool = True,
 ) -> Path:
-    """Generate the benchmark in `root`, in COCO's or NUS-WIDE's layout; a finished one stays as it is.
+    """Generate the benchmark in COCO's or NUS-WIDE's layout; a finished one stays as it is.
 
-    `size`: side of the images, px; `context=False`: labels drawn independently. Two processes build one;
-    what was interrupted begins anew. Raises `ScenesError` if the folder holds something else."""
-    root, parameters = (
-        Path(root),
-        dict(form=form, train=train, test=test, size=size, seed=seed, context=context),
-    )
-    if form not in FORMS:
-        raise ScenesError(f"form={form!r}: choose one of {', '.join(FORMS)}")
+    Two processes that build the same one make one; what was interrupted begins anew.
+
+    Args:
+        root: its folder, absent, empty, or with this benchmark in it.
+        form: "coco" (20 categories) or "nus" (30, a fifth of the images without a label).
+        train: number of training images.
+        test: number of test images.
+        size: side of the images, 64 to 512 px.
+        seed: of the generator, 0 or more.
+        context: labels drawn from contexts; False: independently, at the same frequencies.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ScenesError: the folder holds something else, or a parameter is out of range.
+
+    Example:
+        >>> build_scenes("data/scenes-coco")  # doctest: +SKIP
+        PosixPath('data/scenes-coco')
+    """
+    root, wanted = Path(root), dict(form=form, train=train, test=test, size=size, seed=seed, context=context)
+    known(form, FORMS, "form =", ScenesError)
     if min(train, test) < 1 or not 64 <= size <= 512 or seed < 0:
-        raise ScenesError(f"{parameters}: at least one image each, 64 to 512 px, seed 0 or more")
+        raise ScenesError(f"{wanted}: at least one image each, 64 to 512 px, seed 0 or more")
     with folder_lock(root, wait=True):
         if (info := scenes_info(root)) is None:
-            make_scenes(root, parameters)
-        elif found := [
-            f"{k}={v}, not {parameters.get(k)}"
-            for k, v in info["parameters"].items()
-            if v != parameters.get(k)
-        ]:
-            raise ScenesError(
-                f"{root} holds other scenes ({', '.join(found)}): choose another folder or remove it"
-            )
+            make_scenes(root, wanted)
+        elif info["parameters"] != wanted:
+            found = [f"{k}={v}, not {wanted[k]}" for k, v in info["parameters"].items() if v != wanted[k]]
+            raise ScenesError(f"{root} holds other scenes ({', '.join(found)}): choose another folder")
     return root
 
 
@@ -554,14 +561,14 @@ def make_scenes(root: Path, p: dict) -> None:
 def ensure_scenes(name: str, root) -> Path:
     """The benchmark `scenes-coco` or `scenes-nus` in `root`, built with the defaults if it is not there.
 
-    A finished one of the same form is taken as it is; anything else in the folder is a `ScenesError`."""
-    form = name.removeprefix("scenes-")
-    info = scenes_info(root)
-    if info is None:
-        return build_scenes(root, form)
-    if info["parameters"]["form"] != form:
-        raise ScenesError(f"{root} holds other scenes, not {name}: choose another folder")
-    return Path(root)
+    A finished one of the same form is taken as it is. Raises `ScenesError` for anything else in the folder.
+
+    Example:
+        >>> ensure_scenes("scenes-coco", "data/scenes-coco")  # doctest: +SKIP
+        PosixPath('data/scenes-coco')
+    """
+    found = scenes_info(root) or {"parameters": {}}
+    return build_scenes(root, **found["parameters"] | {"form": name.removeprefix("scenes-")})
 
 
 # %% ../../nbs/data/scenes.ipynb #90a6d7d2
@@ -569,24 +576,19 @@ ScenePairs = namedtuple("ScenePairs", "images images_without labels labels_witho
 
 
 # %% ../../nbs/data/scenes.ipynb #a9a94037
-def paired_scenes(
-    form: str = "coco", n: int = 100, *, scenes: int = 1000, seed: int = 0, removed: int | None = None
-) -> ScenePairs:
-    """The first n of the test `scenes` with two labels or more, each with and without one of its labels.
+def paired_scenes(form: str = "coco", n: int = 100) -> ScenePairs:
+    """The first n of the default test scenes with two labels or more, with and without one of them (drawn).
 
-    `removed`: the label's index, else one drawn for each. Images: uint8 n x 3 x H x W; labels: int8 n x C;
-    boxes of the whole scenes: (category, x, y, width, height), px. Raises `ScenesError`."""
+    Images: uint8 n x 3 x H x W; labels: int8 n x C; boxes of the whole scenes: (category, x, y, width,
+    height), px. Raises `ScenesError`."""
     f = FORMS[form]
-    labels, _ = draw_labels(f, scenes, seed, TEST)
-    fits = labels.sum(1) > 1 if removed is None else (labels.sum(1) > 1) & (labels[:, removed] == 1)
-    rows = np.flatnonzero(fits)[:n].tolist()
+    labels, _ = draw_labels(f, 1000, 0, TEST)
+    rows = np.flatnonzero(labels.sum(1) > 1)[:n]
     if len(rows) < n:
-        shown = "two labels" if removed is None else f"{f.classes[removed]} and another label"
-        raise ScenesError(f"n={n}: only {len(rows)} of these {scenes} scenes show {shown}")
-    keys, labels, gone = [(seed, f.key, TEST, i) for i in rows], labels[rows], [removed] * n
-    if removed is None:
-        gone = [c[Draws(*key, 4).below(len(c))] for key, c in zip(keys, map(np.flatnonzero, labels))]
+        raise ScenesError(f"n={n}: only {len(rows)} of the test scenes show two labels or more")
+    labels, keys = labels[rows], [(0, f.key, TEST, i) for i in rows.tolist()]
     plans = [plan_scene(f, y, key, TEST) for y, key in zip(labels, keys)]
+    gone = [c[Draws(*key, 4).below(len(c))] for key, c in zip(keys, map(np.flatnonzero, labels))]
     bare = [replace(p, objects=tuple(g for g in p.objects if g.category != c)) for p, c in zip(plans, gone)]
     without = labels * (np.arange(len(f.classes)) != np.array(gone)[:, None])
     boxes = [[(g.category, *box(g)[0]) for g in p.objects if g.category >= 0] for p in plans]

@@ -33,7 +33,9 @@ class DataError(ValueError):
 class MissingPhotographs(DataError):
     """Photographs that are listed but absent; `.missing` names all of them."""
 
-    missing: tuple[str, ...] = ()
+    def __init__(self, text: str, missing: Sequence[str] = ()):
+        super().__init__(text)
+        self.missing = tuple(missing)
 
 
 # %% ../../nbs/04_data.ipynb #49da166c
@@ -141,11 +143,9 @@ def cooccurrence(labels, classes: Sequence[str]):
     """N x C labels -> C x C pandas table of P(column | row); NaN in the row of a label that never occurs."""
     import pandas as pd
 
-    there = (np.asarray(labels) == 1).astype(float)
+    there = pd.DataFrame(np.asarray(labels) == 1, columns=list(classes)).astype(float)
     both = there.T @ there
-    alone = np.diag(both)[:, None]
-    shares = np.divide(both, alone, out=np.full_like(both, np.nan), where=alone > 0)
-    return pd.DataFrame(shares, list(classes), list(classes))
+    return both.div(np.diag(both), axis=0)
 
 
 # %% ../../nbs/04_data.ipynb #81ce17a8

@@ -14,17 +14,14 @@ from ..data.datasets import DATASETS, load_split
 from ..data.scenes import ensure_scenes
 from ..data.split import Split
 from .config import ConfigError, TrainConfig
-from ..files import default_folder
+from ..files import known
 
 
 # %% ../../nbs/engine/splits.ipynb #1e5b2369
 def data_root(config: TrainConfig) -> Path:
     """The dataset's folder: as configured, or its place below `data/`."""
-    if config.dataset not in DATASETS:
-        raise ConfigError(f"dataset = {config.dataset!r}: known are {', '.join(DATASETS)}")
-    return (
-        Path(config.data_dir) if config.data_dir else default_folder("data") / DATASETS[config.dataset].folder
-    )
+    known(config.dataset, DATASETS, "dataset =", ConfigError)
+    return DATASETS[config.dataset].root(config.data_dir or None)
 
 
 # %% ../../nbs/engine/splits.ipynb #3167fc77
@@ -46,15 +43,15 @@ def held_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
 # %% ../../nbs/engine/splits.ipynb #a86dac53
 def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
     """The images to train on and those to evaluate on; makes the embedded benchmark if it is not there."""
-    root, known = data_root(config), DATASETS[config.dataset]
+    root, data = data_root(config), DATASETS[config.dataset]
     if config.dataset.startswith("scenes-"):
         ensure_scenes(config.dataset, root)
     read = lambda split, **how: load_split(config.dataset, root, split, missing=config.missing, **how)
-    train = read(known.train_split, unlabelled=unlabelled_in_training(config))
+    train = read(data.train_split, unlabelled=unlabelled_in_training(config))
     if config.holdout:
         kept, aside = held_out(len(train), config.holdout)
         train, test = train.take(kept), train.take(aside)
     else:
-        test = read(known.test_split)
+        test = read(data.test_split)
     first = lambda split: split.take(np.arange(min(config.limit, len(split)))) if config.limit else split
     return first(train), first(test)
