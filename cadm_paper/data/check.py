@@ -16,6 +16,7 @@ import numpy as np
 
 from .datasets import Dataset, dataset, find_photographs, load_split, opened
 from .own import own_tables
+from .photograph import NOWHERE, ImageError, read_photograph
 from .split import DataError, Index, Split, cooccurrence, index_folder
 
 
@@ -55,16 +56,15 @@ def check_counts(data: Dataset, split: str, index: Index, report: CheckReport) -
 
 # %% ../../nbs/data/check.ipynb #d2c921f8
 def undecodable(root, names: Sequence[str]) -> list[str]:
-    """Names of the files that do not decode to the end, with the reason."""
-    from PIL import Image
+    """Names of the files that training would refuse, with the reason."""
+    from cadm_paper.data.loading import decode_rgb  # needs torch
 
     bad = []
     for name in names:
         try:
-            with Image.open(Path(root) / name) as image:
-                image.load()
-        except Exception as error:  # whatever a decoder throws at bytes that are no image
-            bad.append(f"{name} ({str(error).replace(str(root), '').strip() or type(error).__name__})")
+            decode_rgb(read_photograph(Path(root) / name), name)
+        except ImageError as error:
+            bad.append(f"{name} ({str(error).replace(str(root), '').removeprefix(f'{name}: ')})")
     return bad
 
 
@@ -74,7 +74,8 @@ def check_photographs(
 ) -> None:
     """Is every listed photograph there, is it no placeholder, and (`deep`) does it decode?"""
     photos = find_photographs(data, split, root, index)
-    absent = [index.image_ids[i] for i, why in photos.why.items() if why == "absent"]
+    absent = [index.image_ids[i] for i, why in photos.why.items() if why == NOWHERE]
+    bad = [f"{photos.names[i]} is {why}" for i, why in photos.why.items() if why != NOWHERE]
     listed = index_folder(root) / f"{data.name}-{split}-missing.csv"
     where = f"; all are listed in {listed}" if listed.is_file() else ""
     if not photos.why:
@@ -82,12 +83,12 @@ def check_photographs(
     if absent:
         some = f"{', '.join(absent[:20])}{' ...' if len(absent) > 20 else ''}"
         report.problems.append(f"{split}: {len(absent):,} photographs are missing: {some}{where}")
-    if dead := len(photos.why) - len(absent):
-        kind = "placeholders of dead links or empty (same bytes under many names)"
-        report.problems.append(f"{split}: {dead:,} files are {kind}{where}")
+    if bad:
+        kind = "no photographs (empty, or the same bytes under many names: placeholders of dead links)"
+        report.problems.append(f"{split}: {len(bad):,} files are {kind}, as {bad[0]}{where}")
     if deep:
-        bad = undecodable(root, [name for i, name in enumerate(photos.names) if i not in photos.why])
-        report.problems += [f"{split}: {name} does not decode" for name in bad]
+        names = [name for i, name in enumerate(photos.names) if i not in photos.why]
+        report.problems += [f"{split}: {name} does not decode" for name in undecodable(root, names)]
 
 
 # %% ../../nbs/data/check.ipynb #4e2c6e38

@@ -19,6 +19,7 @@ import numpy as np
 from .coco import coco_reader
 from .nuswide import NUS_READER, placeholders
 from .own import OWN_READER
+from .photograph import NOWHERE, alike, locate
 from cadm_paper.data.split import (
     Boxes,
     DataError,
@@ -28,7 +29,6 @@ from cadm_paper.data.split import (
     Split,
     cached_index,
     index_folder,
-    locate,
     may_write,
     read_lines,
 )
@@ -109,7 +109,12 @@ DATASETS: dict[str, Dataset] = {
             "`build_scenes(root, 'nus')` makes it",
         ),
         Dataset(
-            "own", "your own photographs", OWN_READER, "train", "test", "put train.csv and test.csv there"
+            "own",
+            "your own photographs",
+            OWN_READER,
+            "train",
+            "test",
+            "its tables (train.csv, test.csv) and the photographs that they list belong there",
         ),
     )
 }
@@ -155,7 +160,7 @@ class Photographs(NamedTuple):
     """Photographs of an index: names below the root, and why some rows do not count."""
 
     names: Sequence[str]
-    why: dict[int, str]  # row -> "absent" or "placeholder <SHA-256>"
+    why: dict[int, str]  # row -> `NOWHERE`, "an empty file", "placeholder <SHA-256>", ...
 
 
 # %% ../../nbs/data/datasets.ipynb #77508444
@@ -165,15 +170,17 @@ NAMED = 100  # names that fit into a message; all of them are in the error's `mi
 # %% ../../nbs/data/datasets.ipynb #2b8a1adc
 def missing_error(where: str, index: Index, photos: Photographs, root, make: str) -> MissingPhotographs:
     """The error for absent photographs: it names them, where they were searched and what to do."""
-    ids, count = [index.image_ids[i] for i in photos.why], len(photos.names)
-    if len(ids) == count and set(photos.why.values()) == {"absent"}:
+    ids, count, first = [index.image_ids[i] for i in photos.why], len(photos.names), next(iter(photos.why))
+    bad = [f"{index.image_ids[i]} is {why}" for i, why in photos.why.items() if why != NOWHERE]
+    near = alike(root / photos.names[first]) if photos.why[first] == NOWHERE else []
+    hint = f"{photos.names[first]!r} is there as {near[0]!r}: one name must change. " if near else ""
+    if len(ids) == count and not bad and not near:
         text = f"none of the {count} photographs of {where}, is in {(root / photos.names[0]).parent}; {make}"
         return MissingPhotographs(text, ids)
     more = f" and {len(ids) - NAMED} more (`missing` of this error has all)" if len(ids) > NAMED else ""
-    dead = sum(why != "absent" for why in photos.why.values())
     text = (
-        f"{len(ids)} of the {count} photographs of {where}, are not in {root}: {', '.join(ids[:NAMED])}"
-        f"{more}. {f'{dead} of them are placeholders that dead links left behind. ' if dead else ''}"
+        f"{len(ids)} of the {count} photographs of {where}, are not in {root}: {', '.join(ids[:NAMED])}{more}. "
+        f"{f'{len(bad)} of them are no photographs: {bad[0]}. ' if bad else ''}{hint}"
         'Put them there, or go on without them: missing="drop"'
     )
     return MissingPhotographs(text, ids)
@@ -192,10 +199,15 @@ def find_photographs(
     data: Dataset, split: str, root: Path, index: Index, cache: bool | str | Path = True
 ) -> Photographs:
     """Search the photographs of an index; the absent ones are listed in a file in the index's folder."""
-    names, there = locate(root, index.names, partial(data.reader.elsewhere, split))
-    why = {i: "absent" for i in np.flatnonzero(~there).tolist()}
+    names, why = locate(root, index.names, partial(data.reader.elsewhere, split))
+    row = {}
+    for i, name in enumerate(names):
+        if i not in why and row.setdefault(name, i) != i:
+            ids = f"{index.image_ids[row[name]]!r} and {index.image_ids[i]!r}"
+            raise DataError(
+                f"{data.name}, {split}: {ids} are one photograph, {root / name}; keep one of them"
+            )
     if data.reader.dead_links:
-        row = {names[i]: i for i in np.flatnonzero(there).tolist()}
         why |= {row[name]: f"placeholder {digest}" for name, digest in placeholders(root, list(row)).items()}
     photos = Photographs(names, dict(sorted(why.items())))
     if may_write(root, cache):
@@ -271,7 +283,7 @@ def load_split(
         codes_to_labels(index.codes, difficult, crowd),
         [index.image_ids[i] for i in photos.why],
         index_boxes(index, difficult, crowd),
-        [index.image_ids[i] for i, why in photos.why.items() if why != "absent"],
+        [index.image_ids[i] for i, why in photos.why.items() if why != NOWHERE],
     )
     keep = whole.labelled | (unlabelled == "keep")
     keep[list(photos.why)] = False

@@ -204,16 +204,13 @@ def head(path, size: int = 4096) -> bytes:
 
 # %% ../../nbs/data/nuswide.ipynb #ccb14662
 def placeholders(root, names: Sequence[str]) -> dict[str, str]:
-    """Name -> SHA-256 of the files that are empty, or the same as `REPEATED` - 1 others or more."""
-    path = lambda name: os.path.join(root, name)
-    sizes = {n: os.path.getsize(path(n)) for n in names}
-    suspects, keys = [n for n in names if sizes[n]], sizes
-    for key in (sizes.get, lambda n: head(path(n)), lambda n: sha256_file(path(n))):
-        keys = {n: key(n) for n in suspects}
+    """Name -> SHA-256 of the files that are the same as `REPEATED` - 1 others or more."""
+    keys = dict.fromkeys(names)
+    for key in (os.path.getsize, head, sha256_file):
+        keys = {name: key(os.path.join(root, name)) for name in keys}
         often = Counter(keys.values())
-        suspects = [n for n in suspects if often[keys[n]] >= REPEATED]
-    empty = hashlib.sha256().hexdigest()
-    return {n: empty for n in names if not sizes[n]} | {n: keys[n] for n in suspects}
+        keys = {name: value for name, value in keys.items() if often[value] >= REPEATED}
+    return keys
 
 
 # %% ../../nbs/data/nuswide.ipynb #cd56d3a7

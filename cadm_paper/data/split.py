@@ -200,32 +200,6 @@ def safe_name(name: str, where: str) -> str:
     return str(PurePosixPath(tidy)) if "" in parts or "." in parts else tidy
 
 
-# %% ../../nbs/04_data.ipynb #abe7b16a
-def present(root, names: Sequence[str]) -> np.ndarray:
-    """N truth values: is there a file of this name below `root`? Each folder is listed once."""
-    parts = [name.rpartition("/") for name in names]
-    folders = {folder: os.path.join(root, folder) for folder, *_ in parts}
-    listed = {f: set(os.listdir(path)) if os.path.isdir(path) else set() for f, path in folders.items()}
-    return np.array([base in listed[folder] for folder, _, base in parts], bool)
-
-
-# %% ../../nbs/04_data.ipynb #7b07a006
-def locate(
-    root, names: Sequence[str], elsewhere: Callable[[str], Sequence[str]]
-) -> tuple[list[str], np.ndarray]:
-    """The names as they really are below the root, and whether each is there.
-
-    `elsewhere` gives other names to try.
-    """
-    found, there = list(names), present(root, names)
-    absent = np.flatnonzero(~there)
-    for candidates in zip(*(elsewhere(names[i]) for i in absent)):
-        for i, name, hit in zip(absent, candidates, present(root, candidates)):
-            if hit and not there[i]:
-                found[i], there[i] = name, True
-    return found, there
-
-
 # %% ../../nbs/04_data.ipynb #66973bdc
 PRESENT, ABSENT, DIFFICULT, CROWD = 1, 0, -1, 2
 PLAIN_BOX, CROWD_BOX, DIFFICULT_BOX = 0, 1, 2
