@@ -45,8 +45,11 @@ def one_block_stage(inner: int, outer: int, stride: int) -> nn.Sequential:
 
 
 # %% ../nbs/01_model.ipynb #dc417f13
-def narrow_resnet(width: int = 16, strides: Sequence[int] = (1, 2, 2, 1)) -> nn.Sequential:
-    """The embedded benchmark's small ResNet: one `BasicBlock` a stage, 3x3 stem of stride 2, no stem pooling; d = 4 x width."""
+def narrow_resnet(width: int = 16, strides: Sequence[int] = (1, 2, 2, 1), dilation: int = 1) -> nn.Sequential:
+    """The embedded benchmark's small ResNet: one `BasicBlock` a stage, 3x3 stem of stride 2, no stem pooling; d = 4 x width.
+
+    `dilation` of the last stage widens the receptive field: 79 px at 1, 175 px at 4.
+    """
     parts = OrderedDict(
         conv1=nn.Conv2d(3, width, 3, 2, 1, bias=False), bn1=nn.BatchNorm2d(width), relu=nn.ReLU(inplace=True)
     )
@@ -56,6 +59,8 @@ def narrow_resnet(width: int = 16, strides: Sequence[int] = (1, 2, 2, 1)) -> nn.
         inner = width * factor
     for m in (m for part in parts.values() for m in part.modules() if isinstance(m, nn.Conv2d)):
         nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")  # torchvision's own rule
+    for m in (m for m in parts["layer4"].modules() if getattr(m, "kernel_size", 0) == (3, 3)):
+        m.dilation = m.padding = (dilation, dilation)  # torchvision's BasicBlock takes none
     return nn.Sequential(parts)
 
 
@@ -67,6 +72,7 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     )
 }
 BACKBONES["narrow_resnet"] = narrow_resnet
+BACKBONES["narrow_resnet_dilated"] = partial(narrow_resnet, dilation=4)  # sees a whole scene
 
 
 # %% ../nbs/01_model.ipynb #cd8fb367

@@ -230,7 +230,7 @@ def data_show(name: tyro.conf.Positional[str], root: Path | None = None, out: Pa
 
 # %% ../../nbs/app/cli.ipynb #3934f96b
 def data_build(
-    name: tyro.conf.Positional[Literal["scenes-coco", "scenes-nus"]],
+    name: tyro.conf.Positional[Literal["scenes-coco", "scenes-nus", "scenes-spatial", "scenes-shuffled"]],
     root: Path | None = None,
     train: int = 2000,
     test: int = 1000,
@@ -241,7 +241,7 @@ def data_build(
     """Make the embedded benchmark.
 
     Args:
-        name: in COCO's layout or in NUS-WIDE's.
+        name: in COCO's layout, NUS-WIDE's, with spatial relations, or with shuffled ones.
         root: its folder; by default its place below data/.
         train: training images.
         test: test images.

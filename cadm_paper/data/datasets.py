@@ -94,19 +94,30 @@ DATASETS: dict[str, Dataset] = {
         Dataset("voc2012", "PASCAL VOC 2012", voc_reader("2012"), "train", "val", GET.format("voc2012")),
         Dataset(
             "scenes-coco",
-            "DigitScenes (COCO's form)",
+            "DigitScenes-C",
             coco_reader("2014"),
             "train2014",
             "val2014",
             "`build_scenes(root, 'coco')` makes it",
         ),
         Dataset(
-            "scenes-nus",
-            "DigitScenes (NUS-WIDE's form)",
-            NUS_READER,
-            "train",
-            "test",
-            "`build_scenes(root, 'nus')` makes it",
+            "scenes-nus", "DigitScenes-N", NUS_READER, "train", "test", "`build_scenes(root, 'nus')` makes it"
+        ),
+        Dataset(
+            "scenes-spatial",
+            "DigitScenes-S",
+            coco_reader("2014"),
+            "train2014",
+            "val2014",
+            "`build_scenes(root, 'spatial')` makes it",
+        ),
+        Dataset(
+            "scenes-shuffled",
+            "DigitScenes-S, shuffled",
+            coco_reader("2014"),
+            "train2014",
+            "val2014",
+            "`build_scenes(root, 'shuffled')` makes it",
         ),
         Dataset(
             "own",

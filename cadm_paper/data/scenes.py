@@ -142,6 +142,35 @@ FORMS = {
     ),
 }
 
+# %% ../../nbs/data/scenes.ipynb #5ba71a02
+DIRECTIONS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # above, right, below, left
+
+
+@dataclass(frozen=True)
+class SpatialForm(SceneForm):
+    """A form whose companions stand in a typical direction from the first member of their context, or in a shuffled one."""
+
+    typical: bool
+    sides: tuple[int, int] = (18, 26)  # px of 80
+
+    def members(self, context: int) -> list[int]:
+        """The categories that belong to a context, the most frequent first."""
+        places = np.arange(len(self.member_rates)) + context * self.stride
+        return (places * self.step % len(self.classes)).tolist()
+
+    def directions(self, context: int, d: Draws) -> dict[int, tuple[int, int]]:
+        """The direction of each companion of a context's first member, by category."""
+        shuffled = np.argsort(d.array((len(DIRECTIONS),), 2**31), kind="stable")
+        usual = (np.arange(len(DIRECTIONS)) + context) % len(DIRECTIONS)
+        return {
+            c: DIRECTIONS[k] for c, k in zip(self.members(context)[1:], usual if self.typical else shuffled)
+        }
+
+
+# %% ../../nbs/data/scenes.ipynb #5ba71a03
+for _name, _typical in (("spatial", True), ("shuffled", False)):
+    FORMS[_name] = SpatialForm(**{**vars(FORMS["coco"]), "name": _name, "key": 4}, typical=_typical)
+
 
 # %% ../../nbs/data/scenes.ipynb #bc38a261
 def draw_labels(
@@ -256,11 +285,33 @@ def draw_background(d: Draws, split: int, size: int, key: tuple[int, ...], hardn
     )
 
 
+# %% ../../nbs/data/scenes.ipynb #5ba71a06
+def arrange(objects: list[Glyph], form: SpatialForm, context: int, d: Draws, size: int) -> list[Glyph]:
+    """The objects of a scene with the context's first member near the middle and its companions beside it."""
+    of, first = form.directions(context, d), form.members(context)[0]
+    middle = next((i for i, g in enumerate(objects) if g.category == first), None)
+    if middle is None:
+        return objects
+    centre, moved = (size // 2 + d.between(-2, 2), size // 2 + d.between(-2, 2)), list(objects)
+    moved[middle] = replace(
+        objects[middle], x=centre[0] - objects[middle].side // 2, y=centre[1] - objects[middle].side // 2
+    )
+    for i, g in enumerate(objects):
+        if (towards := of.pop(g.category, None)) is None:  # another label, or the second object of one
+            continue
+        apart = (g.side + objects[middle].side) * d.between(230, 280) >> 9  # px between the two centres
+        drift = d.below(g.side // 2 + 1) - g.side // 4
+        x, y = (c + step * apart + (not step) * drift - g.side // 2 for c, step in zip(centre, towards))
+        moved[i] = replace(g, x=min(max(x, 0), size - g.side), y=min(max(y, 0), size - g.side))
+    return moved
+
+
 # %% ../../nbs/data/scenes.ipynb #71266f27
 def plan_scene(
-    form: SceneForm, labels: np.ndarray, key: tuple[int, ...], split: int, size: int = 80
+    form: SceneForm, labels: np.ndarray, key: tuple[int, ...], split: int, size: int = 80, context: int = 0
 ) -> Scene:
-    """Decide a scene that shows exactly these labels (0/1 per category); `key` names its streams."""
+    """Decide a scene that shows exactly these labels (0/1 per category); `key` names its streams, `context` matters to spatial forms."""
+    hardness = HARDNESS | ({"side": form.sides} if isinstance(form, SpatialForm) else {})
     d = Draws(*key, 1)
     back = draw_background(d, split, size, key)
     wanted = [int(c) for c in np.flatnonzero(labels) for _ in range(2 if d.chance(HARDNESS["second"]) else 1)]
@@ -273,7 +324,9 @@ def plan_scene(
             if c >= 0
             else (d.below(10), form.styles[d.below(len(form.styles))])
         )
-        objects.append(draw_glyph(Draws(*key, 3, i), c, *what, split, size, taken))
+        objects.append(draw_glyph(Draws(*key, 3, i), c, *what, split, size, taken, hardness))
+    if isinstance(form, SpatialForm):
+        objects = arrange(objects, form, context, Draws(*key, 5), size)
     return Scene(size=size, objects=tuple(objects), **back)
 
 
@@ -374,7 +427,8 @@ def plan_split(
     """Labels int8 n x C, contexts and plans of a whole split."""
     labels, of = draw_labels(form, n, seed, split, context)
     keys = [(seed, form.key, split, i) for i in range(n)]
-    return labels, of, [plan_scene(form, y, key, split, size) for y, key in zip(labels, keys)]
+    scenes = zip(labels, keys, of.tolist())
+    return labels, of, [plan_scene(form, y, key, split, size, k) for y, key, k in scenes]
 
 
 # %% ../../nbs/data/scenes.ipynb #1c390a45
@@ -545,7 +599,7 @@ def make_scenes(root: Path, p: dict) -> None:
     for part in filter(Path.is_dir, [*root.iterdir()]):
         shutil.rmtree(part)  # what an unfinished build left
     write_json(root / STARTED, p)
-    form, first_id, write = FORMS[p["form"]], 1, dict(coco=write_coco, nus=write_nus)[p["form"]]
+    form, first_id, write = FORMS[p["form"]], 1, write_nus if p["form"] == "nus" else write_coco
     info = dict(schema=SCHEMA, parameters=p, recipe=recipe(form.name), classes=form.classes)
     for split, name in ((TRAIN, "train"), (TEST, "test")):
         plan = labels, _, scenes = plan_split(form, p[name], p["seed"], split, p["size"], p["context"])
@@ -582,12 +636,12 @@ def paired_scenes(form: str = "coco", n: int = 100) -> ScenePairs:
     Images: uint8 n x 3 x H x W; labels: int8 n x C; boxes of the whole scenes: (category, x, y, width,
     height), px. Raises `ScenesError`."""
     f = FORMS[form]
-    labels, _ = draw_labels(f, 1000, 0, TEST)
+    labels, contexts = draw_labels(f, 1000, 0, TEST)
     rows = np.flatnonzero(labels.sum(1) > 1)[:n]
     if len(rows) < n:
         raise ScenesError(f"n={n}: only {len(rows)} of the test scenes show two labels or more")
     labels, keys = labels[rows], [(0, f.key, TEST, i) for i in rows.tolist()]
-    plans = [plan_scene(f, y, key, TEST) for y, key in zip(labels, keys)]
+    plans = [plan_scene(f, y, k, TEST, context=c) for y, k, c in zip(labels, keys, contexts[rows])]
     gone = [c[Draws(*key, 4).below(len(c))] for key, c in zip(keys, map(np.flatnonzero, labels))]
     bare = [replace(p, objects=tuple(g for g in p.objects if g.category != c)) for p, c in zip(plans, gone)]
     without = labels * (np.arange(len(f.classes)) != np.array(gone)[:, None])

@@ -55,7 +55,7 @@ class TaskFields(BaseModel):
 
     dataset: str = Field(
         "coco2014",
-        description="name in DATASETS: coco2014, nuswide, voc2007, voc2012, scenes-coco, scenes-nus, own",
+        description="name in DATASETS: coco2014, nuswide, voc2007, voc2012, scenes-coco, scenes-nus, scenes-spatial, scenes-shuffled, own",
     )
     data_dir: str | None = Field(
         None, description="folder that holds the dataset's official files; none given: data/<its folder>"
@@ -97,7 +97,9 @@ class DataFields(BaseModel):
 class ModelFields(create_model("ModelFields", **fields_of(ModelOptions))):
     """What Eq. 1-3 and 6-8 leave open, and where the backbone starts."""
 
-    backbone: str = Field("resnet101", description="any torchvision ResNet by name, or narrow_resnet")
+    backbone: str = Field(
+        "resnet101", description="any torchvision ResNet by name, narrow_resnet, or narrow_resnet_dilated"
+    )
     weights: str = Field(
         "imagenet", description="where the backbone starts: imagenet, imagenet-v2, digits, a file, or none"
     )

@@ -29,7 +29,8 @@ def unlabelled_in_training(config: TrainConfig) -> str:
     """keep or drop: what `unlabelled_train='paper'` means for this dataset (COCO: 82,081 of 82,783; NUS-WIDE: all 161,789)."""
     if config.unlabelled_train != "paper":
         return config.unlabelled_train
-    return "drop" if config.dataset in ("coco2014", "scenes-coco") else "keep"
+    like_coco = "coco2014", "scenes-coco", "scenes-spatial", "scenes-shuffled"
+    return "drop" if config.dataset in like_coco else "keep"
 
 
 # %% ../../nbs/engine/splits.ipynb #64bf62bb
