@@ -77,7 +77,7 @@ def main() -> None:
         config = resolve_machine(
             TrainConfig(preset="mini", weights="none", lr=1e-4, **{"method": name, **row})
         )
-        with machine_settings(config):
+        with machine_settings(config.threads, config.seed):
             batch = made_batch(config, 20)
             trainer = Trainer(config, build_model(config, range(20)), ProcessGroup(), 10**6)
             trainer.network.train()

@@ -232,7 +232,7 @@ def main() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", message=".*random weights")  # speed does not care
-    with machine_settings(config):
+    with machine_settings(config.threads, config.seed):
         batch = made_batch(config, device)
         usual = plain_step(config, batch, device, False, usual=True)
         steps = {

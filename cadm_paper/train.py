@@ -14,9 +14,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, ValidationError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,14 +26,19 @@ from .data import Split
 from .data.loading import Loader, flip_mask, load_image, prepare
 from cadm_paper.engine.checkpoint import (
     CheckpointError,
-    flat,
     load_checkpoint,
     load_optimiser_tensors,
     optimiser_tensors,
-    part,
     save_checkpoint,
 )
-from .engine.config import ConfigError, TrainConfig, config_changes, learning_rate, portable
+from cadm_paper.engine.config import (
+    ConfigError,
+    TrainConfig,
+    config_changes,
+    explain,
+    learning_rate,
+    portable,
+)
 from cadm_paper.engine.processes import (
     MeanOverParts,
     ProcessGroup,
@@ -41,9 +48,9 @@ from cadm_paper.engine.processes import (
 )
 from .engine.progress import NotebookProgress, Progress, TextProgress  # noqa: F401
 from .engine.record import RunRecord, code_version, environment, save_arrays, write_record
-from .engine.splits import held_out, prepare_data
+from .engine.splits import data_root, held_out, prepare_data
 from .engine.variants import run_name
-from .files import default_folder, folder_lock
+from .files import default_folder, folder_lock, sha256_file
 from .methods.base import build_network
 from .methods.linear_probe import Probe
 from .metrics import average_precision, multilabel_metrics
@@ -57,7 +64,7 @@ _all_ = ["TrainConfig"]
 def build_model(
     config: TrainConfig, classes, labels: np.ndarray | None = None, device: str = "cpu"
 ) -> Network:
-    """The network of a configuration's method with its starting weights; `labels` (N x C) are those that it is trained on."""
+    """The network of a configuration's method with its starting weights; `labels` (N x C): those trained on."""
     weights, classes = config.weights, [str(c) for c in classes]
     if weights == "digits":
         from cadm_paper.engine.pretrain import pretrained_digits
@@ -76,7 +83,10 @@ def build_model(
 
 # %% ../nbs/05_train.ipynb #bf808751
 def build_optimiser(model: Network, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with momentum (Sec. 3.2), or AdamW with `momentum` as its first beta; `mult` scales a group's learning rate."""
+    """SGD with momentum (Sec. 3.2), or AdamW with `momentum` as its first beta.
+
+    `mult` scales a group's learning rate.
+    """
     parts = ((model.backbone, 1.0), (model.head, config.head_lr_mult))
     groups = [{"params": [p for p in part.parameters() if p.requires_grad], "mult": m} for part, m in parts]
     how = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -91,8 +101,9 @@ def network_of(model: Network, config: TrainConfig, group: ProcessGroup) -> nn.M
     network = torch.compile(model) if config.compile else model
     if group.world == 1:
         return network
-    # torch regroups the gradients after a process's first step, and with more than two processes another grouping adds in another order: a
-    # resumed run would end in other digits. It does not while it looks for unused parameters, which costs a CPU next to nothing
+    # torch regroups the gradients after a process's first step, and with more than two processes another
+    # grouping adds in another order: a resumed run would end in other digits. It does not while it looks for
+    # unused parameters, which costs a CPU next to nothing
     fixed = group.device.type == "cpu" and group.world > 2
     return DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=fixed)
 
@@ -112,18 +123,12 @@ class Trainer:
         self.config, self.model, self.group, self.folder = config, model, group, folder
         self.network, self.optimiser = network_of(model, config, group), build_optimiser(model, config)
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.precision == "fp16")
-        self.steps_per_epoch, self.epoch, self.done = (
-            steps_per_epoch,
-            0,
-            0,
-        )  # epochs finished, steps of this one
+        self.steps_per_epoch = steps_per_epoch
+        self.epoch, self.done = 0, 0  # epochs finished, steps of this one
         # over this epoch's images: loss, its two terms, images
         self.sums = torch.zeros(4, dtype=torch.float64, device=group.device)
-        self.history, self.seconds, self.saved = (
-            [],
-            0.0,
-            time.monotonic(),
-        )  # of training, until the last checkpoint
+        self.history: list[dict] = []
+        self.seconds, self.saved = 0.0, time.monotonic()  # of training until the last checkpoint, and when
         self.code = code_version() if group.main else {}
         self.origin: dict[str, str | None] = {}  # fingerprints of what it is trained from, for a later resume
 
@@ -154,7 +159,9 @@ def autocast(config: TrainConfig, device: torch.device):
 
 # %% ../nbs/05_train.ipynb #baec9170
 def add_gradients(trainer: Trainer, batch, global_images: int) -> Tensor:
-    """Gradients of this process's share, added up part by part; returns its share of the loss and of both terms, float64 of 3."""
+    """Add up gradients of this process's share, part by part; returns its share of the loss and of both terms
+    (float64 of 3).
+    """
     config, group, total = trainer.config, trainer.group, 0
     flip = flip_mask(batch.indices, config.seed, trainer.epoch) if config.flip else None
     images, targets = inputs(config, batch.images, group.device, flip), batch.targets.to(group.device)
@@ -167,9 +174,8 @@ def add_gradients(trainer: Trainer, batch, global_images: int) -> Tensor:
             with autocast(config, group.device):
                 output = trainer.network(x)
             terms = trainer.model.head.loss(output, y, global_images)
-            trainer.scaler.scale(
-                terms.total * group.world
-            ).backward()  # the processes' gradients are averaged
+            total_loss = terms.total * group.world  # the processes' gradients are averaged
+            trainer.scaler.scale(total_loss).backward()
         statistics.part_done()
         total = total + torch.stack(terms).detach().double()
     statistics.finish()
@@ -189,7 +195,10 @@ def update_weights(trainer: Trainer) -> None:
 
 # %% ../nbs/05_train.ipynb #a7908867
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message says where, and which checkpoint is the last good one."""
+    """The loss became NaN or infinite.
+
+    The message says in which step, and whether there is a checkpoint to go on from.
+    """
 
 
 # %% ../nbs/05_train.ipynb #a61262ed
@@ -207,13 +216,16 @@ def check_finite(trainer: Trainer, weights: dict | None = None) -> None:
         saved = checkpoint_file(trainer.folder).is_file()
         last = "its last checkpoint is good: resume with it" if saved else "there was no checkpoint yet"
         raise NonFiniteLoss(
-            f"epoch {trainer.epoch + 1}, step {trainer.done} of {trainer.steps_per_epoch}: {broken[0]} is not finite. Nothing was written; "
-            f"{last}. A lower lr than {trainer.config.lr:g} or clip_grad may help ({trainer.folder})"
+            f"epoch {trainer.epoch + 1}, step {trainer.done} of {trainer.steps_per_epoch}: {broken[0]} is not "
+            f"finite. Nothing was written; {last}. A lower lr than {trainer.config.lr:g} or clip_grad may help "
+            f"({trainer.folder})"
         )
 
 
 # %% ../nbs/05_train.ipynb #dc1d7d4b
 STREAMS = ("scores", "scores_fcls", "scores_scls")
+MAPS = {name: name.replace("scores", "mAP") for name in STREAMS}  # how the history names their mAP
+TERMS = ("loss", "loss_cls", "loss_lce")
 
 
 # %% ../nbs/05_train.ipynb #68c8dd2d
@@ -255,9 +267,9 @@ def compact(values: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/05_train.ipynb #bb29be56
 def example_maps(model: Network, config: TrainConfig, split: Split, scores: dict) -> dict[str, np.ndarray]:
-    """Arrays of `maps.npz`: maps (see `compact`), scores and targets of the drawn images; thumbnails and boxes for generated scenes only.
-
-    Empty for a method without maps."""
+    """Arrays of `maps.npz`: maps (see `compact`), scores and targets of the drawn images; thumbnails and boxes
+    for generated scenes only. Empty for a method without maps.
+    """
     rows, device = draw_examples(split.labels), next(model.parameters()).device
     if not len(rows):
         return {}
@@ -287,7 +299,21 @@ def relative_boxes(split: Split) -> np.ndarray:
 
 
 # %% ../nbs/05_train.ipynb #bf156965
-POSITION = ("epoch", "done", "history", "seconds", "code", "origin")
+class State(BaseModel, extra="forbid", strict=True):
+    """What a checkpoint says beside its tensors; all from `epoch` on are the trainer's."""
+
+    config: dict
+    scaler: dict
+    sums: list[Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]]  # by process
+    epoch: NonNegativeInt
+    done: NonNegativeInt
+    history: list[dict[str, FiniteFloat | None]]
+    seconds: NonNegativeFloat
+    code: dict
+    origin: dict[str, str | None]
+
+
+POSITION = list(State.model_fields)[3:]
 
 
 # %% ../nbs/05_train.ipynb #18024edc
@@ -300,26 +326,35 @@ def save_trainer(trainer: Trainer) -> None:
     if trainer.group.main:
         state = {"config": portable(trainer.config), "scaler": trainer.scaler.state_dict(), "sums": sums}
         state |= {name: getattr(trainer, name) for name in POSITION}
-        tensors = flat(model=weights, optimiser=optimiser_tensors(trainer.optimiser))
-        save_checkpoint(checkpoint_file(trainer.folder), tensors, state)
+        parts = {"model": weights, "optimiser": optimiser_tensors(trainer.optimiser)}
+        save_checkpoint(checkpoint_file(trainer.folder), parts, state)
 
 
 # %% ../nbs/05_train.ipynb #89fac8b2
 def load_trainer(trainer: Trainer) -> None:
-    """Go back to where the checkpoint was written. Raises `CheckpointError` if the configuration, the data or the first weights are others."""
+    """Go back to where the checkpoint was written. Raises `CheckpointError` if it is damaged, or of another
+    configuration, other data or other first weights.
+    """
     file = checkpoint_file(trainer.folder)
-    tensors, state = load_checkpoint(file)
-    refuse_changes(TrainConfig(**state["config"]), trainer.config, file)
-    if other := [what for what, mark in state["origin"].items() if trainer.origin.get(what, mark) != mark]:
+    parts, content = load_checkpoint(file)
+    try:
+        state = State.model_validate(content)
+        refuse_changes(TrainConfig(**state.config), trainer.config, file)
+        refuse_others(state.origin, trainer.origin, file)
+        check_position(state, trainer)
+        trainer.model.load_state_dict(parts["model"])
+        load_optimiser_tensors(trainer.optimiser, parts.get("optimiser", {}))
+        trainer.scaler.load_state_dict(state.scaler)
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        said = explain(error, State) if isinstance(error, ValidationError) else " ".join(str(error).split())
         raise CheckpointError(
-            f"{file} was trained from other {' and '.join(other)}: give the old data and weights, or choose another out_dir"
-        )
-    trainer.model.load_state_dict(part(tensors, "model"))
-    load_optimiser_tensors(trainer.optimiser, part(tensors, "optimiser"))
-    trainer.scaler.load_state_dict(state["scaler"])
-    trainer.sums = trainer.sums.new_tensor(state["sums"][trainer.group.rank])
-    code = {**state["code"], "resumed": [*state["code"].get("resumed", []), trainer.code]}
-    vars(trainer).update({name: state[name] for name in POSITION} | {"code": code})
+            f"{file}: no state of this run ({said[:300]}). Remove it to start again"
+        ) from None
+    code = {**state.code, "resumed": [*state.code.get("resumed", []), trainer.code]}
+    vars(trainer).update({name: getattr(state, name) for name in POSITION} | {"code": code})
+    trainer.sums = trainer.sums.new_tensor(state.sums[trainer.group.rank])
 
 
 # %% ../nbs/05_train.ipynb #ff4e920b
@@ -331,13 +366,34 @@ def refuse_changes(old: TrainConfig, config: TrainConfig, where: Path) -> None:
         )
 
 
+# %% ../nbs/05_train.ipynb #59fc7af3
+def refuse_others(old: dict, new: dict, where: Path) -> None:
+    """Raise `CheckpointError` naming the fingerprints (of labels, of first weights) that differ."""
+    if other := [what for what, mark in old.items() if new.get(what, mark) != mark]:
+        raise CheckpointError(
+            f"{where} was trained from other {' and '.join(other)}: give the old data and weights, or choose "
+            "another out_dir"
+        )
+
+
+# %% ../nbs/05_train.ipynb #d5299b4e
+def check_position(state: State, trainer: Trainer) -> None:
+    """Raise `ValueError` if a run of this length and this number of processes is never in such a state."""
+    there = state.epoch <= trainer.config.epochs and state.done <= trainer.steps_per_epoch
+    epochs = [row.get("epoch") for row in state.history] == list(range(1, state.epoch + 1))
+    named = all(row.keys() == {"epoch", "lr", *TERMS, *MAPS.values()} for row in state.history)
+    if not (there and epochs and named and len(state.sums) == trainer.group.world):
+        raise ValueError("position, history and sums do not fit each other or this run")
+
+
 # %% ../nbs/05_train.ipynb #0e007018
 def fit(
     trainer: Trainer, train: Loader, test: Loader, progress: Progress, checkpoint_minutes: float
 ) -> dict[str, np.ndarray]:
     """Train from the trainer's position to the last epoch; returns the scores of the test images after it."""
     config, group, steps, scores = trainer.config, trainer.group, trainer.steps_per_epoch, None
-    size, trainer.saved = min(config.batch_size, len(train.split)), time.monotonic()
+    size = min(config.batch_size, len(train.split))
+    trainer.saved = time.monotonic()
     how = dict(seed=config.seed, shuffle=True, rank=group.rank, world=group.world)
     while trainer.epoch < config.epochs:
         trainer.network.train()
@@ -364,16 +420,16 @@ def end_epoch(trainer: Trainer, scores: dict | None, targets: np.ndarray) -> Non
     """Add the epoch's row to the history, and go to the next epoch."""
     *losses, images = np.sum(trainer.group.everyone(trainer.sums.tolist()), 0)
     row = dict(epoch=trainer.epoch + 1, lr=learning_rate(trainer.config, trainer.epoch))
-    row |= {name: float(loss / images) for name, loss in zip(("loss", "loss_cls", "loss_lce"), losses)}
-    row |= {s.replace("scores", "mAP"): mean_ap(scores[s], targets) if scores else None for s in STREAMS}
+    row |= {name: float(loss / images) for name, loss in zip(TERMS, losses)}
+    row |= {name: mean_ap(scores[s], targets) if scores else None for s, name in MAPS.items()}
     trainer.history.append(row)
     trainer.sums = torch.zeros_like(trainer.sums)
     trainer.epoch, trainer.done = trainer.epoch + 1, 0
 
 
 # %% ../nbs/05_train.ipynb #c189f75f
-def fit_probe(model: Network, config: TrainConfig, train: Loader, test: Loader) -> tuple[dict, float]:
-    """Fit the model's head; returns scores of the test images by stream, and the strength of the regularisation."""
+def fit_probe(model: Network, config: TrainConfig, train: Loader, test: Loader) -> tuple[dict, dict]:
+    """Fit the model's head; returns the test images' scores by stream, and the regularisation for the record."""
     device = next(model.eval().parameters()).device
 
     def features(loader: Loader) -> np.ndarray:
@@ -388,92 +444,75 @@ def fit_probe(model: Network, config: TrainConfig, train: Loader, test: Loader) 
     strength = max(quality, key=quality.get)
     probe = Probe(x, y, strength)
     probe.fold_into(model.head.classifier)
-    return dict.fromkeys(STREAMS, probe(unseen)), strength
+    return dict.fromkeys(STREAMS, probe(unseen)), {"history": [], "probe_strength": strength}
 
 
 # %% ../nbs/05_train.ipynb #75f62959
 def run_folder(config: TrainConfig) -> Path:
     """The run's own folder: as configured, or `outputs/runs/<dataset>/<run name>`."""
-    return (
-        Path(config.out_dir)
-        if config.out_dir
-        else default_folder("outputs") / "runs" / config.dataset / run_name(config)
-    )
+    return Path(config.out_dir or default_folder("outputs") / "runs" / config.dataset / run_name(config))
+
+
+# %% ../nbs/05_train.ipynb #b3e81e23
+def origin(train: str | None, test: str | None, weights: str | None) -> dict[str, str]:
+    """What a run is trained from: fingerprints of both splits' labels, checksum of the first weights; None is left out."""
+    marks = {"training labels": train, "test labels": test, "first weights": weights}
+    return {what: mark for what, mark in marks.items() if mark}
 
 
 # %% ../nbs/05_train.ipynb #6e8ec0eb
+def finished_run(folder: Path, config: TrainConfig) -> RunRecord | None:
+    """The finished run in a folder, if there is one. Raises `CheckpointError` if it is of another configuration,
+    or of other labels or first weights than are there now.
+    """
+    if not (folder / "run.json").is_file():
+        return None
+    record, weights = RunRecord.load(folder), Path(config.weights)
+    refuse_changes(record.config, config, folder / "run.json")
+    if data_root(config).is_dir():
+        marks = (record.dataset.get(split, {}).get("fingerprint") for split in ("train", "test"))
+        made = origin(*marks, record.extra.get("weights", {}).get("sha256"))
+        labels = (split.fingerprint for split in prepare_data(config))
+        now = origin(*labels, sha256_file(weights) if weights.is_file() else None)
+        refuse_others(made, now, folder / "run.json")
+    return record
+
+
+# %% ../nbs/05_train.ipynb #ac133561
 def look_at_folder(folder: Path, config: TrainConfig, resume: bool) -> RunRecord | None:
-    """The finished run of this configuration if `resume` finds one. Raises `CheckpointError` where something else would be lost."""
-    if (folder / "run.json").is_file():
-        record = RunRecord.load(folder)
-        refuse_changes(record.config, config, folder / "run.json")
-        return record if resume else None
-    if checkpoint_file(folder).is_file() and not resume:
+    """`finished_run`; raises `CheckpointError` also where an unfinished run would be lost."""
+    finished = finished_run(folder, config)
+    if not finished and not resume and checkpoint_file(folder).is_file():
         raise CheckpointError(
             f"{folder} holds an unfinished run: go on with resume (--resume), remove it, or choose another out_dir"
         )
-
-
-# %% ../nbs/05_train.ipynb #9f285590
-def train(
-    config: TrainConfig,
-    resume: bool = False,
-    progress: Progress | None = None,
-    checkpoint_minutes: float = 5.0,
-) -> RunRecord:
-    """One run from configuration to run record (Sec. 3.2). With `resume` it goes on from its checkpoint; a finished run is returned as it is.
-    Checkpoints are at most `checkpoint_minutes` apart, and one is written after every epoch.
-
-    Raises `ConfigError`, `CheckpointError`, `FolderLocked`, `NonFiniteLoss`, or what reading the data raises."""
-    folder, resume = run_folder(config), resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if finished := look_at_folder(folder, config, resume):
-        return finished
-    if config.processes > 1 and "WORLD_SIZE" not in os.environ:
-        return launch(config, resume, checkpoint_minutes)
-    asked, config = config, resolve_machine(config)
-    with contextlib.ExitStack() as during:
-        group = during.enter_context(process_group(config))
-        during.enter_context(machine_settings(config))
-        if group.main:
-            during.enter_context(folder_lock(folder))
-        if group.world != config.processes:
-            raise ConfigError(f"processes = {config.processes}, but torchrun started {group.world}")
-        progress = progress or Progress()
-        found = run(config, group, folder, resume, progress, checkpoint_minutes)
-        return finish(asked, config, folder, *found) if group.main else None
+    return finished
 
 
 # %% ../nbs/05_train.ipynb #3022e3e1
-def run(
-    config: TrainConfig, group: ProcessGroup, folder: Path, resume: bool, progress: Progress, minutes: float
-) -> tuple[tuple[Split, Split], Network, dict, dict]:
-    """The run on a settled machine; returns its data, model and scores, and what else its record says."""
-    began = time.monotonic(), time.process_time()
-    data = prepare_data(config) if group.main else None  # generated scenes are written once
+def read_data(config: TrainConfig, group: ProcessGroup) -> tuple[Split, Split]:
+    """`prepare_data` on every process, first on the main one (generated scenes are written once)."""
+    data = prepare_data(config) if group.main else None
     group.everyone(None)
     data = data or prepare_data(config)
-    if not all(map(len, data)):
-        n, m = map(len, data)
+    n, m = map(len, data)
+    if not n or not m:
         raise ConfigError(f"{config.dataset}: {n} training and {m} test images; there must be some of both")
-    loaders = [Loader(s, config.image_size, resize=config.resize, workers=config.workers) for s in data]
-    model = build_model(config, data[0].classes, data[0].labels, group.device)
-    said = {"history": [], "code": code_version()}
-    if config.method == "linear_probe":
-        scores, said["probe_strength"] = fit_probe(model, config, *loaders)
-    else:
-        steps = max(len(data[0]) // config.batch_size, 1)
-        trainer = Trainer(config, model, group, steps, folder)
-        trainer.origin = {f"{what} labels": s.fingerprint for what, s in zip(("training", "test"), data)}
-        trainer.origin["first weights"] = model.provenance.get("sha256")
-        if resume and checkpoint_file(folder).is_file():
-            load_trainer(trainer)
-        progress.start(config, config.epochs * steps, trainer.epoch * steps + trainer.done)
-        with contextlib.closing(progress):
-            scores = fit(trainer, *loaders, progress, minutes)
-        said = {name: getattr(trainer, name) for name in ("history", "code", "seconds")}
-    wall, cpu = time.monotonic() - began[0], time.process_time() - began[1]
-    said["timing"] = {"wall_s": wall, "cpu_s": cpu, "training_s": said.pop("seconds", 0.0)}
-    return data, model, scores, said
+    return data
+
+
+# %% ../nbs/05_train.ipynb #175b187c
+def run(
+    trainer: Trainer, train: Loader, test: Loader, resume: bool, progress: Progress, checkpoint_minutes: float
+) -> tuple[dict, dict]:
+    """Train, from the checkpoint if asked; returns the test images' scores, and what the record says of it."""
+    config, steps = trainer.config, trainer.steps_per_epoch
+    if resume and checkpoint_file(trainer.folder).is_file():
+        load_trainer(trainer)
+    progress.start(config, config.epochs * steps, trainer.epoch * steps + trainer.done)
+    with contextlib.closing(progress):
+        scores = fit(trainer, train, test, progress, checkpoint_minutes)
+    return scores, {name: getattr(trainer, name) for name in ("history", "code", "seconds")}
 
 
 # %% ../nbs/05_train.ipynb #c7640012
@@ -486,29 +525,22 @@ def finish(
     scores: dict,
     said: dict,
 ) -> RunRecord:
-    """Scores, maps, model, and at last `run.json`."""
-    _, test = data
-    kept = {"scores.npz": dict(targets=test.labels, image_ids=np.array(test.image_ids, dtype=str), **scores)}
-    kept["scores.npz"]["classes"] = np.array(test.classes, dtype=str)
+    """Write scores, maps, model, and at last `run.json`."""
+    test, ids, classes = data[1], np.array(data[1].image_ids, dtype=str), np.array(data[1].classes, dtype=str)
+    kept = {"scores.npz": dict(targets=test.labels, image_ids=ids, classes=classes, **scores)}
     kept["maps.npz"] = example_maps(model, config, test, scores)
-    (folder / "run.json").unlink(missing_ok=True)
     files = [save_arrays(folder / name, **arrays) or name for name, arrays in kept.items() if arrays]
-    files += [
-        f"checkpoint/model/{path.name}"
-        for path in model.save_pretrained(folder / "checkpoint" / "model").iterdir()
-    ]
-    metrics = {
-        name: float(value) for name, value in multilabel_metrics(scores["scores"], test.labels).items()
-    }
-    metrics |= {s.replace("scores", "mAP"): mean_ap(scores[s], test.labels) for s in STREAMS[1:]}
+    saved = model.save_pretrained(folder / "checkpoint" / "model")
+    files += [path.relative_to(folder).as_posix() for path in saved.iterdir()]
+    metrics = {name: float(v) for name, v in multilabel_metrics(scores["scores"], test.labels).items()}
+    metrics |= {MAPS[s]: mean_ap(scores[s], test.labels) for s in STREAMS[1:]}
     if evaluated := [row for row in said["history"] if row["mAP"] is not None]:
         best = max(evaluated, key=lambda row: row["mAP"])
         metrics |= {"mAP_best": best["mAP"], "epoch_best": best["epoch"]}
     ap = average_precision(scores["scores"], test.labels)
-    parts = {
-        split: json.loads(json.dumps(s.summary(), default=float)) | {"missing_ids": list(s.missing)}
-        for split, s in zip(("train", "test"), data)
-    }
+    facts = [
+        json.loads(json.dumps(s.summary(), default=float)) | {"missing_ids": list(s.missing)} for s in data
+    ]
     record = write_record(
         folder,
         run_name(asked),
@@ -516,8 +548,8 @@ def finish(
         sorted(files),
         machine={name: getattr(config, name) for name in ("device", "precision", "threads")},
         metrics=metrics,
-        dataset={"name": config.dataset, "classes": list(test.classes), **parts},
-        environment=environment(config.device, said.pop("code")),
+        dataset={"name": config.dataset, "classes": classes.tolist(), "train": facts[0], "test": facts[1]},
+        environment=environment(config.device, said.pop("code", None)),
         per_class_ap=[None if np.isnan(value) else float(value) for value in ap],
         weights=model.provenance,
         **said,
@@ -526,11 +558,71 @@ def finish(
     return record
 
 
+# %% ../nbs/05_train.ipynb #9f285590
+def train(
+    config: TrainConfig,
+    resume: bool = False,
+    progress: Progress | None = None,
+    checkpoint_minutes: float = 5.0,
+) -> RunRecord | None:
+    """One run from configuration to run record (Sec. 3.2).
+
+    A finished run of the same configuration and data is returned as it is.
+
+    Args:
+        config: what is trained on what, and how.
+        resume: go on from the run's checkpoint if there is one.
+        progress: hooks that show it; none by default.
+        checkpoint_minutes: the longest time between two checkpoints; one is written after every epoch, too.
+
+    Returns:
+        The record; None in all but the first of several processes.
+
+    Raises:
+        ConfigError: the configuration cannot be run on this machine or this data.
+        CheckpointError: the folder holds an unfinished run, or one of another configuration or other data.
+        FolderLocked: another process is training it.
+        NonFiniteLoss: the loss became NaN or infinite.
+        DataError: images or labels cannot be read.
+
+    Example:
+        >>> record = train(TrainConfig(dataset="scenes-coco", method="cadm", seed=3))
+        >>> record.metrics["mAP"]
+    """
+    folder, elastic = run_folder(config), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = resume or elastic
+    if finished := look_at_folder(folder, config, resume):
+        return finished
+    if config.processes > 1 and "WORLD_SIZE" not in os.environ:
+        return launch(config, resume, checkpoint_minutes)
+    asked, config, began = config, resolve_machine(config), (time.monotonic(), time.process_time())
+    with contextlib.ExitStack() as during:
+        group = during.enter_context(process_group(config))
+        during.enter_context(machine_settings(config.threads, config.seed))
+        data = read_data(config, group)
+        loaders = [Loader(s, config.image_size, resize=config.resize, workers=config.workers) for s in data]
+        model = build_model(config, data[0].classes, data[0].labels, group.device)
+        if group.main:
+            during.enter_context(folder_lock(folder))
+        finished = look_at_folder(folder, config, resume) if group.main else None
+        if finished := group.everyone(finished)[0]:  # by another process, while this one read the data
+            return finished
+        if config.method == "linear_probe":
+            scores, said = fit_probe(model, config, *loaders)
+        else:
+            trainer = Trainer(config, model, group, max(len(data[0]) // config.batch_size, 1), folder)
+            labels = (split.fingerprint for split in data)
+            trainer.origin = origin(*labels, model.provenance.get("sha256"))
+            scores, said = run(trainer, *loaders, resume, progress or Progress(), checkpoint_minutes)
+        wall, cpu = time.monotonic() - began[0], time.process_time() - began[1]
+        said["timing"] = {"wall_s": wall, "cpu_s": cpu, "training_s": said.pop("seconds", 0.0)}
+        return finish(asked, config, folder, data, model, scores, said) if group.main else None
+
+
 # %% ../nbs/05_train.ipynb #10e467d2
 def launch(config: TrainConfig, resume: bool, checkpoint_minutes: float) -> RunRecord:
     """Run the configuration in `config.processes` processes on this machine through torchrun."""
     folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
     values = config.model_copy(update=dict(out_dir=str(folder))).model_dump_json(exclude_none=True)
     torchrun = (
         f"-m torch.distributed.run --standalone --nproc-per-node={config.processes} -m cadm_paper.train"
@@ -547,7 +639,9 @@ def launch(config: TrainConfig, resume: bool, checkpoint_minutes: float) -> RunR
 
 # %% ../nbs/05_train.ipynb #16e2da75
 def main(config: str, resume: bool = False, checkpoint_minutes: float = 5.0) -> None:
-    """`python -m cadm_paper.train CONFIG [--resume] [--checkpoint-minutes M]`: what torchrun starts; CONFIG is JSON text or a file of it."""
+    """`python -m cadm_paper.train CONFIG [--resume] [--checkpoint-minutes M]`: what torchrun starts; CONFIG is
+    JSON text or a file of it.
+    """
     text = config if config.lstrip().startswith("{") else Path(config).read_text()
     progress = TextProgress() if int(os.environ.get("RANK", 0)) == 0 else None
     train(TrainConfig(**json.loads(text)), resume, progress, checkpoint_minutes)

@@ -156,9 +156,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(config, monkeypatch):
 
 def test_an_infinite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(config):
     begun(config(), steps=2)
-    tensors, state = load_checkpoint(checkpoint_file(config().out_dir))
-    tensors["model/head.classifier.weight"][:] = torch.finfo(torch.float32).max
-    module.save_checkpoint(checkpoint_file(config().out_dir), tensors, state)
+    parts, state = load_checkpoint(checkpoint_file(config().out_dir))
+    parts["model"]["head.classifier.weight"][:] = torch.finfo(torch.float32).max
+    module.save_checkpoint(checkpoint_file(config().out_dir), parts, state)
     before = checkpoint_file(config().out_dir).read_bytes()
     with pytest.raises(
         NonFiniteLoss, match=r"epoch 1, step 3 of 3: the loss is not finite.*checkpoint is good"
@@ -307,8 +307,10 @@ def test_twenty_kills(config):
         config(out, epochs=6).model_dump_json(exclude_none=True),
         *("--resume", "--checkpoint-minutes=1e-3"),
     ]
-    how, kills, started = dict(cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL), 0, time.monotonic()
-    subprocess.run(command("whole"), check=True, **how)
+    how, kills = dict(cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL), 0
+    for out in ("whole", "timed"):  # the first one fills the image cache, so the second one's duration counts
+        started = time.monotonic()
+        subprocess.run(command(out), check=True, **how)
     duration = time.monotonic() - started
     for fraction in np.random.default_rng(0).uniform(0.3, 1.0, 20):
         process = subprocess.Popen(command("killed"), **how)
@@ -319,7 +321,7 @@ def test_twenty_kills(config):
             process.wait()
             kills += 1
     subprocess.run(command("killed"), check=True, **how)
-    assert kills  # how many there are depends on the machine
+    assert kills >= 3
     same_run(*(RunRecord.load(config(out).out_dir) for out in ("whole", "killed")))
 
 

@@ -6,7 +6,6 @@
 __all__ = ["PRESETS", "ConfigError", "TrainConfig", "learning_rate"]
 
 # %% ../../nbs/engine/config.ipynb #0409142e
-import difflib
 import hashlib
 import json
 import math
@@ -24,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..files import known
 from ..paper import DECISIONS, LossOptions, ModelOptions
 
 
@@ -259,13 +259,10 @@ def explain(error: ValidationError, config: type[BaseModel]) -> str:
     for e in error.errors():
         name = ".".join(map(str, e["loc"]))
         if e["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, config.model_fields, n=1, cutoff=0.5)
-            hint = (
-                f"; did you mean {near[0]!r}?"
-                if near
-                else f"; known are: {', '.join(sorted(config.model_fields))}"
-            )
-            lines.append(f"unknown parameter {name!r}{hint}")
+            try:
+                known(name, config.model_fields, "unknown parameter")
+            except ValueError as unknown:
+                lines.append(str(unknown))
         else:
             what = e["msg"].removeprefix("Value error, ")
             lines.append(f"{name} = {e['input']!r}: {what}" if name else what)

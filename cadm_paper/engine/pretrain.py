@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 
 from ..data.scenes import TEST, TRAIN, Draws, Scene, draw_background, draw_glyph, paint
+from .processes import machine_settings
 from .record import environment
 from ..files import default_folder, folder_lock, sha256_file, whole_file, write_json
 from ..model import BACKBONES, CADM
@@ -49,10 +50,8 @@ class PretrainConfig:
 
 
 # %% ../../nbs/engine/pretrain.ipynb #862b72c5
-SINGLE, SCHEMA = (
-    3,
-    "cadm-pretrain/1",
-)  # key of these streams (1 and 2 are the benchmark's two forms); of the record
+SCHEMA = "cadm-pretrain/1"
+SINGLE = 3  # key of these streams; 1 and 2 are the benchmark's two forms
 
 
 # %% ../../nbs/engine/pretrain.ipynb #58d6889f
@@ -80,36 +79,18 @@ def as_input(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pictures).contiguous(memory_format=torch.channels_last).sub(127.5).div_(127.5)
 
 
-# %% ../../nbs/engine/pretrain.ipynb #27d6be25
-@contextlib.contextmanager
-def one_thread(seed: int):
-    """One thread and a seeded random state within the block."""
-    with contextlib.ExitStack() as after, torch.random.fork_rng(devices=[]):
-        after.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
-        torch.manual_seed(seed)
-        yield
-
-
 # %% ../../nbs/engine/pretrain.ipynb #f75930b2
 def digit_classifier(config: PretrainConfig) -> CADM:
     """Backbone, average pooling, one linear layer: an ImageNet classifier in small."""
-    return CADM(
-        10,
-        config.backbone,
-        None,
-        image_size=config.image_size,
-        pool="avg",
-        streams="fcls",
-        bias="fcls",
-        quiet=True,
-    ).to(memory_format=torch.channels_last)
+    how = dict(pool="avg", streams="fcls", bias="fcls", quiet=True)
+    model = CADM(10, config.backbone, None, image_size=config.image_size, **how)
+    return model.to(memory_format=torch.channels_last)
 
 
 # %% ../../nbs/engine/pretrain.ipynb #ac29b614
 def pretrain(config: PretrainConfig) -> tuple[CADM, list[float]]:
     """Train a digit classifier on single training digits; returns it and the training accuracy per epoch."""
-    with one_thread(config.seed):
+    with machine_settings(threads=1, seed=config.seed):
         (pictures, targets), model = single_digits(config, config.images), digit_classifier(config).train()
         batch, size = config.batch_size, config.image_size
         optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -136,7 +117,7 @@ def pretrain(config: PretrainConfig) -> tuple[CADM, list[float]]:
 def accuracy_on_test_digits(model, config: PretrainConfig) -> float:
     """The classifier's accuracy on test digits before test regions of the photographs."""
     pictures, targets = single_digits(config, config.test_images, TEST)
-    with one_thread(config.seed), torch.inference_mode():
+    with machine_settings(threads=1, seed=config.seed), torch.inference_mode():
         found = torch.cat([model(as_input(p), False).logits.argmax(1) for p in np.array_split(pictures, 10)])
     return float((found.numpy() == targets).mean())
 
@@ -163,9 +144,19 @@ def pretrain_record(folder: Path) -> dict | None:
 def pretrained_digits(
     folder=None, backbone: str = "narrow_resnet", config: PretrainConfig | None = None
 ) -> Path:
-    """The file of pretrained weights (.safetensors, torchvision's names).
+    """Weights of a backbone pretrained on single digits: trained once, in half a minute of one core, then cached.
 
-    Trained once, in half a minute of one core, then taken from `folder` (default: outputs/pretrained)."""
+    Args:
+        folder: where they are kept; by default outputs/pretrained.
+        backbone: a name as in `TrainConfig`.
+        config: the whole recipe, in place of `backbone`.
+
+    Returns:
+        A .safetensors file with torchvision's names.
+
+    Example:
+        >>> model = CADM(20, "narrow_resnet", weights=pretrained_digits())
+    """
     config = config or PretrainConfig(backbone=backbone)
     digest, start = pretrain_digest(config), time.process_time()
     home = Path(folder or default_folder("outputs") / "pretrained") / f"{config.backbone}-{digest[:8]}"
@@ -173,11 +164,9 @@ def pretrained_digits(
     with folder_lock(home, wait=True):
         if pretrain_record(home) is None:
             model, accuracy = pretrain(config)
-            state = safetensors.torch.save(
-                {k: v.contiguous() for k, v in model.backbone.state_dict().items()}
-            )
+            state = {k: v.contiguous() for k, v in model.backbone.state_dict().items()}
             with whole_file(weights) as file:
-                file.write(state)
+                file.write(safetensors.torch.save(state))
             made = dict(
                 schema=SCHEMA,
                 config=asdict(config),

@@ -36,50 +36,49 @@ def available_cores() -> int:
 
 # %% ../../nbs/engine/processes.ipynb #25cf78b6
 def resolve_machine(config: TrainConfig) -> TrainConfig:
-    """The configuration with `auto` device, precision and threads replaced by what they come to here. Raises `ConfigError`."""
+    """The configuration with `auto` device, precision and threads replaced by what they come to here.
+
+    Raises `ConfigError` for what this machine has not.
+    """
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': there is no CUDA device here; use device='cpu' or 'auto'")
     precision = config.precision if config.precision != "auto" else "bf16" if has_bf16(device) else "fp32"
     if precision == "fp16" and device == "cpu":
-        raise ConfigError(
-            "precision = 'fp16': on a CPU use bf16 or fp32 (float16 needs loss scaling on a GPU)"
-        )
-    if (
-        config.compile
-        and device == "cpu"
-        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    ):
-        raise ConfigError(
-            "compile: torch.compile on a CPU needs a C++ compiler, and none is installed; leave it out"
-        )
+        raise ConfigError("precision = 'fp16': on a CPU use bf16 or fp32 (float16 is scaled on GPUs only)")
+    compiler = device == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    if config.compile and not compiler:
+        raise ConfigError("compile: on a CPU it needs a C++ compiler, and none is installed; leave it out")
     threads = config.threads or available_cores()
     return config.model_copy(update=dict(device=device, precision=precision, threads=threads))
 
 
 # %% ../../nbs/engine/processes.ipynb #19a4d2ff
 @contextlib.contextmanager
-def machine_settings(config: TrainConfig):
-    """Threads, TF32 and the random state for the length of a run (`config` resolved); all put back afterwards."""
-    threads, tf32 = (
-        torch.get_num_threads(),
-        (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
-    )
-    torch.set_num_threads(config.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+def machine_settings(threads: int, seed: int):
+    """Threads, TF32 and the random state within the block; all put back afterwards."""
+    usual, kinds = torch.get_num_threads(), (torch.backends.cuda.matmul, torch.backends.cudnn)
+    tf32 = [kind.allow_tf32 for kind in kinds]
+    torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
+            torch.manual_seed(seed)
+            for kind in kinds:
+                kind.allow_tf32 = True
             yield
     finally:
-        torch.set_num_threads(threads)
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        torch.set_num_threads(usual)
+        for kind, allowed in zip(kinds, tf32):
+            kind.allow_tf32 = allowed
 
 
 # %% ../../nbs/engine/processes.ipynb #a37ec131
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of one run, as one of them sees them: its rank, how many there are, its device; alone, nothing is sent."""
+    """The processes of one run, as one of them sees them: its rank, how many there are, its device.
+
+    Alone, nothing is sent.
+    """
 
     rank: int = 0
     world: int = 1

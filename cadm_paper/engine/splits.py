@@ -26,7 +26,9 @@ def data_root(config: TrainConfig) -> Path:
 
 # %% ../../nbs/engine/splits.ipynb #3167fc77
 def unlabelled_in_training(config: TrainConfig) -> str:
-    """keep or drop: what `unlabelled_train='paper'` means for this dataset (COCO: 82,081 of 82,783; NUS-WIDE: all 161,789)."""
+    """keep or drop: what `unlabelled_train='paper'` means for this data set (COCO: 82,081 of 82,783 images;
+    NUS-WIDE: all 161,789).
+    """
     if config.unlabelled_train != "paper":
         return config.unlabelled_train
     like_coco = "coco2014", "scenes-coco", "scenes-spatial", "scenes-shuffled"

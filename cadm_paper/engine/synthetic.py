@@ -49,10 +49,8 @@ def random_maps(targets: np.ndarray, rng: np.random.Generator) -> dict[str, np.n
     centres, colours = corners + sizes / 2, fixed.integers(30, 225, (targets.shape[1], 3))
     # along x and y, how far each position is from the box's middle, in its widths and heights: M x 2 x side
     away = lambda side: ((np.arange(side) + 0.5) / side - centres[..., None]) / sizes[..., None]
-    maps, (x, y) = (
-        rng.normal(-1.5, 0.6, (*targets.shape, 10, 10)),
-        np.moveaxis(np.exp(-2 * away(10) ** 2), 1, 0),
-    )
+    maps = rng.normal(-1.5, 0.6, (*targets.shape, 10, 10))
+    x, y = np.moveaxis(np.exp(-2 * away(10) ** 2), 1, 0)
     maps[rows, classes] += rng.uniform(2, 5, (len(rows), 1, 1)) * y[:, :, None] * x[:, None]
     thumbnails = np.full((len(targets), 64, 64, 3), np.linspace(90, 190, 64)[:, None, None]).astype(np.uint8)
     for row, c, (x, y) in zip(rows, classes, abs(away(64)) < 0.5):
@@ -65,12 +63,7 @@ def random_maps(targets: np.ndarray, rng: np.random.Generator) -> dict[str, np.n
 def random_history(config: TrainConfig, final: float) -> list[dict]:
     """Losses and mAP per epoch; the last epoch has the mAP `final`."""
     left = (0.75 ** np.arange(1, config.epochs + 1)).tolist()
-    part = lambda x: {
-        "loss": 2 + (4 + 3 * config.lam) * x,
-        "loss_cls": 2 + 4 * x,
-        "loss_lce": 3 * x,
-        "mAP": final * (1 - x),
-    }
+    part = lambda x: {"loss": 2 + 5 * x, "loss_cls": 2 + 4 * x, "loss_lce": 3 * x, "mAP": final * (1 - x)}
     history = [{"epoch": n + 1, "lr": learning_rate(config, n), **part(x)} for n, x in enumerate(left)]
     return [*history[:-1], {**history[-1], "mAP": final}]
 
@@ -115,7 +108,7 @@ def synthetic_runs(folder, datasets=("scenes-coco", "scenes-nus"), seeds=(0,), *
     """Synthetic records of the main variants as folder/<data set>/<run name>, like `outputs/runs`."""
     runs, fields = [], {name: value for name, value in config.items() if name in TrainConfig.model_fields}
     for dataset, variant, seed in product(datasets, MAIN, seeds):
-        given = dict(dataset=dataset, method=variant.method, lam=variant.lam, seed=seed)
+        given = dict(dataset=dataset, seed=seed, **variant.fields)
         where = Path(folder) / dataset / run_name(TrainConfig(**given, **fields))
         runs.append(synthetic_run(where, **given, **config))
     return runs

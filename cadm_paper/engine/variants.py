@@ -20,13 +20,12 @@ SWITCHES = sorted({*LossFields.model_fields, *ModelFields.model_fields, "flip", 
 
 # %% ../../nbs/engine/variants.ipynb #428d8199
 def _split(run) -> tuple[dict, dict]:
-    """Fields of a record, a `TrainConfig` or a dictionary, without and with the switches; a method's own
-    arguments are switches.
+    """Fields of a record, a `TrainConfig` or a dictionary, and its switches; a method's own arguments are
+    switches.
     """
     fields = dict(getattr(run, "config", run))
-    args = fields.pop("method_args", None) or {}
     switches = {name: fields.pop(name) for name in SWITCHES if name in fields}
-    return fields, switches | (args if isinstance(args, dict) else vars(args))
+    return fields, switches | fields.pop("method_args", {})
 
 
 # %% ../../nbs/engine/variants.ipynb #b27dc860
@@ -64,8 +63,16 @@ COLOURS = {
 # %% ../../nbs/engine/variants.ipynb #d0d2618f
 @dataclass(frozen=True)
 class Variant:
-    """A method with its λ (CADM alone has one) and its switches (name, value) that differ from the preset;
-    sorted as in the tables.
+    """What a line of a table compares: a method, its λ and its switches. Variants sort as in the tables.
+
+    Args:
+        method: name in `METHODS`.
+        lam: λ of Eq. 5; None for all methods but CADM.
+        switches: (name, value) of the decisions that differ from the preset.
+
+    Example:
+        >>> Variant.of(TrainConfig(method="cadm", lam=0.5, hinge="outside")).label
+        'CADM (λ = 0.5), hinge outside'
     """
 
     method: str
@@ -79,6 +86,16 @@ class Variant:
         method, usual = fields["method"], _usual(fields.get("preset", "paper"), fields["method"])
         lam = float(fields["lam"]) if method == "cadm" else None
         return cls(method, lam, tuple((n, v) for n, v in sorted(switches.items()) if v != usual.get(n)))
+
+    @property
+    def fields(self) -> dict:
+        """Method and λ as fields of a configuration; a method without λ has none."""
+        return {"method": self.method} | ({} if self.lam is None else {"lam": self.lam})
+
+    @property
+    def with_loss(self) -> bool:
+        """Whether label vectors are trained (λ > 0)."""
+        return bool(self.lam)
 
     @property
     def slug(self) -> str:
@@ -175,12 +192,17 @@ class NoRuns(RecordError):
 def pick(
     runs: Iterable[RunRecord], variant: Variant, dataset: str | None = None, seed: int | None = None
 ) -> RunRecord:
-    """The run of a variant with the lowest seed (or with `seed`); outdated ones, then rarer recipes, come last. Raises `NoRuns` naming what to train."""
+    """The run of a variant with the lowest seed (or with `seed`); outdated ones, then rarer recipes, come last.
+
+    Raises:
+        NoRuns: there is none; the message names what to train.
+    """
     there = [r for r in runs if dataset in (None, r.dataset.get("name"))]
     found = [r for r in there if Variant.of(r) == variant and seed in (None, r.config.seed)]
     if not found:
-        given = {"dataset": dataset, "method": variant.method, "lam": variant.lam, "seed": seed or 0}
-        options = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+        given = {"dataset": dataset} if dataset else {}
+        given |= variant.fields | {"seed": seed or 0}
+        options = " ".join(f"--{name} {value}" for name, value in given.items())
         what = f"{variant.label}{f' on {dataset}' if dataset else ''}"
         raise NoRuns(f"no finished run of {what}: `cadm train --preset mini {options}`, or `cadm reproduce`")
     usual = list(by_recipe(there))
@@ -191,15 +213,24 @@ def pick(
 def pair_of_runs(
     runs: Iterable[RunRecord], dataset: str, lam: float = 0.5, seed: int | None = None
 ) -> tuple[RunRecord, RunRecord]:
-    """Figure 4's two runs, equal in everything but λ: without the embedding loss (0) and with. Raises `NoRuns`."""
-    runs, with_ = list(runs), pick(runs, Variant("cadm", lam), dataset, seed)
+    """Figure 4's two runs, equal in everything but λ: without the embedding loss (0) and with.
+
+    Raises:
+        NoRuns: one of them is missing; the message names what to train.
+    """
+    runs = list(runs)
+    with_ = pick(runs, Variant("cadm", lam), dataset, seed)
     same = [r for r in runs if recipe(r) == recipe(with_)]
     return pick(same, Variant("cadm", 0.0), dataset, with_.config.seed), with_
 
 
 # %% ../../nbs/engine/variants.ipynb #70f61083
 def rows_of_loss(runs: Iterable[RunRecord], dataset: str) -> tuple[list[RunRecord], list[RunRecord]]:
-    """Runs with the embedding loss (λ = 0.5) and without it, of one recipe, one a seed. Raises `NoRuns`."""
+    """Runs with the embedding loss (λ = 0.5) and without it, of one recipe, one a seed.
+
+    Raises:
+        NoRuns: there is no such pair; the message names what to train.
+    """
     runs = [r for r in runs if r.dataset.get("name") == dataset]
     usual = recipe(pair_of_runs(runs, dataset)[1])
     rows = group(r for r in runs if recipe(r) == usual)
