@@ -11,6 +11,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,7 +31,6 @@ from cadm_paper.data.split import (
     cached_index,
     index_folder,
     may_write,
-    read_lines,
 )
 from .voc import voc_reader
 from ..files import default_folder, known, whole_file
@@ -53,11 +53,27 @@ class Dataset:
     test_split: str
     make: str  # how to get it
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # split -> images, images with a label
+    home: str = ""  # its folder below data/, where that is not its name
 
     def root(self, given=None) -> Path:
-        """Absolute path of its folder: the one given, else data/<name>."""
-        return Path(default_folder("data") / self.name if given is None else given).absolute()
+        """Absolute path of its folder: the one given, else its place below data/."""
+        return Path(default_folder("data") / (self.home or self.name) if given is None else given).absolute()
 
+
+# %% ../../nbs/data/datasets.ipynb #4e9f5104
+def listed_reader(whole: Reader, of: str, lists: Path) -> Reader:
+    """Splits that are image ids (an .npz with one array a split) of the split `of` of another form."""
+
+    def read(root, split: str) -> Index:
+        with np.load(lists) as ids:
+            return whole.read(root, of).choose(ids[split].astype(str).tolist(), f"{lists.name}, {split}")
+
+    sources = lambda root, split: [lists, *whole.sources(root, of)]
+    return whole._replace(sources=sources, read=read, official=lambda root, split: split)
+
+
+# %% ../../nbs/data/datasets.ipynb #c0c040a2
+COCO40K = Path(str(resources.files("cadm_paper"))) / "data" / "coco40k.npz"
 
 # %% ../../nbs/data/datasets.ipynb #7d0178d1
 GET = "`cadm data get {}` tells how to get it"
@@ -72,6 +88,16 @@ DATASETS: dict[str, Dataset] = {
             "val2014",
             GET.format("coco2014"),
             {"train2014": (82_783, 82_081), "val2014": (40_504, 40_137)},
+        ),
+        Dataset(
+            "coco40k",
+            "COCO-40k",
+            listed_reader(coco_reader("2014"), "train2014", COCO40K),
+            "train",
+            "test",
+            "it is 40,000 images of MS-COCO's train2014: " + GET.format("coco2014"),
+            {"train": (30_000, 30_000), "test": (10_000, 10_000)},
+            "coco2014",
         ),
         Dataset(
             "nuswide",
@@ -135,18 +161,6 @@ DATASETS: dict[str, Dataset] = {
 def dataset(name: str) -> Dataset:
     """The data set of this name. Raises `DataError` with the nearest one."""
     return DATASETS[known(name, DATASETS, "unknown data set", DataError)]
-
-
-# %% ../../nbs/data/datasets.ipynb #4e9f5104
-def listed_reader(whole: Reader, of: str) -> Reader:
-    """Splits that list image ids (`splits/<split>.txt`, one a line) of the split `of` of another form."""
-    listed = lambda root, split: Path(root) / "splits" / f"{split}.txt"
-    choose = lambda index, path: index.choose(read_lines(path), path)
-    return whole._replace(
-        sources=lambda root, split: [listed(root, split), *whole.sources(root, of)],
-        read=lambda root, split: choose(whole.read(root, of), listed(root, split)),
-        official=lambda root, split: split,
-    )
 
 
 # %% ../../nbs/data/datasets.ipynb #5e7c6bfc
