@@ -495,7 +495,7 @@ def curves(runs: Sequence[RunRecord]) -> Picture:
     fig = new_figure(PAGE, 2.1)
     for ax, (value, (title, factor)) in zip(fig.subplots(1, 3), panels.items()):
         for variant, seeds in grouped.items():
-            if variant.lam or value != "loss_lce":  # at lambda = 0 the embedding loss is not computed
+            if variant.with_loss or value != "loss_lce":  # at lambda = 0 the embedding loss is not computed
                 found = [{h["epoch"]: h.get(value) for h in r.history} for r in seeds.values()]
                 lines = factor * pd.DataFrame(found, dtype=float).dropna(axis=1)  # epochs that all have
                 draw_runs(ax, lines.columns, lines.to_numpy(), variant)
@@ -773,7 +773,7 @@ def label_vectors(records: Sequence[RunRecord], found: Sequence[dict]) -> Pictur
     ):
         variant = Variant.of(record)
         vector_panel(ax, arrays, names, variant.colour)
-        ax.set_title(variant.label + ("" if variant.lam else ": $f_{embed}$ untrained"))
+        ax.set_title(variant.label + ("" if variant.with_loss else ": $f_{embed}$ untrained"))
     return Picture(
         fig,
         f"label-vectors-{dataset}",

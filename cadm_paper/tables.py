@@ -301,12 +301,12 @@ def gain(of: Block, plan: TablePlan) -> Gain | None:
     ]
     if not pairs:
         return None
-    printed = {row.lam: row.values for row in plan.printed if row.method == "cadm"}
+    printed = {row.variant: row.values for row in plan.printed}
     return Gain(
         of.dataset,
         tuple(a.config.seed for a, _ in pairs),
         {m: [100 * (b.metrics[m] - a.metrics[m]) for a, b in pairs] for m in ("mAP", "CF1", "OF1")},
-        {m: printed[0.5][m] - printed[0.0][m] for m in ("mAP", "CF1", "OF1")},
+        {m: printed["cadm", 0.5][m] - printed["cadm", 0.0][m] for m in ("mAP", "CF1", "OF1")},
         plan.data,
         gain_interval(*pairs[0]) if len(pairs) == 1 else None,
     )
@@ -433,7 +433,7 @@ def table(
         raise ValueError(f"there is no {name!r}: one of {', '.join(PLANS)}")
     plan = PLANS[name]
     lines = [
-        Line(row.label, row.values, {}, "printed", "", row.method and Variant(row.method, row.lam))
+        Line(row.label, row.values, {}, "printed", "", Variant(*row.variant) if row.variant else None)
         for row in plan.printed
     ]
     printed = Block(plan.data, 448, "ResNet-101", lines, kind="printed")

@@ -236,6 +236,16 @@ def test_extreme_logits(function, dtype):
     assert loss.isfinite() and logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.01, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_saturated_logits_have_finite_gradients(gamma, clip):
+    """Right or wrong, present or absent: a power below 1 is infinitely steep at a score of exactly 0."""
+    x = torch.tensor([[120.0, -120.0, 120.0, -120.0, 0.0]], requires_grad=True)
+    loss = asymmetric_loss(x, torch.tensor([[1, 1, 0, 0, 1]]), gamma_pos=gamma, gamma_neg=gamma, clip=clip)
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()
+
+
 @settings(deadline=None, max_examples=25)
 @given(batch=batches(images=3), reduction=st.sampled_from(["sum", "mean"]))
 def test_the_asymmetric_loss_by_its_definition(batch, reduction):
@@ -376,6 +386,8 @@ def test_wrong_switches(wrong, message):
         (classification_loss, dict(reduction_classes="none")),
         (asymmetric_loss, dict(reduction_classes="none")),
         (asymmetric_loss, dict(clip=-1)),
+        (asymmetric_loss, dict(gamma_neg=-1)),
+        (asymmetric_loss, dict(gamma_pos=float("nan"))),
     ],
 )
 def test_wrong_switches_of_functions(function, wrong):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,62 @@ def test_pickles_are_not_run(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+SD = torchvision.models.resnet18(weights=None).state_dict()
+UNREADABLE = {
+    "module.pth": ({f"module.{k}": v for k, v in SD.items()}, "begin with 'module.': remove this prefix"),
+    "lightning.pth": ({"state_dict": {f"net.enc.{k}": v for k, v in SD.items()}}, "with 'net.enc.'"),
+    "args.pth": ({"state_dict": SD, "args": SimpleNamespace()}, "holds types.SimpleNamespace"),
+    "whole.pth": (torchvision.models.resnet18(weights=None), "holds torchvision.models.resnet.ResNet"),
+    "c.pth.tar": ({"state_dict": SD}, "rename it"),
+    "x.ckpt": ({"state_dict": SD}, "rename it"),
+    "model.pth": ({"model": SD}, "under 'model'"),
+    "list.pth": ([1, 2], "no state dict"),
+    "nan.pth": ({**SD, "fc.bias": SD["fc.bias"] / 0}, "fc.bias is not finite"),
+    "empty.pth": (b"", "is empty"),
+    "empty.npz": (b"", "is empty"),
+    "empty.safetensors": (b"", "is empty"),
+    "page.pth": (b"<html>not found</html>", "no file that torch.save wrote"),
+    "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\n", "header"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_of_another_project_is_refused_with_what_to_do(tmp_path, name):
+    content, says = UNREADABLE[name]
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(ValueError) as error:
+        CADM(3, "resnet18", tmp_path / name, image_size=64)
+    said = str(error.value)
+    assert name in said and says in said.replace(str(tmp_path), "") and "\n" not in said and len(said) < 600
+
+
+def test_words_for_imagenet_and_for_nothing(tmp_path, monkeypatch):
+    """torchvision's own words and its enum are taken; the file is never unpickled freely, and checked where cached."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    calls = []
+    fetch = lambda url, **how: calls.append(how) or SD
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    enum = torchvision.models.ResNet18_Weights.DEFAULT
+    for word in ("imagenet", "IMAGENET1K_V1", "DEFAULT", enum):
+        model = CADM(4, "resnet18", word, image_size=64)
+        assert model.provenance["version"] == "IMAGENET1K_V1"
+        assert torch.equal(model.backbone.conv1.weight, SD["conv1.weight"])
+    assert len(calls) == 4 and all(how["weights_only"] and how["check_hash"] for how in calls)
+    for word in (None, "none", "None"):
+        assert CADM(4, "resnet18", word, image_size=64, quiet=True).provenance == {"source": None}
+    cached = tmp_path / "hub" / "checkpoints" / Path(enum.url).name
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(pickle.dumps(Bomb(str(tmp_path / "made")), protocol=2))
+    with pytest.raises(ValueError, match=f"{cached.name} is not torchvision's file"):
+        CADM(4, "resnet18", image_size=64)
+    with pytest.raises(ValueError, match="no ResNet18_Weights.IMAGENET1K_V1 weights for resnet34"):
+        CADM(4, "resnet34", enum, image_size=64)
+    assert len(calls) == 4 and not (tmp_path / "made").exists()
+
+
 def test_without_a_network_the_error_says_what_to_do(monkeypatch):
     def unreachable(*args, **kwargs):
         raise urllib.error.URLError("no route to host")
@@ -260,6 +317,26 @@ def test_every_method_is_loaded_as_it_was_saved(tmp_path, method, monkeypatch, r
     again = load_model(folder)
     assert torch.equal(before, torch.get_rng_state()) and again.config == model.config and not recwarn.list
     close(again(images()), model.eval()(images()), rtol=0, atol=0)
+
+
+def test_a_model_says_how_it_sees_images_or_is_silent(tmp_path):
+    model = CADM(3, "narrow_resnet", None, image_size=(32, 64), normalise="half", resize="crop")
+    config = json.loads((model.save_pretrained(tmp_path / "m") / "config.json").read_text())
+    assert {name: config[name] for name in ("normalise", "resize", "exif", "image_size")} == dict(
+        normalise="half", resize="crop", exif=False, image_size=[32, 64]
+    )
+    assert load_model(tmp_path / "m").seen == model.seen
+    del config["normalise"]  # as versions before this one wrote it
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    again = load_model(tmp_path / "m")
+    assert again.seen is None and "normalise" not in again.config
+
+
+def test_a_saved_model_that_is_not_finite_is_refused(small, tmp_path):
+    with torch.no_grad():
+        small.head.classifier.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="head.classifier.weight is not finite"):
+        CADM.from_pretrained(small.save_pretrained(tmp_path / "m"))
 
 
 # ---- outside processes -------------------------------------------------------------------------------------------------

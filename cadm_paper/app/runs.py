@@ -33,9 +33,8 @@ def runs_table(outputs: Path | None = None) -> list[dict]:
             rows.append({**row, "run": name, "folder": str(folder)})
             if (folder / "run.json").is_file():
                 record = RunRecord.load(folder)
-                same = {
-                    key: getattr(record.config, key) for key in ("preset", "dataset", "method", "lam", "seed")
-                }
+                same = {key: getattr(record.config, key) for key in ("preset", "dataset", "seed")}
+                same |= Variant.of(record).fields
                 rows[-1] |= {"mAP": 100 * record.metrics["mAP"], "seconds": record.timing.get("wall_s")}
                 rows[-1] |= {"device": record.environment.get("device")}
                 rows[-1] |= {"differs": config_changes(TrainConfig(**same), record.config)}

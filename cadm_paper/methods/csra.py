@@ -20,12 +20,12 @@ from ..model import LAST, class_maps
 
 # %% ../../nbs/methods/csra.ipynb #c556beaf
 def residual_attention(
-    scores: Float[Tensor, "batch classes h w"], T: float, lam: float
+    scores: Float[Tensor, "batch classes h w"], T: float, weight: float
 ) -> Float[Tensor, "batch classes"]:
-    """Mean over positions plus `lam` times the softmax-weighted mean (T = 99: the maximum)."""
+    """Mean over positions plus `weight` times the softmax-weighted mean (T = 99: the maximum)."""
     flat = scores.flatten(2)
     attended = flat.amax(2) if T == 99 else ((T * flat).softmax(2) * flat).sum(2)
-    return flat.mean(2) + lam * attended
+    return flat.mean(2) + weight * attended
 
 
 # %% ../../nbs/methods/csra.ipynb #d2372c77

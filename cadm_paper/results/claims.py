@@ -121,7 +121,7 @@ class TestedClaim:
 # %% ../../nbs/results/claims.ipynb #87e66857
 def printed(dataset: str, variant: Variant, against: Variant) -> float:
     """What the paper's tables print for the difference of two variants, in points of mAP."""
-    rows = {Variant(row.method, row.lam): row.values["mAP"] for row in TABLES[dataset] if row.method}
+    rows = {Variant(*row.variant): row.values["mAP"] for row in TABLES[dataset] if row.variant}
     return round(rows[variant] - rows[against], 1)
 
 
