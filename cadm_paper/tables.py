@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,7 +20,7 @@ from .engine.record import RecordError, RunRecord, is_record, outdated, source
 from .engine.variants import MAIN, Variant, by_recipe, recipe, recipe_changes
 from .files import whole_file
 from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow
-from .results.evaluation import compare_scores
+from .results.statistics import Difference, bootstrap, difference
 
 # %% auto #0
 __all__ = ["run_status", "ResultTable", "table"]
@@ -110,25 +110,31 @@ def run_key(record: RunRecord) -> str:
 
 # %% ../nbs/07_tables.ipynb #0433c9fc
 def run_status(folder: str | Path) -> Status:
-    """What a folder of runs and its `status.json`, if the workflow left one, say beside the records."""
+    """What a folder of runs and its `status.json`, if the workflow left one, say beside the records.
+
+    Args:
+        folder: as `outputs/runs`: data set, then run.
+
+    Returns:
+        A `Status` for `table`: why runs are unfinished or stale, and which other code made the rest.
+
+    >>> shown = table("table1", load_runs("outputs/runs"), status=run_status("outputs/runs"))
+    """
     try:
         entries = json.loads((Path(folder) / "status.json").read_text(encoding="utf-8"))["runs"]
         told = {e["run"]: (e["state"], str(e.get("reason") or "")) for e in entries}
     except (OSError, ValueError, KeyError, TypeError):
         told = {}
     unfinished = {}
-    for path in sorted(
-        p for p in Path(folder).glob("*/[!.]*") if p.is_dir() and not is_record(p / "run.json")
-    ):
-        why = (
-            "its run.json cannot be read" if (path / "run.json").exists() else "interrupted, or still running"
-        )
-        unfinished[f"{path.parent.name}/{path.name}"] = why
+    for path in sorted(Path(folder).glob("*/[!.]*")):
+        if path.is_dir() and not is_record(path / "run.json"):
+            broken = (path / "run.json").exists()
+            why = "its run.json cannot be read" if broken else "interrupted, or still running"
+            unfinished["/".join(path.parts[-2:])] = why
     unfinished |= {key: f"{s}: {why}" for key, (s, why) in told.items() if s in ("failed", "interrupted")}
     of = lambda state: {key: why for key, (s, why) in told.items() if s == state}
-    return Status(
-        unfinished, of("stale"), of("submitted") | of("finished")
-    )  # finished, and a reason: by other code
+    other_code = of("finished")  # its reason is other code
+    return Status(unfinished, of("stale"), of("submitted") | other_code)
 
 
 # %% ../nbs/07_tables.ipynb #92c7067b
@@ -237,30 +243,23 @@ def block_key(record: RunRecord) -> tuple:
 # %% ../nbs/07_tables.ipynb #04675ce1
 @dataclass(frozen=True)
 class Gain:
-    """λ = 0.5 minus λ = 0 in points on one data set, by seed, with the printed difference and a single seed's interval over test images."""
+    """λ = 0.5 minus λ = 0 on one data set: differences by metric, paired by seed, and the printed ones in points."""
 
     dataset: str
-    seeds: tuple[int, ...]
-    by_seed: dict[str, list[float]]
+    differences: dict[str, Difference]
     printed: dict[str, float]
     printed_on: str
-    interval: tuple[float, float] | None = None
-
-    @property
-    def points(self) -> dict[str, float]:
-        """Mean over seeds."""
-        return {name: sum(each) / len(each) for name, each in self.by_seed.items()}
 
     def __str__(self) -> str:
         listed = lambda points: ", ".join(f"{name} {signed(v)}" for name, v in points.items())
-        sure = "One seed; the sign may change with another."
-        if len(self.seeds) > 1:
-            sure = f"Mean of {len(self.seeds)} seeds; mAP by seed: {', '.join(map(signed, self.by_seed['mAP']))}."
-        elif self.interval:
-            low, high = map(signed, self.interval)
-            sure += f" The 95 % interval of mAP, {low} to {high}, covers test images, not training variation."
+        points, d = {name: 100 * d.mean for name, d in self.differences.items()}, self.differences["mAP"]
+        sure = f"Mean of {d.n} seeds; mAP: {d}."
+        if d.n == 1:
+            sure = "One seed; the sign may change with another."
+        if d.n == 1 and d.se_images:
+            sure += f" Standard error of mAP over test images: {100 * d.se_images:.1f}; training variation is not in it."
         return (
-            f"Embedding loss (λ = 0.5 minus λ = 0), measured on {self.dataset}: {listed(self.points)} points. {sure} "
+            f"Embedding loss (λ = 0.5 minus λ = 0), measured on {self.dataset}: {listed(points)} points. {sure} "
             f"The paper prints {listed(self.printed)} for {self.printed_on}."
         )
 
@@ -272,44 +271,32 @@ def signed(points: float) -> str:
 
 
 # %% ../nbs/07_tables.ipynb #0e4781b8
-def gain_interval(without: RunRecord, with_: RunRecord) -> tuple[float, float] | None:
-    """95 % interval over test images of the mAP difference in points (paired bootstrap); None without scores of the same images, or for very many of them."""
+def image_error(without: RunRecord, with_: RunRecord) -> float:
+    """Standard error of the mAP difference over test images; 0 without scores of the same images, or for very many."""
     try:
         a, b = without.scores(), with_.scores()
     except RecordError:
-        return None
+        return 0.0
     if not a or not b or list(a["image_ids"]) != list(b["image_ids"]) or a["scores"].size > 1_000_000:
-        return None
-    found = compare_scores(b["scores"], a["scores"], a["targets"]).loc["mAP"]
-    return 100 * float(found["difference_low"]), 100 * float(found["difference_high"])
+        return 0.0
+    drawn = [bootstrap(found["scores"], found["targets"], 200)["mAP"] for found in (a, b)]
+    return float((drawn[1] - drawn[0]).std())
 
 
 # %% ../nbs/07_tables.ipynb #6e6e2c7c
 def gain(of: Block, plan: TablePlan) -> Gain | None:
     """The block's gain over the seeds that both rows have under one recipe; None where there is no such seed."""
-    without, with_ = (
-        {
-            (r.config.seed, recipe(r)): r
-            for line in of.lines
-            for r in line.runs
-            if line.variant == variant and line.state == "measured"
-        }
-        for variant in MAIN[-2:]
-    )
-    pairs = [
-        (without[key], with_[key]) for key in sorted(without.keys() & with_.keys(), key=lambda key: key[0])
-    ]
+    measured = [line for line in of.lines if line.state == "measured"]
+    runs = {v: [r for line in measured if line.variant == v for r in line.runs] for v in MAIN[-2:]}
+    without, with_ = ({(r.config.seed, recipe(r)): r for r in same} for same in runs.values())
+    pairs = [(without[key], with_[key]) for key in without if key in with_]
     if not pairs:
         return None
     printed = {row.variant: row.values for row in plan.printed}
-    return Gain(
-        of.dataset,
-        tuple(a.config.seed for a, _ in pairs),
-        {m: [100 * (b.metrics[m] - a.metrics[m]) for a, b in pairs] for m in ("mAP", "CF1", "OF1")},
-        {m: printed["cadm", 0.5][m] - printed["cadm", 0.0][m] for m in ("mAP", "CF1", "OF1")},
-        plan.data,
-        gain_interval(*pairs[0]) if len(pairs) == 1 else None,
-    )
+    error, names = image_error(*pairs[0]) if len(pairs) == 1 else 0.0, ("mAP", "CF1", "OF1")
+    found = {m: difference([b.metrics[m] - a.metrics[m] for a, b in pairs], error) for m in names}
+    claimed = {m: printed["cadm", 0.5][m] - printed["cadm", 0.0][m] for m in names}
+    return Gain(of.dataset, found, claimed, plan.data)
 
 
 # %% ../nbs/07_tables.ipynb #fcd1c999
@@ -375,8 +362,7 @@ class ResultTable:
                 "image_size": block.image_size,
                 "backbone": block.backbone,
                 "row": line.label,
-                "method": line.variant and line.variant.method,
-                "lam": line.variant and line.variant.lam,
+                **asdict(line.variant or Variant("")),
                 "state": line.state,
                 "n": len(line.runs) or None,
                 "note": line.note,
@@ -398,7 +384,7 @@ class ResultTable:
 
     def csv(self) -> str:
         """One line a row: percent, and `_sd` for the standard deviation over seeds."""
-        plain = lambda row: {k: v for k, v in row.items() if not isinstance(v, (dict, list))}
+        plain = lambda row: {k: v for k, v in row.items() if not isinstance(v, (dict, list, tuple))}
         cells = lambda of, end: {f"{c}{end}": None if of.get(c) is None else round(of[c], 4) for c in COLUMNS}
         flat = [plain(row) | cells(row["percent"], "") | cells(row["sd"], "_sd") for row in self.rows()]
         return pd.DataFrame(flat, dtype=object).to_csv(index=False, lineterminator="\n")
@@ -412,10 +398,11 @@ class ResultTable:
 
     def save(self, folder: str | Path) -> dict[str, Path]:
         """Write folder/name.html, .md, .csv and .json atomically; returns the paths by extension."""
-        paths = {form: Path(folder) / f"{self.name}.{form}" for form in self.files()}
-        for form, text in self.files().items():
-            with whole_file(paths[form], "w") as file:
-                file.write(text)
+        files = self.files()
+        paths = {form: Path(folder) / f"{self.name}.{form}" for form in files}
+        for form, path in paths.items():
+            with whole_file(path, "w") as file:
+                file.write(files[form])
         return paths
 
     def _repr_html_(self) -> str:

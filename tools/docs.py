@@ -164,14 +164,12 @@ def short(gain) -> str:
     """What the embedding loss changed in mAP, with its certainty, in a few words."""
     from cadm_paper.tables import signed
 
-    over = f" [{signed(gain.interval[0])}, {signed(gain.interval[1])}]" if gain.interval else ""
-    seeds = (
-        f"{len(gain.seeds)} seeds"
-        if len(gain.seeds) > 1
-        else "one seed" + ", interval over test images" * bool(over)
-    )
+    d = gain.differences["mAP"]
+    seeds = f"{d.n} seeds" if d.n > 1 else "one seed"
+    if d.n == 1 and d.se_images:
+        seeds += f", standard error over test images {100 * d.se_images:.1f}"
     printed = f"printed {signed(gain.printed['mAP'])} on {gain.printed_on}"
-    return f"{gain.dataset} {signed(gain.points['mAP'])}{over} ({seeds}; {printed})"
+    return f"{gain.dataset} {signed(100 * d.mean)} ({seeds}; {printed})"
 
 
 def verdict_counts() -> str:

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from ..data.datasets import DATASETS
 from ..engine.config import ConfigError, TrainConfig, config_digest, explain
-from ..engine.record import RecordError, RunRecord, code_version
+from ..engine.record import RecordError, RunRecord, code_version, package_digest
 from ..engine.splits import data_root, prepare_data
 from ..engine.variants import run_name
 from ..files import checkout_root, default_folder, folder_lock, known, sha256_file, write_json
@@ -114,14 +113,17 @@ def load_batch(config: str = "mini", **more) -> Batch:
 # %% ../../nbs/app/batch.ipynb #1e2a096e
 @dataclass(frozen=True)
 class Run:
-    """A run of a batch: what its line gives, the complete configuration, data set with name, folder, and the notebook that is executed for it."""
+    """A run of a batch: what its line gives, the complete configuration, and data set with name of the folder."""
 
     batch: Batch
     given: dict
     config: TrainConfig
     key: str
-    folder: Path
-    notebook: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where its record is; the executed notebook lies beside it, with the suffix .ipynb."""
+        return self.batch.outputs / "runs" / self.key
 
     @property
     def workshop(self) -> Path:
@@ -167,8 +169,7 @@ def placed(given: dict, batch: Batch) -> Run:
     config = TrainConfig(**given)
     known(config.dataset, DATASETS, "unknown data set")
     config = config.model_copy(update={"data_dir": other_data(config.dataset, batch.data)})
-    runs, key = batch.outputs / "runs", f"{config.dataset}/{run_name(config)}"
-    return Run(batch, given, config, key, runs / key, runs / f"{key}.ipynb")
+    return Run(batch, given, config, f"{config.dataset}/{run_name(config)}")
 
 
 # %% ../../nbs/app/batch.ipynb #d0d2197a
@@ -208,18 +209,19 @@ def made_by(code: dict) -> str:
     spell = lambda c: (
         f"{(c.get('commit') or 'unknown')[:7]}, {'uncommitted changes' if c.get('modified') else 'clean'}"
     )
-    same = all(c.get("package") == code_version()["package"] for c in every)
+    same = all(c.get("package") == package_digest() for c in every)
     return "" if same else "made by commit " + "; resumed under ".join(dict.fromkeys(map(spell, every)))
 
 
 # %% ../../nbs/app/batch.ipynb #89bc04c8
-State = namedtuple("State", "word reason", defaults=[""])
+State = namedtuple("State", "word reason record", defaults=["", None])
 
 
 def state(folder: Path, config: TrainConfig | None = None, data: str = "") -> State:
     """How things stand in a run's folder: finished, submitted, stale, failed, interrupted or missing, and why.
 
-    For a finished run the reason is the code that made it, if not the present one. Without a `config` the record answers its own."""
+    For a finished run the reason is the code that made it, if not the present one; its record comes with it. Without a
+    `config` the record answers its own."""
     try:
         record = RunRecord.load(folder)
     except RecordError:
@@ -228,24 +230,31 @@ def state(folder: Path, config: TrainConfig | None = None, data: str = "") -> St
         begun = (folder / "checkpoint" / "last.safetensors").is_file()
         return State("interrupted", "goes on from its checkpoint") if begun else State("missing", "no record")
     if (taken := folder / "submitted.json").is_file():
-        return State("submitted", f"made elsewhere: {json.loads(taken.read_text())['by'] or 'no name given'}")
+        by = json.loads(taken.read_text())["by"] or "no name given"
+        return State("submitted", f"made elsewhere: {by}", record)
     asked = config or record.config
     if config_digest(asked) != record.digest:
-        return State("stale", "of another configuration")
+        return State("stale", "of another configuration", record)
     fields = {**dict(asked), "data_dir": other_data(asked.dataset, data)}
     now = labels_now(*(fields[name] for name in DATA))
     if other := [s for s in now if record.dataset.get(s, {}).get("fingerprint", now[s]) != now[s]]:
-        return State("stale", f"made with other {' and '.join(other)} images or labels than are there now")
-    return State("finished", made_by(record.environment.get("code", {})))
+        why = f"made with other {' and '.join(other)} images or labels than are there now"
+        return State("stale", why, record)
+    return State("finished", made_by(record.environment.get("code", {})), record)
 
 
 # %% ../../nbs/app/batch.ipynb #b998c0b4
-def status(outputs: Path) -> list[dict]:
-    """State of all runs in `outputs/runs`, as `status.json` there tells tables and report: run, state, reason."""
+def states(outputs: Path) -> dict[Path, State]:
+    """State of every run in `outputs/runs`, by folder."""
     data = outputs.name.removeprefix("on-") if outputs.name.startswith("on-") else ""
     found = {p: state(p, None, data) for p in sorted((outputs / "runs").glob("*/*")) if p.is_dir()}
+    return {p: now for p, now in found.items() if now.word != "missing"}
+
+
+def status(outputs: Path) -> list[dict]:
+    """The same as `status.json` there tells tables and report: run, state, reason."""
     row = lambda p, now: {"run": f"{p.parent.name}/{p.name}", "state": now.word, "reason": now.reason}
-    return [row(p, now) for p, now in found.items() if now.word != "missing"]
+    return [row(p, now) for p, now in states(outputs).items()]
 
 
 # %% ../../nbs/app/batch.ipynb #abe07e2d
@@ -265,18 +274,6 @@ def lacks_evidence(run: Run) -> bool:
     return asked and not config.holdout and (there or wanted(run.state, run.batch))
 
 
-# %% ../../nbs/app/batch.ipynb #90c212a7
-TRAIN = "nbs/experiments/train.ipynb"
-
-
-def describe(run: Run) -> dict:
-    """What a dry run tells of a run: state, reason, what is to do, complete configuration and command."""
-    told = [word for name, value in run.parameters().items() for word in ("-p", name, str(value))]
-    facts = {"run": run.key, "state": run.state.word, "reason": run.state.reason, "what": run.what}
-    config = run.config.model_dump(mode="json", exclude={"out_dir", "data_dir"})
-    return {**facts, "config": config, "command": ["papermill", TRAIN, str(run.notebook), *told]}
-
-
 # %% ../../nbs/app/batch.ipynb #32898585
 def made_from(batch: Batch) -> list[str]:
     """What tables, figures, studies and the report are made from: records and their states, evidence, parameters and code."""
@@ -285,11 +282,7 @@ def made_from(batch: Batch) -> list[str]:
         p for place in runs for name in ("run.json", "evidence.npz") for p in place.glob(f"*/*/{name}")
     ]
     files = [*sorted(records), *map(notebook_path, batch.notebooks)]
-    return [
-        code_version()["package"],
-        json.dumps([batch.notebooks, status(batch.outputs)]),
-        *map(sha256_file, files),
-    ]
+    return [package_digest(), json.dumps([batch.notebooks, status(batch.outputs)]), *map(sha256_file, files)]
 
 
 # %% ../../nbs/app/batch.ipynb #4bff9910
@@ -318,57 +311,40 @@ def follow(process: subprocess.Popen, runs: list[Run]) -> None:
     """Show the epochs that are done, the time left and a line for each finished run, until the process ends."""
     from tqdm import tqdm
 
-    began, ended, often = time.time(), False, 1 if sys.stderr.isatty() else 30
-    left, total = list(runs), sum(run.config.epochs for run in runs)
-    bar = tqdm(
-        total=total, initial=sum(map(epochs_done, runs)), unit="epoch", mininterval=often, disable=not runs
-    )
-    while not ended:
-        time.sleep(0.5)
-        ended = process.poll() is not None
-        for run in [r for r in left if (p := r.folder / "run.json").is_file() and p.stat().st_mtime > began]:
-            left.remove(run)
-            record = RunRecord.load(run.folder)
-            took, score = tqdm.format_interval(record.timing["wall_s"]), 100 * record.metrics["mAP"]
-            bar.write(f"[{len(runs) - len(left)}/{len(runs)}] {run.key}: {took}, mAP {score:.1f}")
-        bar.update(total - sum(r.config.epochs - epochs_done(r) for r in left) - bar.n)
-    bar.close()
+    began, left, total = time.time(), list(runs), sum(run.config.epochs for run in runs)
+    fresh = lambda path: path.is_file() and path.stat().st_mtime > began
+    how = dict(unit="epoch", mininterval=1 if sys.stderr.isatty() else 30, disable=not runs)
+    with tqdm(total=total, initial=sum(map(epochs_done, runs)), **how) as bar:
+        ended = False
+        while not ended:
+            time.sleep(0.5)
+            ended = process.poll() is not None
+            for run in [run for run in left if fresh(run.folder / "run.json")]:
+                left.remove(run)
+                record = RunRecord.load(run.folder)
+                took, score = tqdm.format_interval(record.timing["wall_s"]), 100 * record.metrics["mAP"]
+                bar.write(f"[{len(runs) - len(left)}/{len(runs)}] {run.key}: {took}, mAP {score:.1f}")
+            bar.update(total - sum(run.config.epochs - epochs_done(run) for run in left) - bar.n)
 
 
 # %% ../../nbs/app/batch.ipynb #ef4b81b0
 def engine(batch: Batch, target: str, jobs: int | None = None, profile: str | None = None) -> bool:
     """Let Snakemake make a target, runs or reports: whether something failed. Stopping or killing this process stops everything."""
-    root, runs = (
-        project_root() / "workflow",
-        [run for run in plan(batch) if run.what == "run" and target == "runs"],
-    )
-    write_json(content := batch.outputs / "work" / "reproduce.json", batch.model_dump(mode="json"))
+    root, content = project_root() / "workflow", batch.outputs / "work" / "reproduce.json"
+    runs = [run for run in plan(batch) if run.what == "run" and target == "runs"]
+    write_json(content, batch.model_dump(mode="json"))
     ours = root / "profiles" / (profile or "default")
-    limits = [f"run={jobs or 1000}"]
+    options = ["--snakefile", root / "Snakefile", "--configfile", content, "--quiet", "all"]
+    options += ["--workflow-profile", ours if ours.is_dir() else Path(profile).resolve()]
+    options += ["--resources", f"run={jobs or 1000}"]
     if not profile:
         shared = any(run.config.device != "cpu" for run in runs)
-        limits += [f"gpu={len(gpus())}"] * shared + ["--cores", "all"]
-    line = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        root / "Snakefile",
-        "--configfile",
-        content,
-        "--quiet",
-        "all",
-    ]
-    line += ["--workflow-profile", ours if ours.is_dir() else Path(profile).resolve(), "--resources", *limits]
+        options += [f"gpu={len(gpus())}"] * shared + ["--cores", "all"]
     again = [run.folder / name for run in runs for name in ("run.json", "evidence.npz")]
-    line += [
-        "--forcerun",
-        *(path.relative_to(batch.outputs) for path in again if path.exists()),
-        "--",
-        target,
-    ]
+    options += ["--forcerun", *(path.relative_to(batch.outputs) for path in again if path.exists())]
+    line = [sys.executable, "-m", "snakemake", *map(str, options), "--", target]
     environ = {**os.environ, "CADM_PARENT": str(os.getpid())}
-    process = subprocess.Popen([*map(str, line)], env=environ, cwd=project_root(), start_new_session=True)
+    process = subprocess.Popen(line, env=environ, cwd=project_root(), start_new_session=True)
     try:
         follow(process, runs)
     finally:
@@ -391,7 +367,6 @@ def reproduce(
     config: str = "mini",
     jobs: int | None = None,
     dry_run: bool = False,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
     force: bool = False,
     dirty: bool = False,
     report_only: bool = False,
@@ -405,7 +380,6 @@ def reproduce(
         config: which batch of runs: mini, voc2007, paper, studies, or a file.
         jobs: runs at the same time; by default what cores and GPUs have room for.
         dry_run: say what would be done and why, and do nothing.
-        as_json: with dry_run: the list of runs as JSON.
         force: also run again what other code made, and stale runs that the config keeps.
         dirty: run although there are uncommitted changes and the config wants none.
         report_only: only tables, figures and report, from the runs that are there.
@@ -414,11 +388,9 @@ def reproduce(
     batch = load_batch(config, force=force, dirty=dirty, report_only=report_only)
     runs = plan(batch)
     todo = [run for run in runs if run.what != "keep" and not batch.report_only]
-    if dry_run and as_json:
-        print(json.dumps([describe(run) for run in runs], indent=1))
-    for run in runs if dry_run and not as_json else []:
-        print(f"{run.what:<7}  {run.state.word:<11} {run.key:<50} {run.state.reason}")
     if dry_run:
+        for run in runs:
+            print(f"{run.what:<7}  {run.state.word:<11} {run.key:<50} {run.state.reason}")
         return 0
     check_code(batch, todo)
     with folder_lock(batch.outputs / "work", name=".workflow.lock"):

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 from cadm_paper.app.batch import (
-    TRAIN,
     Batch,
     WorkflowError,
     gpus,
@@ -79,15 +78,15 @@ def hold_gpus(count: int, devices: list[str], locks: str):
 def train_job(batch: Batch, key: str, out: Path) -> None:
     """Execute a run's notebook. Raises `ValueError` if it fails, and leaves the reason in `failed.json`."""
     (run,) = (run for run in plan(batch) if run.key == key)
-    locks, workshop = os.environ.get("CADM_GPU_LOCKS", f"/tmp/cadm-gpus-{os.getuid()}"), run.workshop
+    workshop, book = run.workshop, run.folder.with_name(f"{run.folder.name}.ipynb")
     with folder_lock(batch.outputs / "work" / "jobs" / key, wait=True):
         if not wanted(run.state, batch):
             return  # another job finished it while this one waited
         with folder_lock(workshop, wait=True):  # the kernel of a killed job may need a second to end
             (workshop / "failed.json").unlink(missing_ok=True)
         try:
-            with hold_gpus(run.gpus, gpus(), locks):
-                execute(project_root() / TRAIN, run.notebook, run.parameters())
+            with hold_gpus(run.gpus, gpus(), os.environ["CADM_GPU_LOCKS"]):
+                execute(notebook_path("train"), book, run.parameters())
             RunRecord.load(workshop)
         except ValueError as error:
             write_json(workshop / "failed.json", {"reason": str(error).replace(f"{batch.outputs}/", "")})

@@ -14,30 +14,32 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from .batch import Batch, WorkflowError, status
+from .batch import Batch, WorkflowError, states
 from ..data.datasets import DATASETS
-from ..engine.config import TrainConfig, config_changes, config_digest
+from ..engine.config import TrainConfig, config_digest
 from ..engine.record import RecordError, RunRecord, load_runs
-from ..engine.variants import run_name
+from ..engine.variants import recipe_changes, run_name
 from ..files import known, sha256_file, whole_file, write_json
+
+
+# %% ../../nbs/app/runs.ipynb #ba03b448
+def summary(record: RunRecord) -> dict:
+    """A record in a line: mAP in percent, seconds, device, and what differs from its preset beside the variant."""
+    usual = TrainConfig(preset=record.config.preset, dataset=record.config.dataset)
+    where = {"seconds": record.timing.get("wall_s"), "device": record.environment.get("device")}
+    return {"mAP": 100 * record.metrics["mAP"], **where, "differs": recipe_changes(record, usual)}
 
 
 # %% ../../nbs/app/runs.ipynb #559a5286
 def runs_table(outputs: Path | None = None) -> list[dict]:
-    """Every run on disk: name, state, reason and folder; of those with a record mAP, seconds, device and what differs from the preset."""
+    """Every run on disk: name, state, reason and folder; of those with a record its `summary`."""
     rows, outputs = [], outputs or Batch().outputs
     for place in (outputs, *sorted(outputs.glob("on-*"))):
-        for row in status(place):
-            folder = place / "runs" / row["run"]
+        for folder, now in states(place).items():
             name = folder.relative_to(outputs).as_posix().replace("runs/", "", 1)
-            rows.append({**row, "run": name, "folder": str(folder)})
-            if (folder / "run.json").is_file():
-                record = RunRecord.load(folder)
-                same = {key: getattr(record.config, key) for key in ("preset", "dataset", "seed")}
-                same |= Variant.of(record).fields
-                rows[-1] |= {"mAP": 100 * record.metrics["mAP"], "seconds": record.timing.get("wall_s")}
-                rows[-1] |= {"device": record.environment.get("device")}
-                rows[-1] |= {"differs": config_changes(TrainConfig(**same), record.config)}
+            rows.append({"run": name, "state": now.word, "reason": now.reason, "folder": str(folder)})
+            if now.record:
+                rows[-1] |= summary(now.record)
     return rows
 
 

@@ -170,8 +170,12 @@ class RunRecord:
         return found
 
     def holds(self, file: str) -> bool:
-        """Whether the arrays of a file are kept."""
-        return bool(self._read(file))
+        """Whether the arrays of a file are kept; only names are read."""
+        path, start = self._place(file)
+        if not path.is_file():
+            return False
+        with np.load(path, allow_pickle=False) as data:
+            return any(key.startswith(start) for key in data.files)
 
     def scores(self) -> dict | None:
         """image_ids, classes, targets N x C and scores, scores_fcls, scores_scls N x C."""

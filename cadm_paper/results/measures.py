@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/results/measures.ipynb #4693ba36
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -213,40 +212,10 @@ def keep_evidence(record: RunRecord, split) -> None:
     record.keep("evidence.npz", **found)
 
 
-# %% ../../nbs/results/measures.ipynb #5c63164f
-def evidence(record: RunRecord) -> dict[str, np.ndarray] | None:
-    """What `keep_evidence` kept of a run, None without it; `RecordError` if it is of another record."""
-    return record.beside("evidence.npz")
-
-
 # %% ../../nbs/results/measures.ipynb #34cd2dc8
 def evidence_by_seed(runs: Mapping[int, RunRecord]) -> dict[int, dict[str, np.ndarray]]:
-    """seed -> evidence of those runs (seed -> record) that have it."""
-    return {seed: found for seed, record in runs.items() if (found := evidence(record)) is not None}
-
-
-# %% ../../nbs/results/measures.ipynb #aad2ce0f
-IN_COCO = {
-    "aeroplane": "airplane",
-    "diningtable": "dining table",
-    "motorbike": "motorcycle",
-    "pottedplant": "potted plant",
-    "sofa": "couch",
-    "tvmonitor": "tv",
-}
-
-
-# %% ../../nbs/results/measures.ipynb #1ce5714d
-def in_classes(split, classes: Sequence[str]):
-    """A split with these classes, each taken from its class of that name or of the name in `IN_COCO`.
-
-    Images that show none are left out.
-    """
-    column = [split.classes.index(IN_COCO.get(name, name)) for name in classes]
-    of = {c: new for new, c in enumerate(column)}
-    boxes = {i: [(of[c], *box) for c, *box in boxes if c in of] for i, boxes in (split.boxes or {}).items()}
-    fewer = replace(split, classes=tuple(classes), labels=split.labels[:, column], boxes=boxes)
-    return fewer.take(fewer.labelled)
+    """seed -> what `keep_evidence` kept, of those runs (seed -> record) that have it."""
+    return {seed: found for seed, run in runs.items() if (found := run.beside("evidence.npz"))}
 
 
 # %% ../../nbs/results/measures.ipynb #87e2c134
