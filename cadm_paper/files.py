@@ -8,15 +8,20 @@ __all__ = ["FolderLocked", "default_folder"]
 # %% ../nbs/files.ipynb #f75532b8
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 
@@ -49,6 +54,43 @@ def write_json(path, value) -> None:
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     with whole_file(path, "w") as file:
         file.write(text)
+
+
+# %% ../nbs/files.ipynb #5a245074
+def read_bytes(path) -> bytes:
+    """The bytes of a file. Raises `OSError` where there is none, and for pipes and devices, which may not end."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+    return Path(path).read_bytes()
+
+
+# %% ../nbs/files.ipynb #475a053e
+def single_keys(pairs: list[tuple]) -> dict:
+    """The pairs of a JSON object as a dictionary. Raises `ValueError` for a key that occurs twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return found
+
+
+# %% ../nbs/files.ipynb #ce517643
+def read_arrays(path, limit: int = 2**31) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file of at most `limit` bytes unpacked; nothing is unpickled.
+
+    Raises `OSError` where there is no file, `ValueError` naming the file where it is no such archive."""
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+        if total > limit:
+            raise ValueError(f"it unpacks to {total:,} bytes, more than {limit:,}")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, EOFError, KeyError, MemoryError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path}: no arrays ({error})") from None  # RuntimeError: an encrypted member
+    except (zipfile.BadZipFile, zlib.error, SyntaxError) as error:
+        raise ValueError(f"{path}: no arrays, or damaged ({error})") from None
 
 
 # %% ../nbs/files.ipynb #fc4e2f16

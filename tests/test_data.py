@@ -341,7 +341,10 @@ COCO_MISTAKES = [  # part, change of its second entry (None: part removed), what
     ),
     ("annotations", dict(iscrowd=2), "annotations[1].iscrowd: "),
     *(("images", dict(file_name=n), "image 2: ") for n in ("../a.jpg", "/etc/passwd", "C:\\a.jpg", "")),
-    ("categories", dict(name="cat"), "coco2014, train2014, classes: 'cat' occurs twice"),
+    ("categories", dict(name="cat"), "train2014.json, names of categories: 'cat' occurs twice"),
+    *(("categories", dict(name=n), "train2014.json, category 2: ") for n in ("", " ", "a\0b")),
+    ("images", dict(file_name="./a.jpg"), "file_name of images: 'train2014/a.jpg' occurs twice"),
+    *(("annotations", dict(bbox=[0, 0, *end]), "annotation 2: the box") for end in ([-1, 5], [5, 1e39])),
 ]
 
 

@@ -7,6 +7,9 @@ __all__ = ["CheckReport", "data_check", "data_show"]
 
 # %% ../../nbs/data/check.ipynb #c1adb02a
 import contextlib
+import os
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -17,18 +20,25 @@ import numpy as np
 from .datasets import Dataset, dataset, find_photographs, load_split, opened
 from .own import own_tables
 from .photograph import NOWHERE, ImageError, read_photograph
-from .split import DataError, Index, Split, cooccurrence, index_folder
+from .split import CROWD, PRESENT, DataError, Index, Split, cooccurrence, index_folder
 
 
 # %% ../../nbs/data/check.ipynb #16932dff
 @dataclass
 class CheckReport:
-    """What a check found: `ok`, a line for each thing that is right and for each that is wrong or missing."""
+    """What a check found: lines for what is right, wrong or missing, and merely odd.
+
+    Example:
+        >>> CheckReport("a data set", "here", problems=["one file is missing"]).ok
+        False
+    """
 
     title: str
     root: str
     found: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
+    end: str = "complete"  # what a report without problems says
 
     @property
     def ok(self) -> bool:
@@ -36,9 +46,10 @@ class CheckReport:
         return not self.problems
 
     def __str__(self):
-        right, wrong = [f"  ok       {f}" for f in self.found], [f"  PROBLEM  {p}" for p in self.problems]
-        end = "complete" if self.ok else f"{len(wrong)} problem{'s' * (len(wrong) != 1)}"
-        return "\n".join([f"{self.title} in {self.root}", *right, *wrong, end])
+        kinds = {"ok": self.found, "PROBLEM": self.problems, "odd": self.odd}
+        lines = [f"  {kind:9}{line}" for kind, found in kinds.items() for line in found]
+        end = self.end if self.ok else f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)}"
+        return "\n".join([f"{self.title} in {self.root}", *lines, end])
 
 
 # %% ../../nbs/data/check.ipynb #f283272d
@@ -71,8 +82,10 @@ def undecodable(root, names: Sequence[str]) -> list[str]:
 # %% ../../nbs/data/check.ipynb #0f091ec0
 def check_photographs(
     data: Dataset, split: str, root: Path, index: Index, report: CheckReport, deep: bool
-) -> None:
-    """Is every listed photograph there, is it no placeholder, and (`deep`) does it decode?"""
+) -> dict[tuple, str]:
+    """Is every listed photograph there, is it no placeholder, and (`deep`) does it decode?
+
+    Returns the names of those that are there by device and inode."""
     photos = find_photographs(data, split, root, index)
     absent = [index.image_ids[i] for i, why in photos.why.items() if why == NOWHERE]
     bad = [f"{photos.names[i]} is {why}" for i, why in photos.why.items() if why != NOWHERE]
@@ -86,21 +99,46 @@ def check_photographs(
     if bad:
         kind = "no photographs (empty, or the same bytes under many names: placeholders of dead links)"
         report.problems.append(f"{split}: {len(bad):,} files are {kind}, as {bad[0]}{where}")
+    names, files = [name for i, name in enumerate(photos.names) if i not in photos.why], {}
     if deep:
-        names = [name for i, name in enumerate(photos.names) if i not in photos.why]
         report.problems += [f"{split}: {name} does not decode" for name in undecodable(root, names)]
+    for name in names:
+        status = os.stat(root / name)
+        if (first := files.setdefault((status.st_dev, status.st_ino), name)) != name:
+            report.odd.append(f"{split}: {first} and {name} are links to one file")
+    return files
 
 
 # %% ../../nbs/data/check.ipynb #4e2c6e38
-def check_together(read: dict[str, Index], report: CheckReport) -> None:
-    """Splits of one data set have the same classes and no image in common."""
+def check_together(read: dict[str, Index], files: dict[str, dict], report: CheckReport) -> None:
+    """Splits of one data set have the same classes and no photograph in common."""
     for (a, one), (b, other) in combinations(read.items(), 2):
         if list(one.classes) != list(other.classes):
             report.problems.append(f"{a} and {b} have different classes, or in another order")
-        both = sorted({*one.image_ids} & {*other.image_ids}) or sorted({*one.names} & {*other.names})
-        if both:
+        if both := sorted(files[a][key] for key in files[a].keys() & files[b].keys()):
             some = f"{', '.join(both[:5])}{' ...' if len(both) > 5 else ''}"
             report.problems.append(f"{len(both):,} images are both in {a} and in {b}: {some}")
+
+
+# %% ../../nbs/data/check.ipynb #bc051bbe
+def check_labels(data: Dataset, read: dict[str, Index], report: CheckReport) -> None:
+    """Training and test have images with labels; classes that no image shows, or that differ in spelling only."""
+    key = lambda c: re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", c)).strip().casefold()
+    seen: dict[str, str] = {}
+    for c in {c: None for index in read.values() for c in index.classes}:
+        plain = key("".join(x for x in c if unicodedata.category(x) != "Cf"))
+        if (first := seen.setdefault(plain, c)) != c:
+            report.problems.append(f"classes {ascii(first)} and {ascii(c)} differ in spelling only")
+    for split in (data.train_split, data.test_split):
+        if (index := read.get(split)) is None:
+            continue
+        shown = np.isin(index.codes, (PRESENT, CROWD)).any(0)
+        if not shown.any():
+            report.problems.append(f"{split}: no image has a label; there is nothing to train or to test on")
+        elif not shown.all():
+            lost = [index.classes[c] for c in np.flatnonzero(~shown)]
+            some = f"{', '.join(lost[:10])}{' ...' if len(lost) > 10 else ''}"
+            report.odd.append(f"{split}: no image shows {some}")
 
 
 # %% ../../nbs/data/check.ipynb #1a943562
@@ -114,25 +152,31 @@ def data_check(name: str, root=None, *, deep: bool = False, photographs: bool = 
         photographs: False: check the label files only.
 
     Returns:
-        The report: `ok`, and a line for each thing that is right or wrong.
+        The report: `ok`, and a line for each thing that is right, wrong or odd. Without problems, the data
+        set can be trained and tested on.
 
     Example:
         >>> print(data_check("voc2007", "data/voc2007"))  # doctest: +SKIP
     """
     data = dataset(name)
     root = data.root(root)
-    report, read, splits = CheckReport(data.title, str(root)), {}, [data.train_split, data.test_split]
+    report, read, files = CheckReport(data.title, str(root)), {}, {}
+    if not photographs:
+        report.end = "the label files are complete; photographs were not searched"
+    splits = dict.fromkeys([data.train_split, data.test_split, *data.counts])
     with contextlib.suppress(DataError):  # reading says the same
-        splits = list(own_tables(root) if name == "own" else data.counts) or splits
+        splits |= own_tables(root) if name == "own" else {}
     for split in splits:
         try:
             _, split, read[split] = opened(data, root, split, cache=False)
             check_counts(data, split, read[split], report)
+            files[split] = {name: name for name in read[split].names}
             if photographs:
-                check_photographs(data, split, root, read[split], report, deep)
+                files[split] = check_photographs(data, split, root, read[split], report, deep)
         except DataError as error:  # one bad file may concern every split
             report.problems += [str(error)] if str(error) not in report.problems else []
-    check_together(read, report)
+    check_labels(data, read, report)
+    check_together(read, files, report)
     return report
 
 
@@ -146,19 +190,18 @@ def summary_figure(split: Split, title: str):
     figure = Figure(figsize=(10, 7), dpi=70, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
     above, below = left.subplots(2, 1, height_ratios=(2, 1))
-    positive, classes = split.labels == 1, np.array(split.classes)
+    positive = split.labels == 1
+    classes = np.array([c.replace("$", r"\$") for c in split.classes])  # else matplotlib sets formulas
     common = np.argsort(-positive.sum(0), kind="stable")
     many = sns.barplot(x=positive.sum(0)[common], y=classes[common], color="steelblue", ax=above)
     many.set(xlabel="images", title=f"{len(classes)} labels by frequency")
     sns.histplot(x=positive.sum(1), discrete=True, color="steelblue", ax=below).set(
         xlabel="labels per image", ylabel="images"
     )
-    order = (
-        leaves_list(linkage(positive.T, "average", "jaccard", optimal_ordering=True))
-        if len(classes) > 1
-        else [0]
-    )
-    matrix = cooccurrence(split.labels, split.classes).iloc[order, order]
+    order = [0]
+    if len(classes) > 1:
+        order = leaves_list(linkage(positive.T, "average", "jaccard", optimal_ordering=True))
+    matrix = cooccurrence(split.labels, classes).iloc[order, order]
     bar = dict(label="P(column | row)", shrink=0.6)
     pairs = sns.heatmap(
         matrix, vmin=0, vmax=1, cmap="viridis", square=True, cbar_kws=bar, ax=right.subplots()
@@ -184,7 +227,7 @@ def data_show(name: str, root=None, *, splits: Sequence[str] = (), out=None) -> 
         The text, with the paths of the figures.
 
     Raises:
-        DataError: from the readers.
+        DataError: from the readers, and for a split without labels.
 
     Example:
         >>> print(data_show("voc2007", "data/voc2007"))  # doctest: +SKIP
@@ -193,6 +236,11 @@ def data_show(name: str, root=None, *, splits: Sequence[str] = (), out=None) -> 
 
     data = dataset(name)
     read = [load_split(name, root, s, missing="drop") for s in splits or (data.train_split, data.test_split)]
+    for s in read:
+        if not s.labelled.any():
+            raise DataError(
+                f"{name}, {s.split} in {s.root}: no image with a label, so there is nothing to show"
+            )
     number = lambda v: f"{v:,.2f}" if isinstance(v, float) else f"{v:,}"
     counts = {
         s.split: {k: number(v) for k, v in s.summary().items() if isinstance(v, int | float)} for s in read

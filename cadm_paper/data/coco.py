@@ -17,14 +17,17 @@ from pydantic import Field, FiniteFloat
 
 from cadm_paper.data.split import (
     ABSENT,
-    BOX,
     CROWD,
     CROWD_BOX,
+    DIFFICULT,
+    DIFFICULT_BOX,
     PLAIN_BOX,
     PRESENT,
     DataError,
     Index,
     Reader,
+    checked_boxes,
+    clean,
     parse_json,
     read_text,
     safe_name,
@@ -76,6 +79,7 @@ class CocoObject:
     image_id: int
     category_id: int
     iscrowd: Literal[0, 1] = 0
+    ignore: Literal[0, 1] = 0
     bbox: Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)] | None = None  # x, y, w, h
 
 
@@ -88,6 +92,24 @@ class CocoFile:
 
 
 # %% ../../nbs/data/coco.ipynb #7bee75b9
+def coco_codes(things: list[CocoObject], row: dict, column: dict, path) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and boxes of a file's objects; `row`, `column`: where image and category ids belong."""
+    codes, boxes, places = np.full((len(row), len(column)), ABSENT, np.int8), [], []
+    for thing in sorted(things, key=lambda t: row.get(t.image_id, -1)):
+        at, place = (row.get(thing.image_id), column.get(thing.category_id)), f"{path}, annotation {thing.id}"
+        if None in at:
+            raise DataError(f"{place}: its image or category is in no list of this file")
+        code, kind = (CROWD, CROWD_BOX) if thing.iscrowd else (PRESENT, PLAIN_BOX)
+        if thing.ignore:
+            code, kind = DIFFICULT, DIFFICULT_BOX
+        codes[at] = max(code, codes[at], key=(ABSENT, DIFFICULT, CROWD, PRESENT).index)
+        if thing.bbox:
+            boxes.append((at[0], kind, (at[1], *thing.bbox)))
+            places.append(place)
+    return codes, checked_boxes(boxes, places)
+
+
+# %% ../../nbs/data/coco.ipynb #6b0b909a
 def read_coco(root, split: str) -> Index:
     """The index of a split in COCO's format: classes in order of category id, images in order of image id.
 
@@ -99,20 +121,12 @@ def read_coco(root, split: str) -> Index:
         unique([entry.id for entry in getattr(content, part)], f"{path}, ids of {part}")
     images, categories = (sorted(e, key=lambda e: e.id) for e in (content.images, content.categories))
     row, column = ({entry.id: i for i, entry in enumerate(entries)} for entries in (images, categories))
-    codes, boxes = np.full((len(row), len(column)), ABSENT, np.int8), []
-    for thing in content.annotations:
-        at = row.get(thing.image_id), column.get(thing.category_id)
-        if None in at:
-            raise DataError(
-                f"{path}, annotation {thing.id}: its image or category is in no list of this file"
-            )
-        if codes[at] != PRESENT:
-            codes[at] = CROWD if thing.iscrowd else PRESENT
-        if thing.bbox:
-            boxes.append((at[0], CROWD_BOX if thing.iscrowd else PLAIN_BOX, (at[1], *thing.bbox)))
+    codes, boxes = coco_codes(content.annotations, row, column, path)
+    classes = [clean(c.name, f"{path}, category {c.id}") for c in categories]
     names = [f"{split}/{safe_name(i.file_name, f'{path}, image {i.id}')}" for i in images]
-    boxes = np.array(sorted(boxes, key=lambda box: box[0]), BOX)
-    return Index([c.name for c in categories], [str(i) for i in row], names, codes, boxes)
+    unique(classes, f"{path}, names of categories")
+    unique(names, f"{path}, file_name of images")
+    return Index(classes, [str(i) for i in row], names, codes, boxes)
 
 
 # %% ../../nbs/data/coco.ipynb #a9d19c1b

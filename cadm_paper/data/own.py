@@ -7,7 +7,9 @@ __all__ = []
 
 # %% ../../nbs/data/own.ipynb #e983155e
 import csv
+import dataclasses
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +24,23 @@ from cadm_paper.data.split import (
     DataError,
     Index,
     Reader,
+    clean,
     parse_json,
     read_lines,
     read_text,
     safe_name,
     unique,
 )
+from ..files import known
+
+
+# %% ../../nbs/data/own.ipynb #5ea4a820
+def is_table(path: Path) -> bool:
+    """Is a file of a folder one of its tables? Of other names than the usual ones only with a column `path`."""
+    if not path.is_file() or path.suffix == ".jsonl" or path.stem in ("train", "val", "test", "labels"):
+        return path.is_file()
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return "path" in re.split(r'[",\s]+', file.readline(10_000))
 
 
 # %% ../../nbs/data/own.ipynb #d4c3ceb4
@@ -35,7 +48,7 @@ def own_tables(root) -> dict[str, Path]:
     """Split -> its table, for all splits of a folder. Raises `DataError` where a split has two."""
     found: dict[str, Path] = {}
     forms = ("*.csv", "*.jsonl", "*/labels.csv", "*/labels.jsonl")
-    for path in sorted(p for form in forms for p in Path(root).glob(form) if p.is_file()):
+    for path in sorted(p for form in forms for p in Path(root).glob(form) if is_table(p)):
         split = path.parent.name if path.stem == "labels" else path.stem
         if split in found:
             raise DataError(
@@ -82,22 +95,31 @@ def csv_row(cells: dict[str, str], classes: Sequence[str], where: str) -> OwnRow
     return OwnRow(cells["path"], labels, ignored, cells.get("id", ""))
 
 
+# %% ../../nbs/data/own.ipynb #b4a60aa9
+def class_columns(columns: Sequence[str], where: str) -> list[str]:
+    """The columns that are classes; none where there is a column of labels. Raises `DataError` naming one."""
+    if "path" not in columns or len(columns) < 2 or len(set(columns)) < len(columns) or "" in columns:
+        forms = "path and labels, or path and one for each class (each once)"
+        raise DataError(f"{where}: the columns are {forms}, not {', '.join(columns) or 'nothing'}")
+    fields = [f.name for f in dataclasses.fields(OwnRow)]
+    if "labels" in columns:
+        return [c for c in columns if not known(c, fields, f"{where}: unknown column", DataError)]
+    for c in columns:
+        if c == "ignored" or c not in fields and c.casefold() in (*fields, "label", "ignore"):
+            raise DataError(f"{where}: the column {c!r} is no class; ignored labels are -1 in their columns")
+    return [c for c in columns if c not in fields]
+
+
 # %% ../../nbs/data/own.ipynb #af682ab2
 def csv_rows(path) -> tuple[dict[str, OwnRow], list[str]]:
     """File and line -> row of a CSV file in either form, and the classes its columns name.
 
     Raises `DataError`.
     """
-    reader = csv.DictReader(io.StringIO(read_text(path)), restkey="", strict=True)
-    reader.fieldnames = columns = [c.strip() for c in reader.fieldnames or []]
-    if "path" not in columns or len(columns) < 2 or len(set(columns)) < len(columns) or "" in columns:
-        raise DataError(
-            f"{path}, line 1: the columns are path and labels, or path and one for each class (each once), "
-            f"not {', '.join(columns) or 'nothing'}"
-        )
-    classes = [] if "labels" in columns else [c for c in columns if c not in ("path", "id", "ignored")]
-    rows = {}
+    reader, rows = csv.DictReader(io.StringIO(read_text(path)), restkey="", strict=True), {}
     try:
+        reader.fieldnames = columns = [c.strip() for c in reader.fieldnames or []]
+        classes = class_columns(columns, f"{path}, line 1")
         for cells in reader:
             where = f"{path}, line {reader.line_num}"
             if "" in cells or None in cells.values():
@@ -122,15 +144,38 @@ def own_rows(path) -> tuple[dict[str, OwnRow], list[str]]:
     return {where: parse_json(OwnRow, line, where) for where, line in lines.items()}, []
 
 
+# %% ../../nbs/data/own.ipynb #db7601d7
+def doubtful(label: str, labels) -> str:
+    """Why a label may be something else: a missing value, or several labels with another sign between them."""
+    if label.casefold() in ("nan", "none", "null", "n/a", "na", "<na>"):
+        return "stands for a missing value: leave it empty"
+    parts = re.split(r"[\s/+&]+", label)
+    if re.search(r"""[,;|\t\n]|^[\[({"']""", label) or len(parts) > 1 and all(p in labels for p in parts):
+        return "may be several labels: put ; between them"
+    return ""
+
+
 # %% ../../nbs/data/own.ipynb #cc652df5
 def own_classes(root) -> list[str]:
-    """The classes: `classes.txt`, or else all labels of all tables, sorted."""
+    """The classes: `classes.txt`, or else all labels of all tables, sorted. Raises `DataError`."""
     path = Path(root) / "classes.txt"
     if path.is_file():
-        return unique([line.strip() for line in read_lines(path) if line.strip()], path)
-    tables = [own_rows(p) for p in own_tables(root).values()]
-    used = [r.labels + r.ignored for rows, _ in tables for r in rows.values()]
-    return sorted({c for names in [*used, *(classes for _, classes in tables)] for c in names})
+        lines = {n: line for n, line in enumerate(read_lines(path), 1) if line.strip()}
+        return unique([clean(line, f"{path}, line {n}") for n, line in lines.items()], path)
+    first: dict[str, str] = {}  # label -> where it occurs
+    columns = set()
+    for table in own_tables(root).values():
+        rows, classes = own_rows(table)
+        columns |= {clean(c, table) for c in classes}
+        for where, row in rows.items():
+            for label in (*row.labels, *row.ignored):
+                first.setdefault(clean(label, where), where)
+    for label in first.keys() - columns:
+        if problem := doubtful(label, first):
+            raise DataError(
+                f"{first[label]}: label {label!r} {problem}; if it is one label, list all classes in {path}"
+            )
+    return sorted(first.keys() | columns)
 
 
 # %% ../../nbs/data/own.ipynb #2568d51a
@@ -149,15 +194,17 @@ def read_own(root, split: str) -> Index:
     table, classes = own_tables(root)[split], own_classes(root)
     rows, column = own_rows(table)[0], {c: i for i, c in enumerate(classes)}
     names = unique([safe_name(row.path, where) for where, row in rows.items()], f"{table}, path")
-    ids = unique([str(row.id) or name for row, name in zip(rows.values(), names)], f"{table}, id")
+    ids = [clean(str(row.id) or name, where) for name, (where, row) in zip(names, rows.items())]
+    unique(ids, f"{table}, id")
     codes = np.full((len(rows), len(classes)), ABSENT, np.int8)
     for i, (where, row) in enumerate(rows.items()):
-        for label in (*row.labels, *row.ignored):
-            if label not in column:
-                raise DataError(f"{where}: label {label!r} is not in {Path(root) / 'classes.txt'}")
-            if label in row.labels and label in row.ignored:
-                raise DataError(f"{where}: {label!r} is both present and ignored")
-            codes[i, column[label]] = PRESENT if label in row.labels else DIFFICULT
+        for code, labels in ((PRESENT, row.labels), (DIFFICULT, row.ignored)):
+            for label in {clean(label, where) for label in labels}:
+                if label not in column:
+                    raise DataError(f"{where}: label {label!r} is not in {Path(root) / 'classes.txt'}")
+                if codes[i, column[label]] != ABSENT:
+                    raise DataError(f"{where}: {label!r} is both present and ignored")
+                codes[i, column[label]] = code
     return Index(classes, ids, names, codes)
 
 

@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import re
+import string
+import unicodedata
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from ..files import sha256_file, whole_file
+from ..files import read_arrays, read_bytes, sha256_file, single_keys, whole_file
 
 
 # %% ../../nbs/04_data.ipynb #04a1fb3f
@@ -62,7 +64,12 @@ def unique(values: Sequence, where) -> Sequence:
 class Split:
     """A split of a data set: N images and their labels over C classes.
 
-    Raises `DataError` where its parts do not fit together.
+    Raises:
+        DataError: its parts do not fit together.
+
+    Example:
+        >>> Split("own", "train", Path("/x"), ["cat"], ["1"], [Path("/x/1.jpg")], [[1]])
+        Split(own, train: 1 images, 1 classes, 89d45fd0)
     """
 
     dataset: str  # name in DATASETS
@@ -79,15 +86,17 @@ class Split:
     def __post_init__(self):
         for name in ("classes", "image_ids", "missing", "placeholders"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "labels", np.ascontiguousarray(self.labels, dtype=np.int8))
         where, shape = f"{self.dataset}, {self.split}", (len(self.image_ids), len(self.classes))
         unique(self.classes, f"{where}, classes")
         unique(self.image_ids, f"{where}, image ids")
-        if self.labels.shape != shape or len(self.paths) != shape[0]:
-            sizes = f"{shape[0]} ids, {shape[1]} classes, {len(self.paths)} paths, labels {self.labels.shape}"
+        if np.shape(self.labels) != shape or len(self.paths) != shape[0]:
+            sizes = (
+                f"{shape[0]} ids, {shape[1]} classes, {len(self.paths)} paths, labels {np.shape(self.labels)}"
+            )
             raise DataError(f"{where}: {sizes}: these do not fit together")
-        if ((self.labels < -1) | (self.labels > 1)).any():
+        if not np.isin(self.labels, (-1, 0, 1)).all():
             raise DataError(f"{where}: labels are 1 (present), 0 (absent) or -1 (ignored), and nothing else")
+        object.__setattr__(self, "labels", np.ascontiguousarray(self.labels, dtype=np.int8))
 
     def __len__(self):
         return len(self.image_ids)
@@ -155,7 +164,7 @@ def read_text(path) -> str:
     Raises `DataError` naming the file.
     """
     try:
-        raw = Path(path).read_bytes()
+        raw = read_bytes(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     try:
@@ -179,12 +188,18 @@ def parse_json(kind, text: str, where):
     Raises `DataError` naming the field, or line and column.
     """
     try:
+        with contextlib.suppress(json.JSONDecodeError):  # pydantic says it better
+            json.loads(text, object_pairs_hook=lambda pairs: single_keys(pairs).clear(), parse_int=str)
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         field = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in first["loc"])
         hint = "; the file is damaged or cut short: get it again" if first["type"] == "json_invalid" else ""
         raise DataError(f"{where}{', ' if field else ''}{field.lstrip('.')}: {first['msg']}{hint}") from None
+    except RecursionError:
+        raise DataError(f"{where}: nested too deeply") from None
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 # %% ../../nbs/04_data.ipynb #c9d287a9
@@ -200,8 +215,20 @@ def safe_name(name: str, where: str) -> str:
     return str(PurePosixPath(tidy)) if "" in parts or "." in parts else tidy
 
 
+# %% ../../nbs/04_data.ipynb #2e1dc1cb
+def clean(name: str, where: str) -> str:
+    """A class name or an id as it counts: in Unicode's composed form, without blanks around it.
+
+    Raises `DataError` where nothing is left, or control characters are.
+    """
+    tidy = unicodedata.normalize("NFC", name).strip(f"{string.whitespace}\xa0\ufeff\u200b\u2060")
+    if not tidy or any(unicodedata.category(c) in ("Cc", "Cs") for c in tidy):
+        raise DataError(f"{where}: {name!r} is empty or has control characters")
+    return tidy
+
+
 # %% ../../nbs/04_data.ipynb #66973bdc
-PRESENT, ABSENT, DIFFICULT, CROWD = 1, 0, -1, 2
+PRESENT, ABSENT, DIFFICULT, CROWD = CODES = 1, 0, -1, 2
 PLAIN_BOX, CROWD_BOX, DIFFICULT_BOX = 0, 1, 2
 BOX = np.dtype([("image", "i4"), ("kind", "u1"), ("box", "f4", 5)])  # row of the image; class, x, y, w, h
 
@@ -216,6 +243,21 @@ class Index:
     names: Sequence[str]  # N file names below the root, with forward slashes
     codes: np.ndarray  # N x C int8 of PRESENT, ABSENT, DIFFICULT, CROWD
     boxes: np.ndarray | None = None  # BOX, in order of image; None where there are none to read
+
+    def validated(self, where) -> "Index":
+        """The index itself. Raises `DataError` at `where` if its parts, which come from a file, do not fit."""
+        shape, boxes = (len(self.image_ids), len(self.classes)), self.boxes
+        texts = all(isinstance(text, str) for text in (*self.classes, *self.image_ids, *self.names))
+        names = len(self.names) == shape[0] and all(safe_name(name, where) == name for name in self.names)
+        codes = (self.codes.shape, self.codes.dtype) == (shape, np.int8) and np.isin(self.codes, CODES).all()
+        if boxes is not None and len(boxes):
+            checked_boxes(boxes.tolist(), [where] * len(boxes))
+            limits = [boxes["image"], boxes["box"][:, 0], boxes["kind"]]
+            names &= all(((x >= 0) & (x < n)).all() for x, n in zip(limits, (*shape, 3)))
+            names &= bool((np.diff(boxes["image"]) >= 0).all())
+        if not (texts and names and codes):
+            raise DataError(f"{where}: the parts of the index do not fit together")
+        return self
 
     @property
     def labelled(self) -> np.ndarray:
@@ -237,6 +279,20 @@ class Index:
             boxes["image"] = place[boxes["image"]]
             boxes = boxes[np.argsort(boxes["image"], kind="stable")]
         return Index(self.classes, image_ids, [self.names[i] for i in rows], self.codes[rows], boxes)
+
+
+# %% ../../nbs/04_data.ipynb #b85fe261
+def checked_boxes(rows: Sequence[tuple], where: Sequence) -> np.ndarray:
+    """Boxes (row, kind, (class, x, y, w, h)) as `BOX`; `where`: the place of each.
+
+    Raises `DataError` for numbers that are not finite, and for negative sizes.
+    """
+    with np.errstate(over="ignore"):
+        boxes = np.array(list(rows), BOX)
+    wrong = ~np.isfinite(boxes["box"]).all(1) | (boxes["box"][:, 3:] < 0).any(1)
+    for i in np.flatnonzero(wrong)[:1]:
+        raise DataError(f"{where[i]}: the box (x, y, w, h) = {rows[i][2][1:]} is no box")
+    return boxes
 
 
 # %% ../../nbs/04_data.ipynb #a1afe7c8
@@ -273,15 +329,12 @@ def write_index(path, index: Index, digest: str) -> None:
 
 # %% ../../nbs/04_data.ipynb #0337b813
 def read_index(path, digest: str) -> Index:
-    """The index in a file.
-
-    Raises `DataError` if it was made from other sources, else what a damaged file provokes.
-    """
-    with np.load(path, allow_pickle=False) as z:
-        found, *strings = json.loads(z["text"].tobytes())
-        if found != digest:
-            raise DataError(f"{path}: made from other files")
-        return Index(*strings, z["codes"], z["boxes"] if "boxes" in z else None)
+    """The index in a file. Raises `ValueError` if it was made from other sources, or damaged or doctored."""
+    arrays = read_arrays(path)
+    found, *strings = json.loads(arrays["text"].tobytes())
+    if found != digest:
+        raise DataError(f"{path}: made from other files")
+    return Index(*strings, arrays["codes"], arrays.get("boxes")).validated(path)
 
 
 # %% ../../nbs/04_data.ipynb #22389015

@@ -14,7 +14,6 @@ import numpy as np
 
 from cadm_paper.data.split import (
     ABSENT,
-    BOX,
     DIFFICULT,
     DIFFICULT_BOX,
     PLAIN_BOX,
@@ -22,6 +21,7 @@ from cadm_paper.data.split import (
     DataError,
     Index,
     Reader,
+    checked_boxes,
     read_lines,
     safe_name,
     unique,
@@ -92,17 +92,16 @@ def read_voc_boxes(path) -> list[tuple[int, tuple[float, ...]]]:
     """
     try:
         objects = ElementTree.parse(path).getroot().findall("object")
-    except ElementTree.ParseError as error:
-        raise DataError(f"{path}, line {error.position[0]}: not XML, or cut short ({error})") from None
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        raise DataError(f"{path}: not XML, or cut short ({error})") from None
     boxes = []
     for i, thing in enumerate(objects, 1):
         try:
-            x0, y0, x1, y1 = (
-                float(thing.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax")
-            )
+            corners = [float(thing.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax")]
             c = VOC_CLASSES.index(thing.findtext("name").strip())
         except (AttributeError, TypeError, ValueError):
             raise DataError(f"{path}, object {i}: no class name of VOC or no complete bndbox") from None
+        x0, y0, x1, y1 = corners
         kind = DIFFICULT_BOX if (thing.findtext("difficult") or "0").strip() == "1" else PLAIN_BOX
         boxes.append((kind, (c, x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1)))
     return boxes
@@ -128,8 +127,9 @@ def read_voc(root, split: str, year: str = "2007") -> Index:
 def voc_boxes(folder: Path, ids) -> np.ndarray | None:
     """All boxes (BOX), or None where there is no folder of annotations."""
     files = [(row, folder / f"{image_id}.xml") for row, image_id in enumerate(ids)]
-    found = [(row, *box) for row, path in files if path.is_file() for box in read_voc_boxes(path)]
-    return np.array(found, BOX) if folder.is_dir() else None
+    found = [(row, *box, path) for row, path in files if path.is_file() for box in read_voc_boxes(path)]
+    boxes, places = [box[:3] for box in found], [box[3] for box in found]
+    return checked_boxes(boxes, places) if folder.is_dir() else None
 
 
 # %% ../../nbs/data/voc.ipynb #bbac09d2
