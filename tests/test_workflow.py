@@ -28,7 +28,7 @@ from cadm_paper.engine.variants import MAIN, Variant
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = "preset dataset method lam seed epochs weights device processes out_dir data_dir"
-PARAMETERS = " = ".join([*NAMES.split(), "resume", "None"])
+PARAMETERS = " = ".join([*NAMES.split(), "resume", "..."])
 STAND_IN = """
 import hashlib, json, os, time
 import numpy as np
@@ -36,7 +36,7 @@ import safetensors.numpy
 from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.record import code_version, save_arrays, write_record
 from cadm_paper.files import folder_lock, whole_file
-config = TrainConfig(**{name: globals()[name] for name in "NAMES".split()})
+config = TrainConfig(**{name: globals()[name] for name in "NAMES".split() if globals()[name] is not ...})
 checkpoint = os.path.join(out_dir, "checkpoint", "last.safetensors")
 with folder_lock(out_dir):
     first, value = 0, "start"

@@ -15,12 +15,13 @@ def line(name: str) -> str:
     field = TrainConfig.model_fields[name]
     kind = field.annotation.__name__ if field.annotation in (bool, int, float) else "str"
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    return f"{name}: {kind} = None  # {field.description}{': ' if choices else ''}{', '.join(choices)}\n"
+    about = field.description.replace("=", "is")  # papermill reads no line with a second equals sign
+    return f"{name}: {kind} = ...  # {about}{': ' if choices else ''}{', '.join(choices)}\n"
 
 
 def cell() -> str:
     """The source of the cell: what is given wins over the preset."""
-    text = line("preset") + "resume: bool = None  # go on from the run's checkpoint if there is one\n"
+    text = line("preset") + "resume: bool = ...  # go on from the run's checkpoint if there is one\n"
     for group in reversed(TrainConfig.__bases__):
         text += f"# {group.__doc__}\n" + "".join(map(line, group.model_fields))
     return text.rstrip("\n")

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 import tyro
 
@@ -18,28 +18,28 @@ from cadm_paper.app.batch import reproduce
 from cadm_paper.app.runs import runs_diff, runs_list, runs_submit
 from cadm_paper.engine.config import TrainConfig
 
-
 # %% ../../nbs/app/cli.ipynb #1a1e959e
-def option_type(annotation):
-    """The type of an option; truth values are the words that papermill takes, too, and a dictionary is JSON text."""
-    if annotation is bool:
-        return Literal["true", "false"] | None
-    return (annotation if annotation in (int, float) or get_origin(annotation) is Literal else str) | None
+PRESET = "of the preset"  # the very object: an option that was not given
+
+
+def metavar(annotation) -> str:
+    """What help shows for the value of an option: its choices or its type."""
+    choices = ("true", "false") if annotation is bool else get_args(annotation)
+    if annotation is bool or get_origin(annotation) is Literal:
+        return f"{{{','.join(map(str, choices))}}}"
+    return annotation.__name__.upper() if annotation in (int, float) else "STR"
 
 
 # %% ../../nbs/app/cli.ipynb #9a40e07d
+def option(name: str, field) -> tuple:
+    """A field of a configuration as an option."""
+    text, value = field.description.replace("%", "%%"), metavar(field.annotation)
+    how = tyro.conf.arg(help=text, metavar=value, help_behavior_hint="")
+    return name, Annotated[str, how], dataclasses.field(default=PRESET)
+
+
 TrainOptions = dataclasses.make_dataclass(
-    "TrainOptions",
-    [
-        (
-            name,
-            Annotated[
-                option_type(field.annotation), tyro.conf.arg(help=field.description.replace("%", "%%"))
-            ],
-            dataclasses.field(default=None),
-        )
-        for name, field in TrainConfig.model_fields.items()
-    ],
+    "TrainOptions", [option(name, field) for name, field in TrainConfig.model_fields.items()]
 )
 
 
@@ -53,7 +53,8 @@ def train(options: tyro.conf.OmitArgPrefixes[TrainOptions], resume: bool = False
     from cadm_paper.train import TextProgress, run_folder
     from cadm_paper.train import train as train_run
 
-    config = TrainConfig(**dataclasses.asdict(options))
+    given = {name: text for name, text in vars(options).items() if text is not PRESET}
+    config = TrainConfig(**{name: None if text == "None" else text for name, text in given.items()})
     record = train_run(config, resume=resume, progress=TextProgress() if config.processes == 1 else None)
     if record is not None:
         print_row(record.metrics, record.name)

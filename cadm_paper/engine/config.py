@@ -9,11 +9,13 @@ __all__ = ["PRESETS", "ConfigError", "TrainConfig", "learning_rate"]
 import hashlib
 import json
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -49,6 +51,14 @@ def _from_json(value):
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _none_in_words(value):
+    """None, by whichever word, as "none"."""
+    return "none" if str(value).lower() == "none" else value
+
+
+Folder = Annotated[str | None, Field(min_length=1), AfterValidator(lambda f: f and os.path.expanduser(f))]
+
+
 # %% ../../nbs/engine/config.ipynb #d4b68bbb
 class TaskFields(BaseModel):
     """What is trained on what."""
@@ -57,19 +67,18 @@ class TaskFields(BaseModel):
         "coco2014",
         description="name in DATASETS: coco2014, nuswide, voc2007, voc2012, scenes-coco, scenes-nus, scenes-spatial, scenes-shuffled, own",
     )
-    data_dir: str | None = Field(
+    data_dir: Folder = Field(
         None, description="folder that holds the dataset's official files; none given: data/<its folder>"
     )
     method: str = Field(
         "cadm", description="linear_probe, baseline_gap, baseline, cadm, or another name in METHODS (csra)"
     )
     method_args: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(
-        {},
-        description="parameters of the method's own by name, or JSON text of them; those not given are at their defaults",
+        {}, description="parameters of the method's own by name, or JSON text of them"
     )
     lam: float = Field(0.5, ge=0, description="trade-off of Eq. 5; 0 leaves the label correlation loss out")
     seed: int = Field(0, ge=0, description="decides initial weights, image order and flips")
-    out_dir: str | None = Field(
+    out_dir: Folder = Field(
         None, description="the run's own folder; none given: outputs/runs/<dataset>/<run name>"
     )
 
@@ -100,8 +109,10 @@ class ModelFields(create_model("ModelFields", **fields_of(ModelOptions))):
     backbone: str = Field(
         "resnet101", description="any torchvision ResNet by name, narrow_resnet, or narrow_resnet_dilated"
     )
-    weights: str = Field(
-        "imagenet", description="where the backbone starts: imagenet, imagenet-v2, digits, a file, or none"
+    weights: Annotated[str, BeforeValidator(_none_in_words)] = Field(
+        "imagenet",
+        min_length=1,
+        description="where the backbone starts: imagenet, imagenet-v2, digits, a file, or none",
     )
     expected_missing: str = Field(
         "", description="names that a weights file may lack, as patterns with commas (layer4.1.*)"
@@ -208,7 +219,6 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
     )
 
     def __init__(self, **given):
-        given = {name: value for name, value in given.items() if value is not None}
         preset = PRESETS.get(given.setdefault("preset", "mini"), {})
         if given.get("method", "cadm") != "cadm":
             given.setdefault("lam", 0.0)  # the other rows have no label correlation loss
@@ -312,6 +322,6 @@ def config_changes(old: TrainConfig, new: TrainConfig) -> str:
 
 # %% ../../nbs/engine/config.ipynb #881ea601
 def given_parameters(namespace: dict, before: set[str]) -> dict:
-    """Parameters set in a notebook since `before`, by name; None counts as not given."""
+    """Parameters set in a notebook since `before`, by name; `...` is what a parameter is that was not given."""
     old = {*before, "before"}
-    return {n: v for n, v in namespace.items() if n not in old and n[0] != "_" and v is not None}
+    return {n: v for n, v in namespace.items() if n not in old and n[0] != "_" and v is not ...}
