@@ -509,7 +509,7 @@ _DATA = (
         "not said",
         {False: "no", True: "yes"},
         "pixels as the file stores them",
-        ("loader", "model"),
+        ("config", "loader", "model"),
         "exif",
     ),
     Decision(

@@ -274,7 +274,8 @@ def example_maps(model: Network, config: TrainConfig, split: Split, scores: dict
     if not len(rows):
         return {}
     some = split.take(rows)
-    images = torch.stack([load_image(path, config.image_size, resize=config.resize) for path in some.paths])
+    how = dict(resize=config.resize, exif=config.exif)
+    images = torch.stack([load_image(path, config.image_size, **how) for path in some.paths])
     with torch.inference_mode(), autocast(config, device):
         maps = model.eval()(inputs(config, images, device)).maps
     if maps is None:
@@ -600,7 +601,8 @@ def train(
         group = during.enter_context(process_group(config))
         during.enter_context(machine_settings(config.threads, config.seed))
         data = read_data(config, group)
-        loaders = [Loader(s, config.image_size, resize=config.resize, workers=config.workers) for s in data]
+        how = dict(resize=config.resize, exif=config.exif, workers=config.workers)
+        loaders = [Loader(s, config.image_size, **how) for s in data]
         model = build_model(config, data[0].classes, data[0].labels, group.device)
         if group.main:
             during.enter_context(folder_lock(folder))

@@ -31,6 +31,7 @@ class Predictor:
     image_size: int
     resize: str = "squash"
     normalise: str = "imagenet"
+    exif: bool = False
 
     @classmethod
     def load(cls, checkpoint, **preprocessing) -> "Predictor":
@@ -48,7 +49,7 @@ class Predictor:
 
     def output(self, path) -> tuple[np.ndarray, NamedTuple]:
         """An image as the model sees it (uint8 H x W x 3), and the model's output. Raises `ImageError`, naming the file."""
-        image = load_image(path, self.image_size, resize=self.resize)
+        image = load_image(path, self.image_size, resize=self.resize, exif=self.exif)
         with torch.inference_mode():
             return image.permute(1, 2, 0).numpy(), self.model(prepare(image[None], normalise=self.normalise))
 

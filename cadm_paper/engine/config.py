@@ -89,6 +89,7 @@ class DataFields(BaseModel):
 
     image_size: int = Field(448, ge=16, description="side of the square input, px (Sec. 3.2)")
     resize: decided("resize")
+    exif: decided("exif")
     flip: bool = Field(True, description="random horizontal flip in training (Sec. 3.2)")
     normalise: decided("normalise")
     unlabelled_train: decided("unlabelled_train")

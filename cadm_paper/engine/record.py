@@ -140,8 +140,8 @@ class RunRecord:
             raise RecordError(f"{path}: {said}") from None
 
     def seen_at(self) -> dict:
-        """How its model sees an image: image_size, resize, normalise."""
-        return {name: getattr(self.config, name) for name in ("image_size", "resize", "normalise")}
+        """How its model sees an image: image_size, resize, exif, normalise."""
+        return {name: getattr(self.config, name) for name in ("image_size", "resize", "exif", "normalise")}
 
     def _place(self, file: str) -> tuple[Path, str]:
         """Where the arrays of a file are: an .npz, and what their names begin with there."""

@@ -195,7 +195,7 @@ def measure(record: RunRecord, split) -> dict[str, np.ndarray]:
     from cadm_paper.data.loading import load_image
 
     model, seen = CADM.from_pretrained(record.folder / "checkpoint" / "model"), record.seen_at()
-    image = lambda path: load_image(path, seen["image_size"], resize=seen["resize"])
+    image = lambda path: load_image(path, seen["image_size"], resize=seen["resize"], exif=seen["exif"])
     images, normalise = torch.stack([image(path) for path in split.paths]), seen["normalise"]
     maps, vectors, logits = model_outputs(model, images, normalise)
     sizes = [Image.open(path).size[::-1] for path in split.paths]
