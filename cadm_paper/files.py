@@ -28,12 +28,20 @@ from filelock import FileLock, Timeout
 # %% ../nbs/files.ipynb #ad0ca445
 @contextlib.contextmanager
 def whole_file(path, mode: str = "wb"):
-    """Open a temporary sibling for writing; it takes the name `path` if the block ends without an error."""
-    path = Path(path)
+    """Open a temporary sibling for writing; it takes the name `path` if the block ends without an error.
+
+    Links are followed. A pipe or a device is written through, and a pipe that nobody reads is an `OSError`."""
+    path, text = Path(os.path.realpath(path)), {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        os.set_blocking(descriptor, True)
+        with open(descriptor, mode, **text) as file:
+            yield file
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with open(part, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+        with open(part, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

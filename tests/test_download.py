@@ -1,15 +1,22 @@
 """What data/download cannot show: servers that misbehave in every order, hostile archives, full disks."""
 
+import dataclasses
 import errno
 import hashlib
 import io
 import os
 import stat
+import subprocess
+import sys
 import tarfile
 import threading
+import time
+import urllib.request
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -42,7 +49,10 @@ class Handler(BaseHTTPRequestHandler):
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(body[: plan.get("cut")])
+        step = plan.get("drip", len(body) or 1)  # so many bytes, then a pause
+        for at in range(0, len(body[: plan.get("cut")]), step):
+            self.wfile.write(body[: plan.get("cut")][at : at + step])
+            time.sleep(0.02 if "drip" in plan else 0)
         self.close_connection = True
 
     def log_message(self, *_):
@@ -154,6 +164,60 @@ def test_https_is_never_left_and_http_needs_a_checksum(server, tmp_path):
         if not (a.checksum or x[:6] == "https:")
     ]
     assert http == []
+
+
+def test_slow_and_endless_servers_are_left(server, tmp_path):
+    a, server.tricks = archive(server, BODY), [{"drip": 10}] * 2
+    with pytest.raises(DataError, match="bytes a second are too slow"):
+        fetch(a, tmp_path, tries=2, timeout=0.2, floor=2000)
+    assert 0 < (tmp_path / "a.bin.part").stat().st_size < 2000 and len(server.asked) == 2
+    unknown = replace(a, size=None, checksum=None, room=1000)
+    with mock.patch.object(G, "urllib", wraps=urllib) as urls, pytest.raises(DataError, match="than 1.00kB"):
+        unknown = replace(unknown, addresses=("https" + a.addresses[0][4:],))
+        urls.request.build_opener.side_effect = lambda *_: SimpleNamespace(
+            open=lambda request, timeout: urllib.request.urlopen("http" + request.full_url[5:])
+        )
+        fetch(unknown, tmp_path)
+
+
+GET = """
+import sys
+from cadm_paper.data import DATASETS, download as G
+from dataclasses import replace
+made = tuple(G.Archive(*a) for a in {archives})
+G.SOURCES["voc2007"] = G.Source(made, "this test", "")
+DATASETS["voc2007"] = replace(DATASETS["voc2007"], counts={counts})
+G.data_get("voc2007", {root!r}, yes=True, quiet=True, wait=0)
+"""
+
+
+def get_elsewhere(root):
+    """Another process that runs data_get for what `tiny` has published."""
+    archives = [dataclasses.astuple(a) for a in G.SOURCES["voc2007"].archives]
+    code = GET.format(archives=archives, counts=DATASETS["voc2007"].counts, root=str(root))
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_a_killed_download_goes_on_where_it_stopped(server, tiny, tmp_path):
+    server.tricks = [{"drip": 20_000}]
+    child, part = get_elsewhere(tmp_path), tmp_path / "archives" / "trainval.tar.part"
+    while child.poll() is None and not (part.exists() and part.stat().st_size > 100_000):
+        time.sleep(0.01)
+    child.kill()
+    child.communicate()
+    had = part.stat().st_size
+    tiny(tmp_path)
+    assert ("/trainval.tar", f"bytes={had}-") in server.asked and had > 100_000
+    assert [len(load_split("voc2007", tmp_path, s)) for s in IDS] == [3, 2]
+
+
+@pytest.mark.slow
+def test_two_downloads_at_once_fetch_each_archive_once(server, tiny, tmp_path):
+    server.tricks = [{"drip": 50_000}]
+    both = [get_elsewhere(tmp_path) for _ in range(2)]
+    assert [(p.communicate()[1], p.returncode) for p in both] == [(b"", 0)] * 2
+    assert sorted(server.asked) == [("/test.tar", ""), ("/trainval.tar", "")]
 
 
 def test_an_archive_put_there_by_hand_is_checked_and_never_removed(server, tmp_path):

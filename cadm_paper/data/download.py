@@ -186,8 +186,30 @@ class HttpsOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, reply, code, text, headers, address)
 
 
+# %% ../../nbs/data/download.ipynb #9a2752ee
+class SlowConnection(ConnectionError):
+    """A connection that brings so little that the file would never be whole."""
+
+
+def copy(reply, file, limit: int, timeout: float, floor: float) -> None:
+    """Write what a connection brings: at most `limit` bytes, and over each `timeout` (s) `floor` bytes/s.
+
+    Raises `DataError` for more bytes, `SlowConnection` for fewer.
+    """
+    began, got, recent = time.monotonic(), 0, 0
+    while chunk := reply.read1(2**18):
+        got, recent = got + len(chunk), recent + len(chunk)
+        if got > limit:
+            raise DataError(f"sends more than {in_words(limit)}: it is another file or has no end")
+        file.write(chunk)
+        if (passed := time.monotonic() - began) > timeout:
+            if recent < floor * passed:
+                raise SlowConnection(f"{recent / passed:.0f} bytes a second are too slow")
+            began, recent = time.monotonic(), 0
+
+
 # %% ../../nbs/data/download.ipynb #f0f59cdf
-def connect(address: str, part: Path, archive: Archive, quiet: bool, timeout: float) -> None:
+def connect(address: str, part: Path, archive: Archive, quiet: bool, timeout: float, floor: float) -> None:
     """One connection: continues `part`, or begins it anew. Returns when the file is whole.
 
     Raises `ConnectionError` or what urllib raises when it is not, `DataError` when it is another file.
@@ -201,15 +223,15 @@ def connect(address: str, part: Path, archive: Archive, quiet: bool, timeout: fl
     request, opener = urllib.request.Request(address, headers=headers), urllib.request.build_opener(HttpsOnly)
     with opener.open(request, timeout=timeout) as reply:
         start = have if reply.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
-        length = reply.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        length = reply.headers.get("Content-Length", "")
+        total = start + int(length) if length.isdecimal() and len(length) < 20 else None
         if (reply.status == 206) != (start > 0) or archive.size not in (None, total):
             raise DataError(
                 f"announces {total} bytes in all, not {archive.size}: it is another file or a web page"
             )
         show = dict(total=total, initial=start, desc=archive.name, disable=quiet)
         with open(part, "ab" if start else "wb") as file, tqdm.wrapattr(file, "write", **show) as watched:
-            shutil.copyfileobj(reply, watched)
+            copy(reply, watched, (archive.size or archive.room) - start, timeout, floor)
     if total not in (None, part.stat().st_size):
         raise ConnectionError(f"the connection ended after {part.stat().st_size} of {total} bytes")
 
@@ -226,19 +248,21 @@ def download(
     tries: int = 5,
     wait: float = 1.0,
     timeout: float = 60,
+    floor: float = 1000,
 ) -> None:
     """Fetch a file into `part` over as many connections as it takes.
 
-    Raises the last error after `tries` connections in a row that brought nothing new.
+    Raises the last error after `tries` connections in a row that brought nothing new, or next to nothing.
     """
     part.touch()
     failures, most = 0, part.stat().st_size
     while True:
         try:
-            return connect(address, part, archive, quiet, timeout)
+            return connect(address, part, archive, quiet, timeout, floor)
         except NETWORK as error:
             code, size = getattr(error, "code", 500), part.stat().st_size
-            failures, most = 0 if archive.checksum and size > most else failures + 1, max(most, size)
+            more = archive.checksum and size > most and not isinstance(error, SlowConnection)
+            failures, most = 0 if more else failures + 1, max(most, size)
             if failures >= tries or code < 500 and code not in (408, 425, 429):
                 raise
             time.sleep(min(wait * 2**failures, 60))
@@ -396,7 +420,8 @@ def data_get(
         keep: leave each archive beside what was unpacked.
         mirror: address of a folder that holds the same archives.
         quiet: no progress bars.
-        patience: `tries` in a row that bring nothing, `wait` before the next (s), `timeout` (s).
+        patience: `tries` in a row that bring nothing, `wait` before the next (s), `timeout` (s), and
+            `floor`, the least bytes a second over a `timeout`.
 
     Returns:
         The root.
