@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -81,6 +82,59 @@ def single_keys(pairs: list[tuple]) -> dict:
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
         raise ValueError(f"the key {twice!r} occurs twice in one object")
     return found
+
+
+# %% ../nbs/files.ipynb #16692bf1
+def read_json(path):
+    """A JSON file as plain values.
+
+    Raises `OSError` where it cannot be read, `ValueError` naming it for keys that occur twice, NaN, text that is
+    not Unicode, numbers of thousands of digits and nesting without end."""
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        value = json.loads(read_bytes(path), object_pairs_hook=single_keys, parse_constant=refuse)
+        json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
+        return value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# %% ../nbs/files.ipynb #b5b21800
+def read_yaml(path):
+    """A YAML file as plain values, without YAML's surprises.
+
+    Raises `OSError` where it cannot be read, `ValueError` naming file and line for keys that occur twice, for
+    aliases, and for what YAML alone takes as a number (010 is 8, 1:30 is 90)."""
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.MarkedYAMLError(problem="no aliases", problem_mark=self.peek_event().start_mark)
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node, deep=False):
+            found = super().construct_mapping(node, deep)
+            if len(found) < len(node.value):
+                raise yaml.MarkedYAMLError(problem="a key occurs twice", problem_mark=node.start_mark)
+            return found
+
+        def construct_number(self, node):
+            value = node.value
+            if not re.fullmatch(r"[-+]?(0|[1-9]\d{0,17})(\.\d*)?([eE][-+]?\d{1,3})?|[-+]?\.\d+", value):
+                problem = f"{value!r} is no decimal number; put text in quotes"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+            return int(value) if node.tag.endswith(":int") else float(value)
+
+    for kind in ("int", "float"):
+        Plain.add_constructor(f"tag:yaml.org,2002:{kind}", Plain.construct_number)
+    try:
+        return yaml.load(read_bytes(path), Plain)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 # %% ../nbs/files.ipynb #ce517643

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,7 +27,15 @@ from ..engine.config import ConfigError, TrainConfig, config_digest, explain
 from ..engine.record import RecordError, RunRecord, code_version, package_digest
 from ..engine.splits import data_root, prepare_data
 from ..engine.variants import run_name
-from ..files import checkout_root, default_folder, folder_lock, known, sha256_file, write_json
+from cadm_paper.files import (
+    checkout_root,
+    default_folder,
+    folder_lock,
+    known,
+    read_yaml,
+    sha256_file,
+    write_json,
+)
 
 
 # %% ../../nbs/app/batch.ipynb #63e43f33
@@ -99,14 +108,12 @@ def load_batch(config: str = "mini", **more) -> Batch:
     """A batch by the name of a file in `workflow/config/`, or by a path. Raises `WorkflowError` where it cannot be read.
 
     `runs` are the lines of the file; `plan(batch)` gives the runs that they mean."""
-    import yaml
-
     folder = project_root() / "workflow" / "config"
     if not Path(config).suffix:
         config = folder / f"{known(config, [p.stem for p in folder.glob('*.yaml')], 'no config named')}.yaml"
     try:
-        return parse_batch({**yaml.safe_load(Path(config).read_text(encoding="utf-8")), **more})
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        return parse_batch({**read_yaml(config), **more})
+    except (OSError, ValueError, TypeError) as error:
         raise WorkflowError(f"{config}: {error}") from None
 
 
@@ -173,13 +180,19 @@ def placed(given: dict, batch: Batch) -> Run:
 
 
 # %% ../../nbs/app/batch.ipynb #d0d2197a
+MOST_RUNS = 10_000  # of one line
+
+
 def plan(batch: Batch) -> list[Run]:
     """The runs of a batch, in order. Raises `WorkflowError` naming the line."""
     runs = {}
     for number, line in enumerate(batch.runs, 1):
         try:
             line = {**batch.defaults, **line}
-            for values in itertools.product(*(v if isinstance(v, list) else [v] for v in line.values())):
+            choices = [v if isinstance(v, list) else [v] for v in line.values()]
+            if math.prod(map(len, choices)) > MOST_RUNS:
+                raise ConfigError(f"{math.prod(map(len, choices)):,} runs are more than {MOST_RUNS:,}")
+            for values in itertools.product(*choices):
                 run = placed(dict(zip(line, values)), batch)
                 if runs.setdefault(run.key, run) is not run:
                     raise ConfigError("this run has been named before")
