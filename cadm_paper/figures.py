@@ -67,6 +67,7 @@ STYLE = {
     "svg.hashsalt": "cadm",
     "pdf.fonttype": 42,
     "text.hinting": "none",
+    "text.parse_math": False,  # a class may be called $5
     "axes.unicode_minus": True,
 }
 
@@ -773,7 +774,7 @@ def label_vectors(records: Sequence[RunRecord], found: Sequence[dict]) -> Pictur
     ):
         variant = Variant.of(record)
         vector_panel(ax, arrays, names, variant.colour)
-        ax.set_title(variant.label + ("" if variant.with_loss else ": $f_{embed}$ untrained"))
+        ax.set_title(variant.label + ("" if variant.with_loss else ": f_embed untrained"))
     return Picture(
         fig,
         f"label-vectors-{dataset}",

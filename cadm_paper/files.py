@@ -32,7 +32,8 @@ def whole_file(path, mode: str = "wb"):
     """Open a temporary sibling for writing; it takes the name `path` if the block ends without an error.
 
     Links are followed. A pipe or a device is written through, and a pipe that nobody reads is an `OSError`."""
-    path, text = Path(os.path.realpath(path)), {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    path = Path(os.path.realpath(os.path.expanduser(path)))
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     if path.exists() and not (path.is_file() or path.is_dir()):
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
         os.set_blocking(descriptor, True)
@@ -150,7 +151,8 @@ def read_arrays(path, limit: int = 2**31) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (ValueError, EOFError, KeyError, MemoryError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{path}: no arrays ({error})") from None  # RuntimeError: an encrypted member
+        said = "Python objects; save plain arrays" if "allow_pickle" in str(error) else error
+        raise ValueError(f"{path}: no arrays ({said})") from None  # RuntimeError: an encrypted member
     except (zipfile.BadZipFile, zlib.error, SyntaxError) as error:
         raise ValueError(f"{path}: no arrays, or damaged ({error})") from None
 
@@ -161,7 +163,7 @@ def whole_folder(folder, known: tuple[str, ...], what: str):
     """A new, empty folder to fill; it takes the name `folder` if the block ends without an error.
 
     Raises `FileExistsError` where `folder` holds anything but the `known` names of `what`."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= set(known)):
         raise FileExistsError(f"{folder} exists and is not {what}: choose another name")
     new, old = (folder.with_name(f".{folder.name}.{k}-{uuid.uuid4().hex[:8]}") for k in ("new", "old"))
@@ -231,7 +233,7 @@ def default_folder(kind: Literal["data", "outputs"]) -> Path:
         'data'
     """
     if moved := os.environ.get(f"CADM_{kind.upper()}"):
-        return Path(moved)
+        return Path(moved).expanduser()
     return (checkout_root() or Path.cwd()) / kind
 
 

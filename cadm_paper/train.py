@@ -54,7 +54,7 @@ from .files import default_folder, folder_lock, sha256_file
 from .methods.base import build_network
 from .methods.linear_probe import Probe
 from .metrics import average_precision, multilabel_metrics
-from .model import LAST, Network, feature_maps
+from .model import LAST, SEEN, Network, feature_maps
 
 # %% ../nbs/05_train.ipynb #6e4c6e61
 _all_ = ["TrainConfig"]
@@ -72,6 +72,7 @@ def build_model(
         weights = pretrained_digits(backbone=config.backbone)
     missing = config.expected_missing.replace(" ", "").split(",")
     how = dict(image_size=config.image_size, classes=classes, expected_missing=missing)
+    how |= {name: getattr(config, name) for name in SEEN}
     model = build_network(config.method, len(classes), config.backbone, weights, config.arguments(), **how)
     if config.weights == "digits":
         model.provenance["source"] = "digits"

@@ -1,13 +1,30 @@
 """Prediction, export and the command line with the inputs of ordinary life."""
 
+import contextlib
+import csv
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import papermill
 import pytest
+import torch
+from PIL import Image
 
 from cadm_paper.app import cli
+from cadm_paper.app.export import export_run
+from cadm_paper.app.parameters import TableParameters
+from cadm_paper.app.predict import Predictor, predict_files
+from cadm_paper.data.loading import load_image, prepare
 from cadm_paper.engine.config import ConfigError, TrainConfig, given_parameters
+from cadm_paper.engine.synthetic import synthetic_run
+from cadm_paper.files import default_folder
+from cadm_paper.model import CADM
+from cadm_paper.results.evaluation import evaluate_files
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "nbs" / "experiments" / "train.ipynb"
@@ -54,3 +71,174 @@ def test_what_is_given_is_never_dropped(monkeypatch, capsys):
 def test_papermill_reads_every_line_of_the_parameters_cell(recwarn, caplog):
     assert set(papermill.inspect_notebook(str(TRAIN))) == {*TrainConfig.model_fields, "resume"}
     assert not recwarn.list and not caplog.records
+
+
+# ---- prediction ------------------------------------------------------------------------------------------------
+
+
+def image(path, seed=0, size=(40, 32)):
+    """A small image of noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, "JPEG")
+    return path
+
+
+def model(folder, classes=("traffic light", "dog", "cat"), **how):
+    """A small model that was never trained, saved."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        how = dict(image_size=32, classes=classes, quiet=True) | how
+        return CADM(len(classes), "narrow_resnet", None, **how).save_pretrained(folder / "model")
+
+
+def predicted(tmp_path, *words):
+    """Exit code of `cadm predict` without maps, and what it printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit) as end:
+        words = [*map(str, words), "--checkpoint", str(tmp_path / "model"), "--maps", "None"]
+        cli.main(["predict", *words])
+    return end.value.code, out.getvalue()
+
+
+def test_every_answer_is_in_the_files_when_the_next_image_is_opened(tmp_path, monkeypatch):
+    """A crash at the fourth image keeps three; both files are complete."""
+    model(tmp_path)
+    for n in range(5):
+        image(tmp_path / "p" / f"{n}.jpg", n)
+
+    def crash(path, *args, **how):
+        if path.name == "3.jpg":
+            raise MemoryError
+        return load_image(path, *args, **how)
+
+    monkeypatch.setattr("cadm_paper.app.predict.load_image", crash)
+    files = dict(json_file=tmp_path / "o.json", csv_file=tmp_path / "o.csv")
+    with pytest.raises(MemoryError):
+        predict_files([tmp_path / "p"], tmp_path / "model", **files)
+    names = [str(tmp_path / "p" / f"{n}.jpg") for n in range(3)]
+    assert [entry["image"] for entry in json.loads((tmp_path / "o.json").read_text())] == names
+    assert [row["image"] for row in csv.DictReader((tmp_path / "o.csv").open())] == names
+
+
+def test_files_that_ordinary_folders_hold(tmp_path):
+    """A name that is no UTF-8, suffixes beyond .jpg, damaged, empty and dangling files: a line each, the others go on."""
+    model(tmp_path)
+    p = tmp_path / "p"
+    for name in (b"caf\xe9.jpg", b"b.jfif", b"c.jpe", b"d.JPG"):
+        image(p / os.fsdecode(name))
+    (p / "broken.jpg").write_bytes(b"no photograph")
+    (p / "empty.png").touch()
+    (p / "gone.jpg").symlink_to("nowhere")
+    (p / "._d.JPG").write_bytes(b"Mac")
+    (p / "folder.jpg").mkdir()
+    (p / "notes.txt").touch()
+    files = ["--json", tmp_path / "o.json", "--csv", tmp_path / "o.csv"]
+    code, out = predicted(tmp_path, p, *files)
+    answers = json.loads((tmp_path / "o.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "o.csv").open(encoding="utf-8")))
+    names = ["b.jfif", "c.jpe", r"caf\xe9.jpg", "d.JPG"]
+    assert (
+        sorted(Path(a["image"]).name for a in answers) == names == sorted(Path(r["image"]).name for r in rows)
+    )
+    errors = [line for line in out.splitlines() if line.startswith("cadm: ")]
+    assert code == 2 and len(errors) == 3
+    assert all(sum(name in line for line in errors) == 1 for name in ("broken.jpg", "empty.png", "gone.jpg"))
+    assert "passed over: 1 ._*, 1 .txt" in out
+    scores = Predictor.load(tmp_path / "model")(p / "b.jfif")["scores"]  # all are the same image
+    for answer, row in zip(answers, rows):
+        assert answer["scores"] == scores and float(row["dog"]) == round(scores["dog"], 6)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("traffic light", "dog", "cat"),
+        ("a;b", "a", "b"),
+        ("image", "labels", "a;|b"),
+        ("$5_$10", "$5", "x^$"),
+    ],
+)
+def test_labels_of_any_spelling(tmp_path, classes):
+    """They can be told apart in the CSV file, and are drawn as they are, not as formulas."""
+    model(tmp_path, classes)
+    where = dict(csv_file=tmp_path / "o.csv", maps=tmp_path / "maps")
+    (answer,), _ = predict_files([image(tmp_path / "a.jpg")], tmp_path / "model", threshold=0, **where)
+    heads, cells = csv.reader((tmp_path / "o.csv").open())
+    assert heads == ["image", "labels", *classes] and set(answer["labels"]) == set(classes)
+    assert any(set(cells[1].split(joint)) == set(classes) for joint in (";", "|", "\t"))
+    assert Path(answer["maps"]).is_file()
+
+
+@pytest.mark.parametrize("threshold", ["5", "-1", "nan", "inf"])
+def test_impossible_thresholds(tmp_path, threshold):
+    model(tmp_path)
+    code, out = predicted(tmp_path, image(tmp_path / "a.jpg"), f"--threshold={threshold}")
+    assert code == 2 and "threshold" in out
+
+
+def test_an_ascii_terminal(tmp_path):
+    model(tmp_path, ("Käse", "犬", "cat"))
+    words = ["predict", image(tmp_path / "ä.jpg"), "--checkpoint", tmp_path / "model", "--maps", "None"]
+    command = [sys.executable, "-m", "cadm_paper.app.cli", *map(str, words), "--threshold", "0"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=env)
+    assert done.returncode == 0 and rb"K\xe4se" in done.stdout and rb"\u72ac" in done.stdout
+
+
+def test_a_model_is_predicted_with_as_it_was_trained(tmp_path):
+    """Size (oblong, too), resize, normalisation and orientation are the model's; unknown ones are refused."""
+    folder = model(tmp_path, image_size=(32, 64), normalise="half", resize="crop", exif=True)
+    photo, turned = tmp_path / "a.jpg", Image.Exif()
+    turned[0x0112] = 6  # a quarter turn
+    noise = np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(photo, exif=turned)
+    found = Predictor.load(folder)(photo)
+    assert found["picture"].shape == (32, 64, 3)
+    seen = prepare(load_image(photo, (32, 64), resize="crop", exif=True)[None], normalise="half")
+    expected = CADM.from_pretrained(folder)(seen).scores[0].tolist()
+    np.testing.assert_allclose(list(found["scores"].values()), expected, rtol=1e-5)
+    for other in (dict(exif=False), dict(resize="squash"), dict(normalise="imagenet")):
+        assert Predictor.load(folder, **other)(photo)["scores"] != found["scores"]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "normalise"}))
+    code, out = predicted(tmp_path, photo, "--resize", "crop", "--exif", "True")
+    assert code == 2 and "config.json does not say normalise" in out
+    assert predicted(tmp_path, photo, "--resize", "crop", "--exif", "True", "--normalise", "half")[0] == 0
+
+
+def test_an_exported_run_predicts_as_the_run(tmp_path):
+    """Also a run of an earlier version, whose saved model does not say how it sees images."""
+    run, config = tmp_path / "run", dict(preset="mini", resize="crop", normalise="half", image_size=32)
+    classes = synthetic_run(run, **config, lam=0.5).dataset["classes"]
+    model(run / "checkpoint", classes, normalise="half")
+    saved = run / "checkpoint" / "model" / "config.json"
+    old = {k: v for k, v in json.loads(saved.read_text()).items() if k not in ("resize", "normalise", "exif")}
+    saved.write_text(json.dumps(old))
+    photo, out = image(tmp_path / "a.jpg", size=(90, 40)), export_run(run, tmp_path / "out")
+    expected = Predictor.load(run, resize="crop", normalise="half")(photo)["scores"]
+    assert Predictor.load(run)(photo)["scores"] == expected == Predictor.load(out)(photo)["scores"]
+    processor = json.loads((out / "preprocessor_config.json").read_text())
+    assert processor["do_center_crop"] and processor["image_mean"] == [0.5, 0.5, 0.5]
+
+
+def test_paths_that_no_shell_expanded(tmp_path, monkeypatch):
+    """`~` in options of commands, in papermill and in environment variables."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model(tmp_path)
+    image(tmp_path / "p" / "a.jpg")
+    where = dict(json_file="~/o/a.json", csv_file="~/o/a.csv", maps="~/maps")
+    assert len(predict_files(["~/p"], "~/model", **where)[0]) == 1
+    np.savez(tmp_path / "s.npz", scores=np.eye(3) / 2 + 0.25, targets=np.eye(3))
+    evaluate_files("~/s.npz", json="~/e.json", csv="~/e.csv", per_class="~/c.csv", replicates=0)
+    assert CADM(3, "narrow_resnet", "~/model", classes=["a", "b", "c"]).provenance["source"] == "model"
+    assert TrainConfig(data_dir="~/d").data_dir == str(tmp_path / "d")
+    assert TableParameters(runs_dir="~/r").folder == tmp_path / "r"
+    monkeypatch.setenv("CADM_OUTPUTS", "~/outputs")
+    assert default_folder("outputs") == tmp_path / "outputs"
+    assert (
+        not (tmp_path / "~").exists()
+        and (tmp_path / "o" / "a.csv").is_file()
+        and (tmp_path / "c.csv").is_file()
+    )

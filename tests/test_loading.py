@@ -18,12 +18,12 @@ from cadm_paper.data.loading import (
     ImageError,
     Loader,
     batch_plan,
-    central_square,
+    central_window,
     decode_rgb,
     flip_mask,
     load_image,
     random_words,
-    resize_square,
+    resized,
 )
 from cadm_paper.data.split import DataError, Split
 
@@ -126,7 +126,7 @@ def test_exif_orientation_is_ignored_unless_asked_for(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     (tmp_path / "x.jpg").write_bytes(encoded(noise(40, 64), exif=exif))
-    stored = resize_square(decode_rgb(encoded(noise(40, 64)), "x"), 32)
+    stored = resized(decode_rgb(encoded(noise(40, 64)), "x"), 32)
     assert (load_image(tmp_path / "x.jpg", 32) == stored).all()
     # squashed to a square, turning before resizing or after is the same up to rounding
     turned = stored if orientation <= 4 else stored.transpose(1, 2)
@@ -139,8 +139,8 @@ def test_exif_orientation_is_ignored_unless_asked_for(tmp_path, orientation):
 def test_resizing_is_pillows_up_to_rounding(h, w, size, crop, seed):
     pixels = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8))
     image = pixels.permute(2, 0, 1)
-    got = resize_square(image, size, "crop" if crop else "squash").permute(1, 2, 0).numpy()
-    part = Image.fromarray((central_square(image) if crop else image).permute(1, 2, 0).numpy())
+    got = resized(image, size, "crop" if crop else "squash").permute(1, 2, 0).numpy()
+    part = Image.fromarray((central_window(image, 1, 1) if crop else image).permute(1, 2, 0).numpy())
     pillow = np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
     assert got.shape == (size, size, 3) and np.abs(got.astype(int) - pillow).max() <= 2  # two roundings
 

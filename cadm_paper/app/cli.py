@@ -84,10 +84,10 @@ def evaluate(
     level: float = 0.95,
     seed: int = 0,
 ) -> int:
-    """The paper's numbers for anybody's scores: an .npz with `scores` (N x C, 0..1) and `targets` (N x C of 1, 0, -1), or a run's folder.
+    """The paper's numbers for anybody's scores: an .npz with `scores` and `targets`, or a run's folder.
 
     Args:
-        scores: the .npz file or run folder.
+        scores: the .npz file (scores: N x C, 0..1; targets: N x C of 1, 0, -1) or run folder.
         against: a second one for the same images: differences with intervals.
         threshold: a label is predicted when its score is greater.
         k: for the top-k numbers.
@@ -127,24 +127,32 @@ def predict(
     maps: Path | None = Path("maps"),
     json: Path | None = None,
     csv: Path | None = None,
+    resize: Literal["squash", "crop"] | None = None,
+    normalise: Literal["imagenet", "half"] | None = None,
+    exif: bool | None = None,
 ) -> int:
-    """Labels with confidences for pictures or folders of them, and the maps laid over each picture.
+    """Labels with confidences for images or folders of them, and the maps laid over each image.
 
     Args:
-        images: pictures, or folders that are searched through.
-        checkpoint: a run's folder, or a model saved by save_pretrained.
+        images: files, or folders that are searched through.
+        checkpoint: a run's folder, or a saved or exported model.
         threshold: a label is named when its score is greater.
-        maps: folder for the pictures with maps; None writes none.
+        maps: folder for the images with maps; None writes none.
         json: write labels and all scores there.
-        csv: write all scores there.
+        csv: write labels and all scores there.
+        resize: how an image gets the model's size; by default as in its training.
+        normalise: mean and deviation of pixels; by default as in its training.
+        exif: whether the orientation stored in a file is applied; by default as in its training.
     """
     from cadm_paper.app.predict import predict_files, sentence
 
-    answers, errors = predict_files(
-        images, checkpoint, threshold=threshold, maps=maps, json_file=json, csv_file=csv
-    )
-    for answer in answers:
+    def tell(answer: dict) -> None:
         print(sentence(answer, threshold) + (f" -> {answer['maps']}" if "maps" in answer else ""))
+
+    seen = {"resize": resize, "normalise": normalise, "exif": exif}
+    seen = {name: value for name, value in seen.items() if value is not None}
+    where = dict(maps=maps, json_file=json, csv_file=csv)
+    _, errors = predict_files(images, checkpoint, threshold=threshold, each=tell, **where, **seen)
     for error in errors:
         print(f"cadm: {error}", file=sys.stderr)
     return 2 if errors else 0
@@ -303,6 +311,9 @@ def refused(error: BaseException) -> bool:
 # %% ../../nbs/app/cli.ipynb #0dc21ac8
 def main(arguments: list[str] | None = None) -> None:
     """The command `cadm`; ends the process with 0, 1 or 2 (and 130 when stopped)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a letter gets its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = application().cli(
             prog="cadm",

@@ -6,82 +6,130 @@
 __all__ = ["Predictor", "predict_files"]
 
 # %% ../../nbs/app/predict.ipynb #87cc6307
+import csv
+import json
+import os
+import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 
 from ..data.loading import ImageError, load_image, prepare
 from ..engine.record import RunRecord
-from ..files import whole_file, write_json
+from ..files import whole_file
 from ..methods import load_model
+from ..metrics import checked_rule
 from ..model import Network
 
 
 # %% ../../nbs/app/predict.ipynb #f359a14c
 @dataclass
 class Predictor:
-    """A model in evaluation mode and the pre-processing it was trained with."""
+    """A model and how images become its inputs.
+
+    Args:
+        model: in evaluation mode.
+        image_size: (height, width) in pixels, or one number for both.
+        resize: "squash" or "crop", as in `load_image`.
+        normalise: "imagenet" or "half", as in `prepare`.
+        exif: whether the orientation stored in a file is applied.
+
+    Example:
+        >>> found = Predictor.load("outputs/runs/own/cadm")("photo.jpg")
+        >>> found["scores"]["cat"], found["maps"].shape  # 0..1; C x h x w, None for a method without maps
+    """
 
     model: Network
-    image_size: int
-    resize: str = "squash"
-    normalise: str = "imagenet"
+    image_size: int | tuple[int, int]
+    resize: str
+    normalise: str
     exif: bool = False
 
     @classmethod
-    def load(cls, checkpoint, **preprocessing) -> "Predictor":
-        """From a run's folder or a `save_pretrained` folder. Raises `FileNotFoundError` when it is neither."""
-        folder = Path(checkpoint)
+    def load(cls, checkpoint, **given) -> "Predictor":
+        """From a run's folder, a saved or an exported model; `given` fields win over what is stored there.
+
+        Raises `FileNotFoundError` where there is none, `ValueError` for one that does not say how it sees images.
+        """
+        folder, recorded = Path(checkpoint).expanduser(), {}
         if (folder / "run.json").is_file():
-            preprocessing = RunRecord.load(folder).seen_at() | preprocessing
+            recorded = RunRecord.load(folder).seen_at()
             folder = folder / "checkpoint" / "model"
         elif not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"{folder}: neither a finished run (run.json) nor a saved model (config.json)"
             )
         model = load_model(folder)
-        return cls(model, **({"image_size": model.image_size[0]} | preprocessing))
+        seen = {"image_size": model.image_size} | (model.seen or {}) | recorded | given
+        if unknown := {"resize", "normalise"} - seen.keys():
+            how = "give them as in its training, or name the run's folder"
+            raise ValueError(f"{folder}: config.json does not say {' and '.join(sorted(unknown))}: {how}")
+        return cls(model, **seen)
 
     def output(self, path) -> tuple[np.ndarray, NamedTuple]:
-        """An image as the model sees it (uint8 H x W x 3), and the model's output. Raises `ImageError`, naming the file."""
+        """An image as the model sees it (uint8 H x W x 3), and the model's output; `ImageError` names the file."""
         image = load_image(path, self.image_size, resize=self.resize, exif=self.exif)
         with torch.inference_mode():
             return image.permute(1, 2, 0).numpy(), self.model(prepare(image[None], normalise=self.normalise))
 
     def __call__(self, path) -> dict:
-        """Scores by label (0..1), the image as the model sees it and maps (C x h x w, None if the method has none)."""
+        """Scores by label (0..1), the image as the model sees it, and maps."""
         picture, output = self.output(path)
         scores = output.scores[0].tolist()
+        if not np.isfinite(scores).all():
+            raise ValueError(f"{printable(path)}: the model's scores are not finite: its weights are damaged")
         return {
-            "image": str(path),
+            "image": printable(path),
             "scores": dict(zip(self.model.classes or map(str, range(len(scores))), scores)),
             "picture": picture,
             "maps": None if output.maps is None else output.maps[0].numpy(),
         }
 
 
+# %% ../../nbs/app/predict.ipynb #2ed7dbb2
+def printable(path) -> str:
+    """A path as text that any file can hold: bytes that are no UTF-8 as \\xe9."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 # %% ../../nbs/app/predict.ipynb #7ce2b34f
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+IMAGES = set(".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .tif .tiff .webp .ppm .pgm .pbm .pnm".split())
 
 
 # %% ../../nbs/app/predict.ipynb #841dab1c
 def image_files(paths) -> list[Path]:
-    """The images that paths and folders name, folders searched through, in order. Raises `FileNotFoundError`."""
-    found, paths = [], [Path(path) for path in paths]
+    """The images that paths and folders name, folders searched through, in order; `FileNotFoundError` for none.
+
+    What a folder holds besides is counted in a line on stderr.
+    """
+    found, passed, paths = [], Counter(), [Path(path).expanduser() for path in paths]
     for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
-        found += inside if path.is_dir() else [path]
+        if not os.path.lexists(path):
+            raise FileNotFoundError(f"{printable(path)}: no such file or folder")
+        inside = sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
+        images = [p for p in inside if kind(p) in IMAGES]
+        passed.update(kind(p) for p in inside if kind(p) not in IMAGES)
+        found += images if path.is_dir() else [path]
+    if passed:
+        print("passed over:", ", ".join(f"{n} {what}" for what, n in passed.items()), file=sys.stderr)
     if not found:
-        where = ", ".join(map(str, paths)) or "nothing given: name files, or folders to search"
+        where = ", ".join(map(printable, paths)) or "nothing given: name files, or folders to search"
         raise FileNotFoundError(f"no images ({', '.join(sorted(IMAGES))}) in {where}")
     return found
+
+
+# %% ../../nbs/app/predict.ipynb #a5c54aa8
+def kind(path: Path) -> str:
+    """What a file in a folder is by its name: its suffix in small letters, or why it has none."""
+    if path.is_dir():
+        return "linked folder"
+    return "._*" if path.name.startswith("._") else path.suffix.lower() or "without a suffix"
 
 
 # %% ../../nbs/app/predict.ipynb #5846a1b4
@@ -103,9 +151,10 @@ def sentence(found: dict, threshold: float = 0.5) -> str:
 
 # %% ../../nbs/app/predict.ipynb #7203de30
 def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3) -> Path:
-    """Write the image with the maps of its labels laid over it (those above the threshold, else the `top` strongest) as PNG.
+    """Write the image with the maps of its labels (above the threshold, else the `top` strongest) over it as PNG.
 
-    Raises `ValueError` for a method without maps."""
+    Raises `ValueError` for a method without maps.
+    """
     import matplotlib.pyplot as plt
 
     from cadm_paper.figures import house_style, overlay
@@ -128,37 +177,120 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3)
     return Path(path)
 
 
+# %% ../../nbs/app/predict.ipynb #fc28b1a9
+class GrowingList:
+    """A JSON list in a file that takes entries one by one and is complete after each."""
+
+    def __init__(self, path):
+        Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(Path(path).expanduser(), "wb")
+        self.end = "" if not self.file.seekable() else "\n]\n"
+        self.write("[")
+
+    def write(self, text: str) -> None:
+        """Text in the place of the list's end, and the end after it."""
+        self.file.write((text + self.end).encode())
+        self.file.flush()
+        self.next = "," if text != "[" else ""
+        if self.end:
+            self.file.seek(-len(self.end), os.SEEK_CUR)
+
+    def add(self, entry) -> None:
+        """One more entry; ValueError for NaN, which no reader could take back."""
+        self.write(self.next + "\n" + json.dumps(entry, indent=1, allow_nan=False, ensure_ascii=False))
+
+    def close(self) -> None:
+        """The end, for a pipe, which could not be overwritten."""
+        if not self.end:
+            self.file.write(b"\n]\n")
+        self.file.close()
+
+
+# %% ../../nbs/app/predict.ipynb #bc052796
+class GrowingTable:
+    """A CSV file with a line per image: its name, its labels, all scores.
+
+    Labels are joined by ";", or by "|" where a class has a ";" in its name.
+    """
+
+    def __init__(self, path, classes: Sequence[str]):
+        Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(Path(path).expanduser(), "w", encoding="utf-8", newline="")
+        self.joint = next((s for s in (";", "|", "\t") if not any(s in c for c in classes)), "\n")
+        self.write(["image", "labels", *classes])
+
+    def write(self, cells: list) -> None:
+        """One line, on the disk at once."""
+        csv.writer(self.file, lineterminator="\n").writerow(cells)
+        self.file.flush()
+
+    def add(self, answer: dict) -> None:
+        """The line of an answer."""
+        scores = [f"{score:.6f}" for score in answer["scores"].values()]
+        self.write([answer["image"], self.joint.join(answer["labels"]), *scores])
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
 # %% ../../nbs/app/predict.ipynb #5a0f8cbb
 def predict_files(
-    images: list[Path],
-    checkpoint: Path,
+    images: Sequence[Path | str],
+    checkpoint: Path | str,
     *,
     threshold: float = 0.5,
     maps: Path | None = None,
     json_file: Path | None = None,
     csv_file: Path | None = None,
+    each: Callable[[dict], None] = lambda answer: None,
+    **preprocessing,
 ) -> tuple[list[dict], list[str]]:
-    """Predict images and folders; writes maps, JSON and CSV where asked. Returns the answers and the errors of unreadable images."""
-    predictor, answers, errors, named = Predictor.load(checkpoint), [], [], Counter()
-    for path in image_files(images):
-        if maps and path.name.endswith("-maps.png") and Path(maps).resolve() in path.resolve().parents:
-            continue  # overlays of an earlier call
-        try:
-            found = predictor(path)
-        except ImageError as error:
-            errors.append(str(error))
-            continue
-        labels = labels_above(found["scores"], threshold)
-        answers.append({"image": found["image"], "labels": labels, "scores": found["scores"]})
-        if maps:
-            named[path.stem] += 1  # a/x.jpg and b/x.png
-            name = path.stem + (f"-{named[path.stem]}" if named[path.stem] > 1 else "")
-            file = save_overlays(found, Path(maps) / f"{name}-maps.png", threshold)
-            answers[-1]["maps"] = str(file)
-    if json_file:
-        write_json(json_file, answers)
-    if csv_file:
-        rows = [{"image": a["image"], "labels": " ".join(a["labels"]), **a["scores"]} for a in answers]
-        with whole_file(csv_file, "w") as file:
-            pd.DataFrame(rows).to_csv(file, index=False, float_format="%.6f")
+    """Predict images and folders of them.
+
+    Args:
+        images: files, or folders that are searched through.
+        checkpoint: a run's folder, a saved or an exported model.
+        threshold: a label is named when its score is above it.
+        maps: folder for the images with their labels' maps over them.
+        json_file, csv_file: hold every answer as soon as it is there.
+        each: is called with each answer.
+        preprocessing: fields of `Predictor` that win over the model's own.
+
+    Returns:
+        The answers (image, labels, scores by label, maps: the file) and a line per image that cannot be read.
+
+    Raises:
+        FileNotFoundError: no model, or no image. ValueError: an impossible threshold, a model that cannot be used.
+
+    Example:
+        >>> answers, errors = predict_files(["photos"], "outputs/runs/own/cadm", csv_file="labels.csv")
+        >>> answers[0]["labels"]
+    """
+    checked_rule(threshold, 1)
+    predictor, answers, errors, named = Predictor.load(checkpoint, **preprocessing), [], [], Counter()
+    paths, maps = image_files(images), maps and Path(maps).expanduser()
+    classes = predictor.model.classes or map(str, range(predictor.model.num_classes))
+    with ExitStack() as opened:
+        files = [GrowingList(json_file)] if json_file else []
+        files += [GrowingTable(csv_file, list(classes))] if csv_file else []
+        for file in files:
+            opened.callback(file.close)
+        for path in paths:
+            if maps and path.name.endswith("-maps.png") and maps.resolve() in path.resolve().parents:
+                continue  # overlays of an earlier call
+            try:
+                found = predictor(path)
+            except ImageError as error:
+                errors.append(printable(str(error)))
+                continue
+            answer = {"image": found["image"], "labels": labels_above(found["scores"], threshold)}
+            answer["scores"] = found["scores"]
+            if maps:
+                named[path.stem] += 1  # a/x.jpg and b/x.png
+                name = path.stem + (f"-{named[path.stem]}" if named[path.stem] > 1 else "")
+                answer["maps"] = printable(save_overlays(found, maps / f"{name}-maps.png", threshold))
+            answers.append(answer)
+            for take in (each, *(file.add for file in files)):
+                take(answer)
     return answers, errors

@@ -65,39 +65,42 @@ def decode_rgb(data: bytes, name, *, exif: bool = False) -> Tensor:
 
 
 # %% ../../nbs/data/loading.ipynb #5bc40f28
-def central_square(image: Tensor) -> Tensor:
-    """The largest centred square of a 3 x H x W image, as a view; an odd rest goes right and down."""
+def central_window(image: Tensor, height: int, width: int) -> Tensor:
+    """The largest centred window of this shape in a 3 x H x W image, as a view; an odd rest goes right and down."""
     h, w = image.shape[1:]
-    side, top, left = min(h, w), max(h - w, 0) // 2, max(w - h, 0) // 2
-    return image[:, top : top + side, left : left + side]
+    scale = min(h / height, w / width)
+    rows, columns = max(round(height * scale), 1), max(round(width * scale), 1)
+    top, left = (h - rows) // 2, (w - columns) // 2
+    return image[:, top : top + rows, left : left + columns]
 
 
 # %% ../../nbs/data/loading.ipynb #ea9581b8
-def resize_square(image: Tensor, size: int, resize: str = "squash") -> Tensor:
-    """uint8 3 x H x W to 3 x size x size: the whole image (`squash`) or its central square (`crop`)."""
+def resized(image: Tensor, size: int | tuple[int, int], resize: str = "squash") -> Tensor:
+    """uint8 3 x H x W at a size (a side, or height and width): the whole image (`squash`) or its centre (`crop`)."""
     if resize not in ("squash", "crop"):
         raise ValueError(f"resize is squash or crop, not {resize!r}")
+    size = (size, size) if isinstance(size, int) else tuple(size)
     if resize == "crop":
-        image = central_square(image)
-    if image.shape[1:] == (size, size):
+        image = central_window(image, *size)
+    if image.shape[1:] == size:
         return image
     # written like this, torch sees that the bytes of a pixel lie together, and works three times as fast
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    return F.interpolate(batch, (size, size), mode="bilinear", antialias=True)[0]
+    return F.interpolate(batch, size, mode="bilinear", antialias=True)[0]
 
 
 # %% ../../nbs/data/loading.ipynb #0910cdc0
-def load_image(path, size: int, *, resize: str = "squash", exif: bool = False) -> Tensor:
+def load_image(path, size: int | tuple[int, int], *, resize: str = "squash", exif: bool = False) -> Tensor:
     """A photograph as the network takes it (Sec. 3.2).
 
     Args:
         path: the file.
-        size: side of the square, px.
-        resize: "squash" the whole photograph into the square, or "crop" its central square.
+        size: side of the square, or height and width, px.
+        resize: "squash" the whole photograph into this shape, or "crop" its centre of this shape.
         exif: apply the stored orientation.
 
     Returns:
-        uint8 3 x size x size, RGB.
+        uint8 3 x height x width, RGB.
 
     Raises:
         ImageError: the file is no photograph; the message names it.
@@ -106,7 +109,7 @@ def load_image(path, size: int, *, resize: str = "squash", exif: bool = False) -
         >>> load_image("photo.jpg", 448).shape  # doctest: +SKIP
         torch.Size([3, 448, 448])
     """
-    return resize_square(decode_rgb(read_photograph(path), path, exif=exif), size, resize)
+    return resized(decode_rgb(read_photograph(path), path, exif=exif), size, resize)
 
 
 # %% ../../nbs/data/loading.ipynb #2735eefd

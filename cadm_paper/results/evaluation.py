@@ -6,8 +6,6 @@
 __all__ = ["compare_scores", "per_class_metrics", "compare_classes", "ScoreFileError", "evaluate_files"]
 
 # %% ../../nbs/results/evaluation.ipynb #5cbb945b
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from cadm_paper.files import sha256_file, whole_file, write_json
+from cadm_paper.files import read_arrays, sha256_file, whole_file, write_json
 from cadm_paper.metrics import checked, checked_rule, count_classes, metric_names, multilabel_metrics, ratio
 from cadm_paper.results.statistics import bootstrap, bootstrap_classes, interval
 
@@ -174,29 +172,17 @@ class ScoreFile:
         return replace(self, scores=self.scores[images], targets=self.targets[images], image_ids=ids)
 
 
-# %% ../../nbs/results/evaluation.ipynb #bf81ff96
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz file by name, without unpickling; ScoreFileError if that fails."""
-    if not path.is_file():
-        raise ScoreFileError(
-            f"{path} is not there: a score file is an .npz with the arrays scores and targets"
-        )
-    if not zipfile.is_zipfile(path):
-        raise ScoreFileError(f"{path} is not an .npz: damaged, or another kind of file")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: np.asarray(file[name]) for name in file.files}
-    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        reason = "it holds Python objects; save plain arrays" if "allow_pickle" in str(error) else "damaged"
-        raise ScoreFileError(f"{path} cannot be read as an .npz of plain arrays: {reason}") from None
-
-
 # %% ../../nbs/results/evaluation.ipynb #ada59541
 def read_score_file(path: str | Path, array: str = "scores") -> ScoreFile:
     """Read and check a score file, or the `scores.npz` of a run's folder; `array` names the scores."""
     path = Path(path).expanduser()
     path = path / "scores.npz" if path.is_dir() else path
-    content = read_arrays(path)
+    if not path.is_file():
+        raise ScoreFileError(f"{path} is not there: a score file is an .npz with scores and targets")
+    try:
+        content = read_arrays(path)
+    except (ValueError, OSError) as error:
+        raise ScoreFileError(str(error)) from None
     if missing := [name for name in (array, "targets") if name not in content]:
         there = ", ".join(sorted(content)) or "none"
         raise ScoreFileError(f"{path} has no array {missing[0]!r}: it has {there}")
