@@ -25,25 +25,35 @@ from typing import Literal
 import numpy as np
 from filelock import FileLock, Timeout
 
-
 # %% ../nbs/files.ipynb #ad0ca445
+TEXT = {"encoding": "utf-8", "newline": "\n"}
+
+
+def open_through(path, mode: str = "wb"):
+    """Open a file, a pipe or a device for writing as it goes; a pipe that nobody reads is an `OSError`."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, flags, 0o666)
+    os.set_blocking(descriptor, True)
+    return open(descriptor, mode, **({} if "b" in mode else TEXT | {"buffering": 1}))  # a line at a time
+
+
+# %% ../nbs/files.ipynb #98985e69
 @contextlib.contextmanager
 def whole_file(path, mode: str = "wb"):
     """Open a temporary sibling for writing; it takes the name `path` if the block ends without an error.
 
     Links are followed. A pipe or a device is written through, and a pipe that nobody reads is an `OSError`."""
     path = Path(os.path.realpath(os.path.expanduser(path)))
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     if path.exists() and not (path.is_file() or path.is_dir()):
-        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        os.set_blocking(descriptor, True)
-        with open(descriptor, mode, **text) as file:
+        with open_through(path, mode) as file:
             yield file
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with open(part, mode, **text) as file:
+        with open(part, mode, **({} if "b" in mode else TEXT)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

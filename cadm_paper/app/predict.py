@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import torch
 
 from ..data.loading import ImageError, load_image, prepare
 from ..engine.record import RunRecord
-from ..files import whole_file
+from ..files import open_through, whole_file
 from ..methods import load_model
 from ..metrics import checked_rule
 from ..model import Network
@@ -177,61 +178,38 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3)
     return Path(path)
 
 
-# %% ../../nbs/app/predict.ipynb #fc28b1a9
-class GrowingList:
-    """A JSON list in a file that takes entries one by one and is complete after each."""
-
-    def __init__(self, path):
-        Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(Path(path).expanduser(), "wb")
-        self.end = "" if not self.file.seekable() else "\n]\n"
-        self.write("[")
-
-    def write(self, text: str) -> None:
-        """Text in the place of the list's end, and the end after it."""
-        self.file.write((text + self.end).encode())
-        self.file.flush()
-        self.next = "," if text != "[" else ""
-        if self.end:
-            self.file.seek(-len(self.end), os.SEEK_CUR)
-
-    def add(self, entry) -> None:
-        """One more entry; ValueError for NaN, which no reader could take back."""
-        self.write(self.next + "\n" + json.dumps(entry, indent=1, allow_nan=False, ensure_ascii=False))
-
-    def close(self) -> None:
-        """The end, for a pipe, which could not be overwritten."""
-        if not self.end:
-            self.file.write(b"\n]\n")
-        self.file.close()
+# %% ../../nbs/app/predict.ipynb #5e037720
+def add_entry(file, entry) -> None:
+    """Add an entry to the JSON list in a file, which is complete before and after."""
+    text = json.dumps(entry, indent=1, allow_nan=False, ensure_ascii=False)
+    start = file.seek(-len("\n]\n"), os.SEEK_END)
+    file.write(f"{',' if start > 1 else ''}\n{text}\n]\n".encode())
+    file.flush()
 
 
-# %% ../../nbs/app/predict.ipynb #bc052796
-class GrowingTable:
-    """A CSV file with a line per image: its name, its labels, all scores.
+# %% ../../nbs/app/predict.ipynb #dfe900b8
+def answer_files(
+    opened: ExitStack, answers: list, json_file, csv_file, classes: Sequence[str]
+) -> list[Callable]:
+    """What puts an answer into the JSON list and the CSV table that were asked for (a pipe gets its list at last).
 
-    Labels are joined by ";", or by "|" where a class has a ";" in its name.
+    Labels are joined by ";" in the table, or by the next of "|" and tab where a class has it in its name.
     """
-
-    def __init__(self, path, classes: Sequence[str]):
-        Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(Path(path).expanduser(), "w", encoding="utf-8", newline="")
-        self.joint = next((s for s in (";", "|", "\t") if not any(s in c for c in classes)), "\n")
-        self.write(["image", "labels", *classes])
-
-    def write(self, cells: list) -> None:
-        """One line, on the disk at once."""
-        csv.writer(self.file, lineterminator="\n").writerow(cells)
-        self.file.flush()
-
-    def add(self, answer: dict) -> None:
-        """The line of an answer."""
-        scores = [f"{score:.6f}" for score in answer["scores"].values()]
-        self.write([answer["image"], self.joint.join(answer["labels"]), *scores])
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
+    adders = []
+    if json_file:
+        entries = opened.enter_context(open_through(json_file))
+        if Path(json_file).expanduser().is_file():
+            entries.write(b"[\n]\n")
+            adders.append(partial(add_entry, entries))
+        else:
+            opened.callback(lambda: entries.write(json.dumps(answers, indent=1).encode()))
+    if csv_file:
+        lines = csv.writer(opened.enter_context(open_through(csv_file, "w")), lineterminator="\n")
+        lines.writerow(["image", "labels", *classes])
+        joint = next((s for s in (";", "|", "\t") if not any(s in c for c in classes)), "\n")
+        six = lambda answer: [f"{score:.6f}" for score in answer["scores"].values()]
+        adders.append(lambda a: lines.writerow([a["image"], joint.join(a["labels"]), *six(a)]))
+    return adders
 
 
 # %% ../../nbs/app/predict.ipynb #5a0f8cbb
@@ -270,12 +248,9 @@ def predict_files(
     checked_rule(threshold, 1)
     predictor, answers, errors, named = Predictor.load(checkpoint, **preprocessing), [], [], Counter()
     paths, maps = image_files(images), maps and Path(maps).expanduser()
-    classes = predictor.model.classes or map(str, range(predictor.model.num_classes))
+    classes = predictor.model.classes or [str(c) for c in range(predictor.model.num_classes)]
     with ExitStack() as opened:
-        files = [GrowingList(json_file)] if json_file else []
-        files += [GrowingTable(csv_file, list(classes))] if csv_file else []
-        for file in files:
-            opened.callback(file.close)
+        take = [each, *answer_files(opened, answers, json_file, csv_file, classes)]
         for path in paths:
             if maps and path.name.endswith("-maps.png") and maps.resolve() in path.resolve().parents:
                 continue  # overlays of an earlier call
@@ -284,13 +259,13 @@ def predict_files(
             except ImageError as error:
                 errors.append(printable(str(error)))
                 continue
-            answer = {"image": found["image"], "labels": labels_above(found["scores"], threshold)}
-            answer["scores"] = found["scores"]
+            labels = labels_above(found["scores"], threshold)
+            answers.append({"image": found["image"], "labels": labels, "scores": found["scores"]})
             if maps:
                 named[path.stem] += 1  # a/x.jpg and b/x.png
                 name = path.stem + (f"-{named[path.stem]}" if named[path.stem] > 1 else "")
-                answer["maps"] = printable(save_overlays(found, maps / f"{name}-maps.png", threshold))
-            answers.append(answer)
-            for take in (each, *(file.add for file in files)):
-                take(answer)
+                file = save_overlays(found, maps / f"{name}-maps.png", threshold)
+                answers[-1]["maps"] = printable(file)
+            for use in take:
+                use(answers[-1])
     return answers, errors
