@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_metrics import evaluations
@@ -28,7 +27,7 @@ CHECKED = settings(max_examples=40, deadline=None)
 def test_a_replicate_is_the_evaluation_of_the_drawn_images(data, seed, threshold, k):
     scores, targets = data
     found = bootstrap(scores, targets, 3, seed, threshold, k)
-    drawn = torch.cat(list(draws(len(scores), 3, seed)), 1).int().numpy()
+    drawn = np.hstack(list(draws(len(scores), 3, seed))).astype(int)
     for i in range(3):
         copies = np.repeat(np.arange(len(scores)), drawn[:, i])
         if not (targets[copies] == 1).any():

@@ -221,7 +221,7 @@ def evidence_by_seed(runs: Mapping[int, RunRecord]) -> dict[int, dict[str, np.nd
 # %% ../../nbs/results/measures.ipynb #87e2c134
 def image_weights(images: int, count: int = 200) -> np.ndarray:
     """Ones, then bootstrap multiplicities: images x (1 + count)."""
-    return np.concatenate([np.ones((images, 1), np.float32), *(w.numpy() for w in draws(images, count))], 1)
+    return np.concatenate([np.ones((images, 1), np.float32), *draws(images, count)], 1)
 
 
 # %% ../../nbs/results/measures.ipynb #14fb9ef0

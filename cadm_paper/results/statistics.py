@@ -6,15 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/results/statistics.ipynb #8af6123a
-from collections.abc import Iterator, Sequence
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from cadm_paper.metrics import PerClass, by_class, checked, checked_rule, metrics_of, ranking, ratio, top_k
 
@@ -23,7 +23,7 @@ MOST_IMAGES = 2**24  # float32 counts exactly up to here
 
 
 # %% ../../nbs/results/statistics.ipynb #82534a98
-def draws(images: int, replicates: int, seed: int = 0, block: int = 32) -> Iterator[Tensor]:
+def draws(images: int, replicates: int, seed: int = 0, block: int = 32) -> Iterator[np.ndarray]:
     """Multiplicities of bootstrap replicates, in blocks N x B (float32).
 
     They depend on N, the seed and the replicate's number alone.
@@ -36,95 +36,53 @@ def draws(images: int, replicates: int, seed: int = 0, block: int = 32) -> Itera
             np.bincount(rng.integers(0, images, images), minlength=images)
             for _ in range(min(block, replicates - start))
         ]
-        yield torch.from_numpy(np.stack(drawn, 1).astype(np.float32))
-
-
-# %% ../../nbs/results/statistics.ipynb #94465080
-class Bags(NamedTuple):
-    """Images put in bags: `members` (int32, bag after bag) and where each bag `starts`."""
-
-    members: Tensor
-    starts: Tensor
-
-    def sums(self, weights: Tensor) -> Tensor:
-        """Sum of the members' weights N x B in each bag: bags x B."""
-        return F.embedding_bag(self.members, weights, self.starts, mode="sum")
-
-    def running(self, weights: Tensor) -> np.ndarray:
-        """Sums over all bags up to each one: B x bags."""
-        return self.sums(weights).T.contiguous().cumsum(1).numpy()
+        yield np.stack(drawn, 1).astype(np.float32)
 
 
 # %% ../../nbs/results/statistics.ipynb #b9527a4d
-def bags(members: np.ndarray, ends: Sequence[int]) -> Bags:
-    """Bags from their members and the position at which each ends."""
-    tensor = lambda values: torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
-    return Bags(tensor(members), tensor(np.r_[0, ends[:-1]]))
+def bags(members: np.ndarray, ends: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
+    """A function that gives the sum of the weights (float32, N x B) of each bag's members: bags x B.
+
+    Args:
+        members: image indices, bag after bag.
+        ends: the position in `members` at which each bag ends.
+    """
+    indices, starts = (torch.from_numpy(x.astype(np.int32)) for x in (members, np.r_[0, ends[:-1]]))
+    return lambda w: F.embedding_bag(indices, torch.from_numpy(w), starts, mode="sum").numpy()
 
 
 # %% ../../nbs/results/statistics.ipynb #65300313
-class ClassPlan(NamedTuple):
-    """One class, sorted once: labelled images in steps and positives in groups of equal score, best first."""
-
-    steps: Bags
-    groups: Bags
-    step_of_group: np.ndarray
-    cuts: tuple[tuple[int, int], ...]  # (step, group) at score > threshold and at score >= threshold
-    given: Bags  # top-k, top-k and right, forced top-k, forced and right
+# One class, sorted once, best first. Bags: positives in groups of equal score; labelled images in steps that end
+# with these groups, and the rest; the images of each count of `PerClass` from `predicted` on
+ClassPlan = namedtuple("ClassPlan", "groups steps counted")
 
 
 # %% ../../nbs/results/statistics.ipynb #3f1a2e05
-def plan_class(
-    scores: np.ndarray, labels: np.ndarray, given: Sequence[np.ndarray], threshold: float
-) -> ClassPlan:
-    """Sort one class (1-D arrays) and find its steps, groups, cuts and the images that top-k gives it to."""
+def plan_class(scores: np.ndarray, labels: np.ndarray, forced: np.ndarray, threshold: float) -> ClassPlan:
+    """Sort one class (1-D arrays); `forced`: the images to which top-k without a threshold gives it."""
     r, best_first = ranking(scores, labels), np.argsort(-scores, kind="stable")
     known, positive = best_first[labels[best_first] >= 0], best_first[labels[best_first] == 1]
-    cut = [
-        [len(x) - np.searchsorted(x, threshold, side) for side in ("right", "left")]
-        for x in (r.scores, r.positives)
-    ]
     groups, at = np.unique(np.r_[0, r.hits], return_index=True)
-    seen = np.r_[0, r.seen][at]
-    steps = np.unique(np.r_[0, len(known), cut[0], seen])
-    lists = [np.flatnonzero(x) for x in given]
-    cuts = zip(np.searchsorted(steps, cut[0]), np.searchsorted(groups, cut[1]))
-    return ClassPlan(
-        bags(known, steps),
-        bags(positive, groups),
-        np.searchsorted(steps, seen),
-        tuple(cuts),
-        bags(np.concatenate(lists), np.cumsum([len(x) for x in lists])),
-    )
-
-
-# %% ../../nbs/results/statistics.ipynb #b5c891c1
-def plan_classes(
-    scores: np.ndarray, targets: np.ndarray, threshold: float = 0.5, k: int = 3
-) -> list[ClassPlan]:
-    """Plans of all classes from checked scores and labels N x C."""
-    threshold = scores.dtype.type(threshold)
-    forced = top_k(np.ascontiguousarray(np.where(targets < 0, -1, scores).T), k)
-    top, right = forced & (scores.T > threshold), targets.T == 1
-    given = zip(top, top & right, forced, forced & right)
-    return [plan_class(s, y, g, threshold) for (s, y), g in zip(by_class(scores, targets), given)]
+    steps = np.r_[np.r_[0, r.seen][at], len(known)]
+    above, reached = ((labels >= 0) & over(scores, threshold) for over in (np.greater, np.greater_equal))
+    given = [g for mask in (above, reached, forced & above, forced) for g in (mask, mask & (labels == 1))]
+    image, ends = np.nonzero(given)[1], np.cumsum([mask.sum() for mask in given])
+    return ClassPlan(bags(positive, groups), bags(known, steps), bags(image, ends))
 
 
 # %% ../../nbs/results/statistics.ipynb #7c572988
-def replicate_class(plan: ClassPlan, weights: Tensor) -> list[np.ndarray]:
+def replicate_class(plan: ClassPlan, weights: np.ndarray) -> list[np.ndarray]:
     """One class under the multiplicities N x B: the fields of `PerClass`, each B numbers."""
-    seen, hits = plan.steps.running(weights), plan.groups.running(weights)
-    precision = np.divide(hits, np.maximum(seen[:, plan.step_of_group], 1), dtype=np.float64)
-    envelope = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
-    gain, total = np.diff(hits, axis=1).astype(np.float64), hits[:, -1].astype(np.float64)
-    recalls = torch.from_numpy(total[:, None] * np.arange(11))  # ten times the hits at recall 0, 0.1, ..., 1
-    first = torch.searchsorted(10 * torch.from_numpy(hits).double(), recalls).numpy()
-    eleven = np.take_along_axis(envelope, first, 1).mean(1)
-    area = lambda height: ratio(np.einsum("bg,bg->b", gain, height[:, 1:]), total)
+    gain = plan.groups(weights).astype(np.float64)
+    hits, seen = gain.cumsum(0), plan.steps(weights).cumsum(0)
+    total, precision = hits[-1], hits / np.maximum(seen[:-1], 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    # where recall reaches 0, 0.1, ..., 1
+    first = [np.searchsorted(10 * h, h[-1] * np.arange(11)) for h in hits.T]
+    eleven = np.take_along_axis(envelope, np.stack(first, 1), 0).mean(0)
+    area = lambda height: ratio((gain * height).sum(0), total)
     aps = [np.where(total > 0, value, np.nan) for value in (area(precision), eleven, area(envelope))]
-    counts = [column for step, group in plan.cuts for column in (seen[:, step], hits[:, group])]
-    fields = [seen[:, -1], total, *aps, *counts, *plan.given.sums(weights).numpy()]
-    return [field.astype(np.float64) for field in fields]
+    return [seen[-1], total, *aps, *plan.counted(weights)]
 
 
 # %% ../../nbs/results/statistics.ipynb #08527dd9
@@ -134,12 +92,14 @@ def bootstrap_classes(
     """Counts and APs per class of bootstrap replicates over images: replicates x C each."""
     s, y = checked(scores, targets)
     checked_rule(threshold, k)
-    plans = plan_classes(s, y, threshold, k)
+    limit = s.dtype.type(threshold)
+    forced = top_k(np.ascontiguousarray(np.where(y < 0, -1, s).T), k)
+    plans = [plan_class(*of, given, limit) for of, given in zip(by_class(s, y), forced)]
     found = [
-        [np.stack(field, 1) for field in zip(*(replicate_class(plan, weights) for plan in plans))]
+        np.stack([replicate_class(plan, weights) for plan in plans], 2)  # fields x B x C
         for weights in draws(len(s), replicates, seed)
     ]
-    return PerClass(*(np.concatenate(field) for field in zip(*found)))
+    return PerClass(*np.concatenate(found, 1))
 
 
 # %% ../../nbs/results/statistics.ipynb #8879c727
