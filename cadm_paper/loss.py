@@ -112,7 +112,7 @@ def asymmetric_loss(
         A scalar: summed over classes, mean over images.
 
     Raises:
-        ValueError: as `classification_loss`, and for a clip outside 0..1 or a gamma that is not >= 0 and finite.
+        ValueError: as `classification_loss`, and for a clip outside 0..1 or a gamma below 0.
 
     Example:
         >>> asymmetric_loss(torch.zeros(2, 3), torch.ones(2, 3))
@@ -159,7 +159,7 @@ def distances_to_center(
     detach_center: bool = LossOptions.detach_center,
     center: str = LossOptions.center,
 ) -> Float[Tensor, "batch classes"]:
-    """Squared (or plain) distance of every class's vector to its image's mean present one, or to the origin."""
+    """Squared (or plain) distance of each class's vector to the image's mean present one, or to 0."""
     offsets = label_vectors
     if center == "present":
         mean = center_of_present(label_vectors, targets)
@@ -174,7 +174,7 @@ def hinged(
     margin: float = LossOptions.margin,
     hinge: str = LossOptions.hinge,
 ) -> Float[Tensor, "batch"]:
-    """The second term of Eq. 12 per image, the hinge inside the sum over absent labels or outside (its text)."""
+    """The second term of Eq. 12 per image, the hinge inside the sum over absent labels or outside."""
     absent = targets == 0
     if hinge == "inside":
         return torch.where(absent, F.relu(margin - distances), 0).sum(1)
@@ -234,7 +234,7 @@ def label_correlation_loss(
 
 # %% ../nbs/02_loss.ipynb #5baadfd6
 class LossTerms(NamedTuple):
-    """L, L_cls and L_lce of Eq. 5, scalars; L_lce before its factor lambda, 0 and not computed at lambda = 0."""
+    """L, L_cls and L_lce of Eq. 5: L_lce without its factor lambda, and not computed (0) at lambda = 0."""
 
     total: Float[Tensor, ""]
     classification: Float[Tensor, ""]

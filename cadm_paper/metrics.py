@@ -51,7 +51,7 @@ def checked(scores: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 # %% ../nbs/03_metrics.ipynb #0dec84ef
-# One class: sorted scores (ascending) of the labelled images and of the positives; TP(s) and n(s) at each positive, best first
+# One class: scores (ascending) of labelled images and of positives; TP(s), n(s) at each positive, best first
 Ranking = namedtuple("Ranking", "scores positives hits seen")
 
 
@@ -71,7 +71,7 @@ APs = namedtuple("APs", "ap voc11 voc_area")  # of one class
 
 # %% ../nbs/03_metrics.ipynb #8429be23
 def average_precisions(ranked: Ranking) -> APs:
-    """AP, VOC's 11-point and VOC's area of one ranked class, NaN without positives; recalls are not rounded."""
+    """AP, VOC's 11-point and VOC's area of one ranked class, NaN without positives; no recall is rounded."""
     total = len(ranked.hits)
     if not total:
         return APs(np.nan, np.nan, np.nan)
@@ -250,7 +250,7 @@ def multilabel_metrics(scores: Any, targets: Any, threshold: float = 0.5, k: int
         Name -> fraction: `metric_names(k)` first, in the order of the paper's tables. Always finite.
 
     Raises:
-        ValueError: for arrays as in `average_precision`, no present label at all, or an impossible threshold or k.
+        ValueError: for arrays as in `average_precision`, no present label, an impossible threshold or k.
 
     >>> multilabel_metrics([[0.9, 0.2], [0.6, 0.7]], [[1, 0], [0, 1]])["OP"]
     0.6666666666666666

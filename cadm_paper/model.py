@@ -91,7 +91,7 @@ LAST = "layer4"  # X of Eq. 1
 def feature_maps(
     backbone: nn.Module, images: Float[Tensor, "batch 3 H W"], layers: Sequence[str] | None = (LAST,)
 ) -> dict[str, Tensor]:
-    """The maps of these stages of a backbone (None: of all), each B x d x h x w; `KeyError` for another stage."""
+    """The maps of these stages of a backbone (None: of all), each B x d x h x w; `KeyError` for others."""
     x, found = images, {}
     stages = backbone.named_children() if isinstance(backbone, nn.Sequential) else [(LAST, backbone)]
     for name, stage in stages:
@@ -195,7 +195,7 @@ def embedding_maps(
     weights: Float[Tensor, "classes d"],
     detach: str,
 ) -> Float[Tensor, "batch classes h w"]:
-    """The maps as f_embed gets them: with all of their gradient, without that of the weights, or with none."""
+    """The maps as f_embed gets them: with all their gradient, without that of the weights, or with none."""
     if detach == "weights":
         return class_maps(features, weights.detach())
     return maps.detach() if detach == "all" else maps
@@ -247,7 +247,7 @@ class CADMHead(nn.Module):
     def forward(
         self, features: Tensor | Mapping[str, Tensor], with_label_vectors: bool | None = None
     ) -> CADMOutput:
-        """Of X, B x d x h x w, or of maps by name with X as "layer4"; label vectors: while f_embed is trained."""
+        """Of X, B x d x h x w, or of maps by name; label vectors come while f_embed is trained."""
         if isinstance(features, Mapping):
             features = features[LAST]
         if with_label_vectors is None:
@@ -279,8 +279,8 @@ SEEN = {name: DECISIONS[name].default for name in ("resize", "normalise", "exif"
 class Network(nn.Module):
     """A backbone and a head over its maps: images to logits.
 
-    `build_head(shapes, num_classes)` makes the head from the maps' (d, h, w). `seen` is how an image becomes an
-    input: `resize`, `normalise` and `exif`; None in a loaded model that does not say.
+    `build_head(shapes, num_classes)` makes the head from the maps' (d, h, w). `seen` is how an image becomes
+    an input: `resize`, `normalise` and `exif`; None in a loaded model that does not say.
     """
 
     def __init__(
@@ -347,7 +347,7 @@ class Network(nn.Module):
 
 # %% ../nbs/01_model.ipynb #9c59ea5b
 def load_network(folder: str | Path, build: Callable[..., Network]) -> Network:
-    """The model of a saved folder, on the CPU and in evaluation mode: `build(**config)` with the checked weights."""
+    """The model of a saved folder, on the CPU, to evaluate: `build(**config)` with the checked weights."""
     path, file = (Path(folder).expanduser() / name for name in MODEL_FILES)
     if missing := [name for name in MODEL_FILES if not (path.parent / name).is_file()]:
         raise FileNotFoundError(f"{folder} is no saved model: there is no {missing[0]} in it")

@@ -126,7 +126,7 @@ TABLES = {"coco2014": TABLE1, "nuswide": TABLE2}  # by the name of the data set
 # %% ../nbs/00_paper.ipynb #057bbf18
 @dataclass(frozen=True)
 class SplitFacts:
-    """Counts of a published split: images, those with a label, labels, at most three of each; None: unknown."""
+    """Counts of a published split: images, those with a label, labels, at most three each; None: unknown."""
 
     images: int
     labelled: int | None = None
@@ -747,7 +747,7 @@ def register_table(decisions: tuple[Decision, ...]):
         decisions: a part of `REGISTER`.
 
     Returns:
-        pandas DataFrame, a row each: where it is, the question, the paper's words, default, other readings, why.
+        pandas DataFrame, a row each: where, question, the paper's words, default, other readings, why.
 
     Example:
         >>> list(register_table(REGISTER["Loss"]).columns[:2])

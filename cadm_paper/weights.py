@@ -60,7 +60,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 # %% ../nbs/weights.ipynb #483217cb
 def checked_state(state: Any, file: Path) -> dict[str, Tensor]:
-    """A state dict as it is, or what is under "state_dict"; ValueError unless it is finite tensors by name."""
+    """A state dict, or the one under "state_dict"; ValueError unless it is finite tensors by name."""
     state = state if isinstance(state, Mapping) else {}
     state = state.get("state_dict", state)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
@@ -110,7 +110,7 @@ def imagenet_weights(backbone: str, wanted: str | WeightsEnum) -> WeightsEnum:
 
 # %% ../nbs/weights.ipynb #91cf3ad7
 def imagenet_state_dict(entry: WeightsEnum) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights, fetched once into torch's cache, whose checksum is checked every time."""
+    """torchvision's ImageNet weights, fetched once into torch's cache, whose checksum is always checked."""
     name = Path(entry.url).name  # resnet18-f37072fd.pth: the checksum's first digits
     cached = Path(torch.hub.get_dir(), "checkpoints", name)
     if cached.is_file() and not sha256_file(cached).startswith(cached.stem.rpartition("-")[2]):
@@ -131,7 +131,7 @@ def load_backbone_weights(
     expected_missing: Sequence[str] = (),
     expected_unexpected: Sequence[str] = ("fc.*",),
 ) -> list[str]:
-    """Load a state dict, all or nothing; returns the names that stay as initialised. Patterns are shell-style."""
+    """Load a state dict, all or nothing; returns the names that stay as they were. Patterns as in shells."""
     if any(key.startswith("backbone.") for key in state):  # a saved model: take its backbone
         state = {k.removeprefix("backbone."): v for k, v in state.items() if not k.startswith("head.")}
     own = backbone.state_dict()

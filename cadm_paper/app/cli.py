@@ -45,7 +45,7 @@ TrainOptions = dataclasses.make_dataclass(
 
 # %% ../../nbs/app/cli.ipynb #48ab74de
 def train(options: tyro.conf.OmitArgPrefixes[TrainOptions], resume: bool = False) -> None:
-    """Train one run and write its record: the papermill notebook's run without Jupyter, with the same parameters.
+    """Train one run and write its record: the papermill notebook without Jupyter, same parameters.
 
     Args:
         resume: go on from the run's checkpoint; a finished run is left as it is.
@@ -159,7 +159,7 @@ def predict(
 
 # %% ../../nbs/app/cli.ipynb #1ea3d79d
 def export(run: tyro.conf.Positional[Path], out: Path, onnx: bool = False) -> None:
-    """Write a run as a folder that the model hub's usual tools take: weights, configuration, model card; ONNX on request.
+    """Write a run as a folder that model hubs take: weights, configuration, model card, ONNX on request.
 
     Args:
         run: the run's folder.

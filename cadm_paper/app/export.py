@@ -98,7 +98,7 @@ EXPORTED = (
 
 # %% ../../nbs/app/export.ipynb #ca427555
 def model_files(record: RunRecord) -> list[Path]:
-    """The saved model beside a record, against the record's checksums where it has them. Raises `RecordError`."""
+    """The saved model beside a record, by the record's checksums where it has them. Raises `RecordError`."""
     found = [record.folder / "checkpoint" / "model" / name for name in ("model.safetensors", "config.json")]
     for path in found:
         if not path.is_file():
@@ -121,8 +121,8 @@ def export_run(run: RunRecord | str | Path, out: str | Path, onnx: bool = False)
         onnx: add `model.onnx`.
 
     Returns:
-        The folder: weights, `config.json` with how images become inputs, `preprocessor_config.json`, the record,
-        a model card.
+        The folder: weights, `config.json` with how images become inputs, `preprocessor_config.json`, the
+        record, a model card.
 
     Raises:
         RecordError: a run without a model, or with another than it recorded.

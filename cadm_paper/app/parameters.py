@@ -31,7 +31,7 @@ class TableParameters(BaseModel):
 
     @classmethod
     def read(cls, namespace: dict, before: set[str]):
-        """A notebook's parameters, checked and cast; `ConfigError` for an unknown name or an ill-typed value."""
+        """A notebook's parameters, checked and cast; `ConfigError` for an unknown name or another type."""
         try:
             return cls(**given_parameters(namespace, before))
         except ValidationError as error:
@@ -67,7 +67,7 @@ class FigureParameters(TableParameters):
     positive: bool = Field(False, description="sum only the positive part of a map when sorting")
 
     def each(self, choose: Callable[[list[RunRecord], str], object]) -> list:
-        """`choose(runs, dataset)` for each data set; one without its runs is named in a line, `NoRuns` if all are."""
+        """`choose(runs, dataset)` for each data set; one without its runs is named; `NoRuns` if all are."""
         found, runs = [], self.runs()
         for dataset in sorted({r.dataset["name"] for r in runs}):
             try:

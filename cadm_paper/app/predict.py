@@ -56,7 +56,7 @@ class Predictor:
     def load(cls, checkpoint, **given) -> "Predictor":
         """From a run's folder, a saved or an exported model; `given` fields win over what is stored there.
 
-        Raises `FileNotFoundError` where there is none, `ValueError` for one that does not say how it sees images.
+        Raises `FileNotFoundError` where there is none, `ValueError` for one that does not say all that.
         """
         folder, recorded = Path(checkpoint).expanduser(), {}
         if (folder / "run.json").is_file():
@@ -74,7 +74,7 @@ class Predictor:
         return cls(model, **seen)
 
     def output(self, path) -> tuple[np.ndarray, NamedTuple]:
-        """An image as the model sees it (uint8 H x W x 3), and the model's output; `ImageError` names the file."""
+        """An image as the model sees it (uint8 H x W x 3), and the output; `ImageError` names the file."""
         image = load_image(path, self.image_size, resize=self.resize, exif=self.exif)
         with torch.inference_mode():
             return image.permute(1, 2, 0).numpy(), self.model(prepare(image[None], normalise=self.normalise))
@@ -105,7 +105,7 @@ IMAGES = set(".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .tif .tiff .webp .
 
 # %% ../../nbs/app/predict.ipynb #841dab1c
 def image_files(paths) -> list[Path]:
-    """The images that paths and folders name, folders searched through, in order; `FileNotFoundError` for none.
+    """The images that paths name, folders searched through, in order; `FileNotFoundError` for none.
 
     What a folder holds besides is counted in a line on stderr.
     """
@@ -152,7 +152,7 @@ def sentence(found: dict, threshold: float = 0.5) -> str:
 
 # %% ../../nbs/app/predict.ipynb #7203de30
 def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3) -> Path:
-    """Write the image with the maps of its labels (above the threshold, else the `top` strongest) over it as PNG.
+    """Write the image with the maps of its labels (above the threshold, else the `top` strongest) as PNG.
 
     Raises `ValueError` for a method without maps.
     """
@@ -191,7 +191,7 @@ def add_entry(file, entry) -> None:
 def answer_files(
     opened: ExitStack, answers: list, json_file, csv_file, classes: Sequence[str]
 ) -> list[Callable]:
-    """What puts an answer into the JSON list and the CSV table that were asked for (a pipe gets its list at last).
+    """What puts an answer into the JSON list and the CSV table asked for (a pipe gets its list at last).
 
     Labels are joined by ";" in the table, or by the next of "|" and tab where a class has it in its name.
     """
@@ -239,7 +239,7 @@ def predict_files(
         The answers (image, labels, scores by label, maps: the file) and a line per image that cannot be read.
 
     Raises:
-        FileNotFoundError: no model, or no image. ValueError: an impossible threshold, a model that cannot be used.
+        FileNotFoundError: no model, no image. ValueError: an impossible threshold, an unusable model.
 
     Example:
         >>> answers, errors = predict_files(["photos"], "outputs/runs/own/cadm", csv_file="labels.csv")

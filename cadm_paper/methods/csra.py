@@ -34,7 +34,10 @@ TEMPERATURES = {1: (1,), 2: (1, 99), 4: (1, 2, 4, 99), 6: (1, 2, 3, 4, 5, 99), 8
 
 @dataclass(frozen=True)
 class CSRAArgs(MethodArgs):
-    """Heads, λ (its paper: 0.1 for VOC, 0.4 to 0.5 with 4 or 6 heads for COCO) and one temperature for all heads; none: the released code's."""
+    """Heads, λ and one temperature for all heads (None: the released code's).
+
+    λ of its paper: 0.1 for VOC, 0.4 to 0.5 with 4 or 6 heads for COCO.
+    """
 
     heads: Literal[1, 2, 4, 6, 8] = 1
     lam_csra: Annotated[float, Field(ge=0)] = 0.1
@@ -43,7 +46,11 @@ class CSRAArgs(MethodArgs):
 
 # %% ../../nbs/methods/csra.ipynb #4ded00e5
 class CSRA(Head, method="csra"):
-    """Average pooling plus class-specific attention, summed over heads; the maps are the scores of all heads."""
+    """Average pooling plus class-specific attention, summed over heads; the maps are the scores of all heads.
+
+    Example:
+        >>> train(TrainConfig(method="csra", method_args={"heads": 4, "lam_csra": 0.4}))
+    """
 
     Args = CSRAArgs
 
