@@ -185,7 +185,8 @@ def verdict_counts() -> str:
         for e in found["claims"]
         if e["id"].startswith("loss-") and e["n"] > 1
     )
-    said = f"{len(found['claims'])} claims were put to the test here: {counts}."
+    claims = len({e["claim"] for e in found["claims"]})
+    said = f"{claims} claims, each on the data sets where it can be tested: {counts}."
     return said + (f" The embedding loss (λ = 0.5 minus 0), over all seeds: {gains}." if gains else "")
 
 
