@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image, PngImagePlugin
 
+from cadm_paper.data.datasets import DATASETS
 from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.record import RecordError, RunRecord, source
 from cadm_paper.engine.variants import Variant, group
@@ -36,6 +37,7 @@ __all__ = [
     "precision_recall_curves",
     "cooccurrence_heatmap",
     "label_vectors",
+    "forest",
 ]
 
 # %% ../nbs/06_figures.ipynb #7b7fde33
@@ -109,10 +111,11 @@ class Picture:
     name: str
     caption: str
     records: Sequence[RunRecord] = field(default_factory=list)
+    origin: str = "no record"  # what else it was drawn from
 
     @house_style()
     def __post_init__(self):
-        self.sources = list(dict.fromkeys(map(source, self.records))) or ["no record"]
+        self.sources = list(dict.fromkeys(map(source, self.records))) or [self.origin]
         many = [f"{len(self.sources)} records, {self.sources[0]} ..."]
         text = "from " + ", ".join(self.sources if len(self.sources) <= 2 else many)
         text = textwrap.fill(text, int(29 * self.figure.get_figwidth()))
@@ -784,3 +787,38 @@ def label_vectors(records: Sequence[RunRecord], found: Sequence[dict]) -> Pictur
         "f_embed.",
         records,
     )
+
+
+# %% ../nbs/06_figures.ipynb #f0e57002
+@house_style()
+def forest(entries: Sequence[dict]) -> Picture:
+    """Forest plot of the entries of `verdicts.json` that are in points of mAP, with the paper's values as marks.
+
+    Args:
+        entries: claims on data sets, as `read_verdicts()["claims"]` has them.
+
+    Returns:
+        A `Picture`; it is empty of lines where nothing was measured.
+    """
+    shown = [e for e in entries if e["unit"] == "points" and e["measure"].startswith("mAP") and e["n"] > 1]
+    fig = new_figure(PAGE, 0.9 + 0.22 * len(shown))
+    ax = fig.subplots()
+    for y, e in enumerate(shown):
+        ax.hlines(y, e["low"], e["high"], color=INK, lw=1.2)
+        judged = "white" if e["verdict"] == "no verdict" else INK
+        ax.plot(e["mean"], y, "o", ms=4, color=INK, mfc=judged)
+        if e["printed"] is not None:
+            ax.plot(e["printed"], y, "D", ms=4, color="#D55E00", mfc="none")
+        words = f"{e['mean']:+.1f} [{e['low']:+.1f}, {e['high']:+.1f}], n = {e['n']}: {e['verdict']}"
+        ax.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=6)
+    ax.plot([], [], "o-", ms=4, color=INK, label="measured, 95 % interval")
+    ax.plot([], [], "D", ms=4, color="#D55E00", mfc="none", label="printed in the paper")
+    ax.axvline(0, color=GREY, lw=0.6)
+    ax.set_yticks(range(len(shown)), [f"{e['claim']}: {DATASETS[e['dataset']].title}" for e in shown])
+    ax.set(ylim=(len(shown) - 0.4, -0.6), xlabel="effect on mAP, points")
+    legend_above(fig, ax, 2)
+    text = (
+        "Effects on mAP by claim and data set, with 95 % intervals over seeds and test images, and the values "
+        "that the paper prints. Open circles: too few seeds for a verdict."
+    )
+    return Picture(fig, "forest", text, origin="verdicts.json")

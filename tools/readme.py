@@ -35,6 +35,9 @@ def build() -> dict[str, bytes]:
     text, resources = MarkdownExporter().from_notebook_node(
         notebook, {"output_files_dir": "assets/readme", "unique_key": "index"}
     )
+    shown = [o for c in notebook.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})]
+    captions = iter(o.data["text/plain"].partition(". From ")[0].replace("\n", " ") for o in shown)
+    text = re.sub(r"!\[png\]", lambda _: f"![{next(captions)}]", text)
     text = re.sub(r"```python\n\s*```\n", "", text)  # cells whose code is hidden
     text = re.sub(r"\]\((?!https?:|#|assets/)([\w./-]+\.ipynb)", r"](nbs/\1", text)  # links between notebooks
     text = text.replace("](../", "](")

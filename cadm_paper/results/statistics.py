@@ -156,7 +156,8 @@ class Difference:
 
 # %% ../../nbs/results/statistics.ipynb #92f05136
 def difference(per_seed: Sequence, se_images: float | None = None, level: float = 0.95) -> Difference:
-    """Interval of the mean of paired differences.
+    """Interval of the mean of paired differences, with Satterthwaite's degrees of freedom: the variance over
+    images comes from many bootstrap draws and counts as known.
 
     Args:
         per_seed: a number a seed, or with its replicates over drawn images after it, S x (1 + R).
@@ -173,8 +174,9 @@ def difference(per_seed: Sequence, se_images: float | None = None, level: float 
     if n > 1:
         se_seeds = d.std(ddof=1) / np.sqrt(n)
         se = np.hypot(se_seeds, se_images)
-        half = t.ppf((1 + level) / 2, n - 1) * se
-        p = 2 * t.sf(abs(mean) / se, n - 1) if se else mean == 0
+        freedom = (n - 1) * (se / se_seeds) ** 4 if se_seeds else np.inf
+        half = t.ppf((1 + level) / 2, freedom) * se
+        p = 2 * t.sf(abs(mean) / se, freedom) if se else mean == 0
     ends = map(float, (mean, mean - half, mean + half, p))
     return Difference(*ends, tuple(d.tolist()), float(se_seeds), se_images)
 
