@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from . import __version__
-from .files import known, sha256_file, whole_file, whole_folder, write_json
+from .files import known, read_json, sha256_file, whole_file, whole_folder, write_json
 from .paper import DECISIONS, ModelOptions, takes
 from .weights import read_state_dict, start_backbone
 
@@ -351,10 +351,7 @@ def load_network(folder: str | Path, build: Callable[..., Network]) -> Network:
     path, file = (Path(folder).expanduser() / name for name in MODEL_FILES)
     if missing := [name for name in MODEL_FILES if not (path.parent / name).is_file()]:
         raise FileNotFoundError(f"{folder} is no saved model: there is no {missing[0]} in it")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict) or config.pop("schema", None) != SCHEMA:
         raise ValueError(f"{path} has another schema than {SCHEMA!r}, which this version reads")
     if sha256_file(file) != config.pop("sha256", None):

@@ -497,9 +497,9 @@ def read_data(config: TrainConfig, group: ProcessGroup) -> tuple[Split, Split]:
     data = prepare_data(config) if group.main else None
     group.everyone(None)
     data = data or prepare_data(config)
-    n, m = map(len, data)
-    if not n or not m:
-        raise ConfigError(f"{config.dataset}: {n} training and {m} test images; there must be some of both")
+    for part, split in zip(("training", "test"), data):
+        if not (split.labels == 1).any():
+            raise ConfigError(f"{config.dataset}: {len(split)} {part} images and no label that is present")
     return data
 
 

@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from .files import sha256_file
+from .files import read_arrays, sha256_file
 
 
 # %% ../nbs/weights.ipynb #ac81d8af
@@ -34,7 +33,7 @@ def weights_file(path: str | Path) -> Path:
 # %% ../nbs/weights.ipynb #b0f50530
 READERS = dict.fromkeys((".pth", ".pt"), partial(torch.load, map_location="cpu", weights_only=True)) | {
     ".safetensors": safetensors.torch.load_file,
-    ".npz": lambda path: {k: torch.from_numpy(v) for k, v in np.load(path, allow_pickle=False).items()},
+    ".npz": lambda path: {name: torch.from_numpy(array) for name, array in read_arrays(path).items()},
 }
 
 

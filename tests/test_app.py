@@ -19,12 +19,14 @@ from cadm_paper.app import cli
 from cadm_paper.app.export import export_run
 from cadm_paper.app.parameters import TableParameters
 from cadm_paper.app.predict import Predictor, predict_files
+from cadm_paper.data import Split
 from cadm_paper.data.loading import load_image, prepare
 from cadm_paper.engine.config import ConfigError, TrainConfig, given_parameters
 from cadm_paper.engine.synthetic import synthetic_run
 from cadm_paper.files import default_folder
 from cadm_paper.model import CADM
 from cadm_paper.results.evaluation import evaluate_files
+from cadm_paper.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "nbs" / "experiments" / "train.ipynb"
@@ -66,6 +68,13 @@ def test_what_is_given_is_never_dropped(monkeypatch, capsys):
             given_to_papermill(**{name: ""})
     with pytest.raises(ConfigError, match="lr = None"):
         given_to_papermill(lr=None)
+
+
+def test_data_without_a_label_is_refused_before_training(tmp_path, monkeypatch):
+    split = lambda *labels: Split("own", "x", Path("."), ("a", "b"), ["1"], [Path("1")], np.array([labels]))
+    monkeypatch.setattr("cadm_paper.train.prepare_data", lambda config: (split(1, 0), split(0, -1)))
+    with pytest.raises(ConfigError, match="1 test images and no label that is present"):
+        train(TrainConfig(out_dir=str(tmp_path / "run"), weights="none"))
 
 
 def test_papermill_reads_every_line_of_the_parameters_cell(recwarn, caplog):
@@ -232,6 +241,9 @@ def test_paths_that_no_shell_expanded(tmp_path, monkeypatch):
     assert len(predict_files(["~/p"], "~/model", **where)[0]) == 1
     np.savez(tmp_path / "s.npz", scores=np.eye(3) / 2 + 0.25, targets=np.eye(3))
     evaluate_files("~/s.npz", json="~/e.json", csv="~/e.csv", per_class="~/c.csv", replicates=0)
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "~/s.npz", "--json=~/cli.json", "--replicates", "0"])
+    assert (tmp_path / "cli.json").is_file()
     assert CADM(3, "narrow_resnet", "~/model", classes=["a", "b", "c"]).provenance["source"] == "model"
     assert TrainConfig(data_dir="~/d").data_dir == str(tmp_path / "d")
     assert TableParameters(runs_dir="~/r").folder == tmp_path / "r"

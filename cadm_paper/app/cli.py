@@ -8,6 +8,7 @@ __all__ = ["main"]
 # %% ../../nbs/app/cli.ipynb #5f0daf50
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
@@ -309,11 +310,13 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a letter gets its number
             stream.reconfigure(errors="backslashreplace")
+    given = sys.argv[1:] if arguments is None else arguments
+    home = lambda word: re.sub(r"^(--[\w-]+=)?~(?=/|$)", rf"\g<1>{os.path.expanduser('~')}", word)
     try:
         code = application().cli(
             prog="cadm",
             description="The reproducible companion of the CADM paper (ICME 2019).",
-            args=arguments,
+            args=[home(word) for word in given],  # as a shell would, also behind an equals sign
         )
     except KeyboardInterrupt:
         print("cadm: stopped", file=sys.stderr)

@@ -6,14 +6,13 @@
 __all__ = ["export_run"]
 
 # %% ../../nbs/app/export.ipynb #8afeea89
-import json
 import shutil
 from pathlib import Path
 
 from ..data.loading import PIXELS
 from ..engine.record import RecordError, RunRecord, source
 from ..engine.variants import Variant
-from ..files import sha256_file, whole_folder, write_json
+from ..files import read_json, sha256_file, whole_folder, write_json
 from ..methods import load_model
 from ..model import SEEN, Network, export_onnx
 from ..paper import COLUMNS
@@ -131,15 +130,14 @@ def export_run(run: RunRecord | str | Path, out: str | Path, onnx: bool = False)
     Example:
         >>> export_run("outputs/runs/own/cadm", "handed-on", onnx=True)
     """
-    record = run if isinstance(run, RunRecord) else RunRecord.load(run)
+    record = run if isinstance(run, RunRecord) else RunRecord.load(Path(run).expanduser())
     out = Path(out).expanduser()
     with whole_folder(out, EXPORTED, "an exported model") as new:
         for path in model_files(record):
             shutil.copyfile(path, new / path.name)
         model, maps, seen = load_model(new), record.maps() is not None, record.seen_at()
         model.seen = {name: seen[name] for name in SEEN}
-        config = json.loads((new / "config.json").read_text(encoding="utf-8"))
-        write_json(new / "config.json", config | model.seen)
+        write_json(new / "config.json", read_json(new / "config.json") | model.seen)
         shutil.copyfile(record.folder / "run.json", new / "record.json")
         write_json(new / "preprocessor_config.json", preprocessing(model))
         (new / "README.md").write_text(model_card(record, out.name, maps), encoding="utf-8")

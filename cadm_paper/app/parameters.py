@@ -26,7 +26,9 @@ class TableParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     runs_dir: Folder = Field(None, description="folder of run records; none given: outputs/runs")
-    dataset: str | None = Field(None, description="only this data set; none given: all that belong to it")
+    dataset: str | None = Field(
+        None, min_length=1, description="only this data set; none given: all that belong to it"
+    )
     out_dir: Folder = Field(None, description="where files go; none given: outputs/tables or outputs/figures")
 
     @classmethod

@@ -71,8 +71,8 @@ METHODS: dict[str, type["Head"]] = {}
 class Head(nn.Module):
     """Base of a method's head; `class Mine(Head, method="mine")` registers one.
 
-    A subclass has `__init__(shapes, num_classes, args)`, with (d, h, w) by stage, and `forward(features)`, which
-    takes B x d x h x w by stage and returns an `Output`.
+    A subclass has `__init__(shapes, num_classes, args)`, with (d, h, w) by stage, and `forward(features)`,
+    which takes B x d x h x w by stage and returns an `Output`.
 
     Args:
         layers: stages of the backbone whose maps it takes.
@@ -110,7 +110,7 @@ class Head(nn.Module):
 
 # %% ../../nbs/methods/base.ipynb #b57c94f3
 def method_arguments(method: str, given: Mapping, shared: Mapping | None = None) -> MethodArgs:
-    """The checked parameters of a method: `given`, and those that `shared`, a run's configuration, has as well."""
+    """The checked parameters of a method: `given`, and those that a run's configuration, `shared`, has."""
     shared, kind = shared or {}, METHODS[known(method, METHODS, "unknown method")].Args
     own = {f.name for f in fields(kind)} - shared.keys()
     for name in given:
