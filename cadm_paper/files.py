@@ -9,6 +9,7 @@ __all__ = ["FolderLocked", "default_folder"]
 import contextlib
 import difflib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -18,12 +19,82 @@ import stat
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
+
+if os.name != "nt":
+    import fcntl
+
+
+# %% ../nbs/files.ipynb #8f342f4e
+def locked(path: Path, wait: bool) -> int:
+    """A descriptor that holds the lock of a file or folder until it is closed. Raises `BlockingIOError`."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+# %% ../nbs/files.ipynb #34b426e6
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there and can be removed."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+# %% ../nbs/files.ipynb #b856de06
+def remove_leftovers(path: Path) -> None:
+    """Remove temporaries of `path` that killed processes left; a folder that was moved aside comes back."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.????????.*"):
+        if part.suffix == ".old" and not path.exists():
+            part.rename(path)
+        elif part.suffix in (".old", ".part"):
+            with contextlib.suppress(OSError):  # a living process holds it
+                descriptor = None if os.name == "nt" else locked(part, wait=False)
+                remove(part)
+                if descriptor is not None:
+                    os.close(descriptor)
+
+
+# %% ../nbs/files.ipynb #e9ac6e8e
+@contextlib.contextmanager
+def temporary(path: Path, make: Callable[[Path], None]):
+    """A new sibling of `path` that `make` creates, this process's until the block ends; then it is gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    with contextlib.ExitStack() as last:
+        while True:
+            make(part := path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part"))
+            last.callback(remove, part)
+            if os.name == "nt":  # where nobody can remove an open file
+                break
+            with contextlib.suppress(OSError):  # a file system without locks
+                last.callback(os.close, locked(part, wait=True))
+            if part.exists():  # else another process took it for a leftover before it was locked
+                break
+        yield part
+
+
+# %% ../nbs/files.ipynb #d55b85dd
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries to the disk, so that a rename survives a power cut; Windows has no such call."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
 
 # %% ../nbs/files.ipynb #ad0ca445
 TEXT = {"encoding": "utf-8", "newline": "\n"}
@@ -44,28 +115,26 @@ def open_through(path, mode: str = "wb"):
 def whole_file(path, mode: str = "wb"):
     """Open a temporary sibling for writing; it takes the name `path` if the block ends without an error.
 
-    Links are followed. A pipe or a device is written through, and a pipe that nobody reads is an `OSError`."""
+    Links are followed. A pipe or a device is written through, and a pipe that nobody reads is an `OSError`.
+    Where the disk is full, the error names `path`.
+    """
     path = Path(os.path.realpath(os.path.expanduser(path)))
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        with open_through(path, mode) as file:
-            yield file
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with open(part, mode, **({} if "b" in mode else TEXT)) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        if os.name != "nt":  # the folder's entry, too, survives a power cut; Windows has no such call
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    finally:
-        part.unlink(missing_ok=True)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            with open_through(path, mode) as file:
+                yield file
+            return
+        with temporary(path, Path.touch) as part:
+            with open(part, mode, **({} if "b" in mode else TEXT)) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in FULL:
+            error.filename = str(path)
+        raise
 
 
 # %% ../nbs/files.ipynb #93e26ec6
@@ -172,22 +241,24 @@ def read_arrays(path, limit: int = 2**31) -> dict[str, np.ndarray]:
 def whole_folder(folder, known: tuple[str, ...], what: str):
     """A new, empty folder to fill; it takes the name `folder` if the block ends without an error.
 
-    Raises `FileExistsError` where `folder` holds anything but the `known` names of `what`."""
+    Raises `FileExistsError` where `folder` holds anything but the `known` names of `what`.
+    """
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= set(known)):
         raise FileExistsError(f"{folder} exists and is not {what}: choose another name")
-    new, old = (folder.with_name(f".{folder.name}.{k}-{uuid.uuid4().hex[:8]}") for k in ("new", "old"))
-    new.mkdir(parents=True)
-    try:
+    with temporary(folder, Path.mkdir) as new:
         yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        sync_folder(new)
+        old = new.with_suffix(".old")
+        try:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        finally:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            remove(old)
+    sync_folder(folder.parent)
 
 
 # %% ../nbs/files.ipynb #c546ecb4

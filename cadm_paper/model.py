@@ -339,7 +339,8 @@ class Network(nn.Module):
         """Write `model.safetensors` and `config.json` into a folder, both or neither."""
         with whole_folder(folder, MODEL_FILES, "a saved model") as new:
             state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-            safetensors.torch.save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+            with whole_file(new / "model.safetensors") as file:
+                file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
             about = {"schema": SCHEMA, "cadm_paper": __version__, **self.config}
             write_json(new / "config.json", about | {"sha256": sha256_file(new / "model.safetensors")})
         return Path(folder)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import numpy as np
@@ -42,19 +43,23 @@ from cadm_paper.engine.config import (
 from cadm_paper.engine.processes import (
     MeanOverParts,
     ProcessGroup,
+    Stopped,
+    end_with_parent,
     machine_settings,
     process_group,
+    rank_and_world,
     resolve_machine,
+    stop_signals,
 )
 from .engine.progress import NotebookProgress, Progress, TextProgress  # noqa: F401
 from .engine.record import RunRecord, code_version, environment, save_arrays, write_record
 from .engine.splits import data_root, held_out, prepare_data
 from .engine.variants import run_name
-from .files import default_folder, folder_lock, sha256_file
+from .files import FolderLocked, default_folder, folder_lock, sha256_file
 from .methods.base import build_network
 from .methods.linear_probe import Probe
 from .metrics import average_precision, multilabel_metrics
-from .model import LAST, SEEN, Network, feature_maps
+from .model import LAST, SEEN, Network, feature_maps, feature_shapes
 
 # %% ../nbs/05_train.ipynb #6e4c6e61
 _all_ = ["TrainConfig"]
@@ -132,6 +137,7 @@ class Trainer:
         self.seconds, self.saved = 0.0, time.monotonic()  # of training until the last checkpoint, and when
         self.code = code_version() if group.main else {}
         self.origin: dict[str, str | None] = {}  # fingerprints of what it is trained from, for a later resume
+        self.stop = SimpleNamespace(asked="", hold=False)  # as `stop_signals` gives it
 
     def step(self, batch, global_images: int) -> None:
         """One update from this process's share of a global batch."""
@@ -223,6 +229,14 @@ def check_finite(trainer: Trainer, weights: dict | None = None) -> None:
         )
 
 
+# %% ../nbs/05_train.ipynb #fe66ae06
+def end_if_asked(trainer: Trainer) -> None:
+    """Where a signal asked for it, on whichever process: write a checkpoint and raise `Stopped` on all."""
+    if asked := max(trainer.group.everyone(trainer.stop.asked)):
+        save_trainer(trainer)
+        raise Stopped(asked)
+
+
 # %% ../nbs/05_train.ipynb #dc1d7d4b
 STREAMS = ("scores", "scores_fcls", "scores_scls")
 MAPS = {name: name.replace("scores", "mAP") for name in STREAMS}  # how the history names their mAP
@@ -235,6 +249,8 @@ def predict(trainer: Trainer, loader: Loader) -> dict[str, np.ndarray]:
     config, group, model, found = trainer.config, trainer.group, trainer.model.eval(), []
     with torch.inference_mode(), autocast(config, group.device):
         for batch in loader.epoch(config.batch_size, rank=group.rank, world=group.world):
+            if group.world == 1:  # several processes end after the epoch, all at once
+                end_if_asked(trainer)
             if len(batch.indices):
                 out = model(inputs(config, batch.images, group.device))
                 logits = torch.stack([out.logits, out.logits_fcls, out.logits_scls])
@@ -395,7 +411,7 @@ def fit(
     """Train from the trainer's position to the last epoch; returns the scores of the test images after it."""
     config, group, steps, scores = trainer.config, trainer.group, trainer.steps_per_epoch, None
     size = min(config.batch_size, len(train.split))
-    trainer.saved = time.monotonic()
+    trainer.saved, trainer.stop.hold = time.monotonic(), True
     how = dict(seed=config.seed, shuffle=True, rank=group.rank, world=group.world)
     while trainer.epoch < config.epochs:
         trainer.network.train()
@@ -403,17 +419,25 @@ def fit(
         for batch in itertools.islice(batches, steps - trainer.done):
             trainer.step(batch, size)
             progress.step()
-            if group.device.type == "cpu" or trainer.done % 50 == 0:
+            if (
+                group.device.type == "cpu"
+                or trainer.done % 50 == 0
+                or group.world == 1
+                and trainer.stop.asked
+            ):
                 check_finite(trainer)
                 late = time.monotonic() - trainer.saved > 60 * checkpoint_minutes
                 if trainer.done < steps and group.everyone(late)[0]:
                     save_trainer(trainer)
+                end_if_asked(trainer)
         check_finite(trainer)
         epoch = trainer.epoch + 1
         scores = predict(trainer, test) if epoch % config.eval_every == 0 or epoch == config.epochs else None
         end_epoch(trainer, scores, test.split.labels)
         progress.epoch(trainer.history)
         save_trainer(trainer)
+        end_if_asked(trainer)
+    trainer.stop.hold = False
     return scores or predict(trainer, test)  # none if it was stopped between its last epoch and its record
 
 
@@ -560,6 +584,33 @@ def finish(
     return record
 
 
+# %% ../nbs/05_train.ipynb #1e4627b3
+@contextlib.contextmanager
+def stoppable(folder: Path):
+    """`stop_signals` for a run in this folder: the message of `Stopped` says how to go on."""
+    try:
+        with stop_signals() as stop:
+            yield stop
+    except Stopped as stopped:
+        file = checkpoint_file(folder)
+        kept = f"{file} is kept: resume with --resume" if file.is_file() else "there was no checkpoint yet"
+        raise Stopped(f"stopped by {stopped}; {kept}") from None
+
+
+# %% ../nbs/05_train.ipynb #fb670c32
+def check_parts(config: TrainConfig, images: int) -> None:
+    """Raise `ConfigError` if a step of `images` training images has a part with one value per channel, or none."""
+    size = min(config.batch_size, images)
+    shares = torch.arange(size).tensor_split(config.processes)
+    smallest = min(len(share.chunk(max(min(config.accumulate, len(share)), 1))[-1]) for share in shares)
+    _, height, width = feature_shapes(config.backbone, config.image_size)[LAST]
+    if smallest * height * width < 2:
+        raise ConfigError(
+            f"accumulate = {config.accumulate}: batches of {size} images in {config.processes} x {config.accumulate} parts leave one of {smallest}, whose maps are {height} x "
+            f"{width}: too little for batch norm. Lower accumulate or processes, or raise image_size"
+        )
+
+
 # %% ../nbs/05_train.ipynb #9f285590
 def train(
     config: TrainConfig,
@@ -585,23 +636,27 @@ def train(
         CheckpointError: the folder holds an unfinished run, or one of another configuration or other data.
         FolderLocked: another process is training it.
         NonFiniteLoss: the loss became NaN or infinite.
+        Stopped: SIGTERM or SIGINT came; what was done is in the checkpoint.
         DataError: images or labels cannot be read.
 
     Example:
         >>> record = train(TrainConfig(dataset="scenes-coco", method="cadm", seed=3))
         >>> record.metrics["mAP"]
     """
-    folder, elastic = run_folder(config), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    resume = resume or elastic
+    folder, (_, world) = run_folder(config), rank_and_world(config)
+    resume = resume or world > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if finished := look_at_folder(folder, config, resume):
         return finished
-    if config.processes > 1 and "WORLD_SIZE" not in os.environ:
+    if config.processes > world:
         return launch(config, resume, checkpoint_minutes)
     asked, config, began = config, resolve_machine(config), (time.monotonic(), time.process_time())
     with contextlib.ExitStack() as during:
+        stop = during.enter_context(stoppable(folder))
         group = during.enter_context(process_group(config))
         during.enter_context(machine_settings(config.threads, config.seed))
         data = read_data(config, group)
+        if config.method != "linear_probe":  # which is not trained
+            check_parts(config, len(data[0]))
         how = dict(resize=config.resize, exif=config.exif, workers=config.workers)
         loaders = [Loader(s, config.image_size, **how) for s in data]
         model = build_model(config, data[0].classes, data[0].labels, group.device)
@@ -614,7 +669,7 @@ def train(
             scores, said = fit_probe(model, config, *loaders)
         else:
             trainer = Trainer(config, model, group, max(len(data[0]) // config.batch_size, 1), folder)
-            labels = (split.fingerprint for split in data)
+            trainer.stop, labels = stop, (split.fingerprint for split in data)
             trainer.origin = origin(*labels, model.provenance.get("sha256"))
             scores, said = run(trainer, *loaders, resume, progress or Progress(), checkpoint_minutes)
         wall, cpu = time.monotonic() - began[0], time.process_time() - began[1]
@@ -623,31 +678,59 @@ def train(
 
 
 # %% ../nbs/05_train.ipynb #10e467d2
+class ProcessesFailed(RuntimeError):
+    """One of several processes did not finish; the message is its own, or the end of what they said."""
+
+
+# %% ../nbs/05_train.ipynb #9489aa3e
 def launch(config: TrainConfig, resume: bool, checkpoint_minutes: float) -> RunRecord:
-    """Run the configuration in `config.processes` processes on this machine through torchrun."""
+    """Run the configuration in `config.processes` processes on this machine through torchrun.
+
+    They end when this process does: the pipe that is their standard input closes then.
+    """
     folder = run_folder(config)
     values = config.model_copy(update=dict(out_dir=str(folder))).model_dump_json(exclude_none=True)
-    torchrun = (
-        f"-m torch.distributed.run --standalone --nproc-per-node={config.processes} -m cadm_paper.train"
-    )
-    command = [sys.executable, *torchrun.split(), values, f"--checkpoint-minutes={checkpoint_minutes}"]
-    how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    done = subprocess.run(command + ["--resume"] * resume, **how)
-    if done.returncode:
-        raise RuntimeError(
-            f"{config.processes} processes did not finish the run in {folder}:\n{done.stdout[-4000:]}"
-        )
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={config.processes}"
+    command = [sys.executable, *torchrun.split(), "-m", "cadm_paper.train", values, "--with-parent"]
+    command += [f"--checkpoint-minutes={checkpoint_minutes}", *["--resume"] * resume]
+    theirs, ours = os.pipe()
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    with stoppable(folder), subprocess.Popen(command, stdin=theirs, **how) as started:
+        try:
+            said, _ = started.communicate()
+        except BaseException:
+            started.terminate()  # torchrun ends its processes, which write a checkpoint
+            started.communicate()
+            raise
+        finally:
+            os.close(theirs)
+            os.close(ours)
+    if started.returncode:
+        lines = [line.removeprefix("cadm: ") for line in said.splitlines() if line.startswith("cadm: ")]
+        raise ProcessesFailed(lines[0] if lines else f"{folder}: the processes failed:\n{said[-4000:]}")
     return RunRecord.load(folder)
 
 
 # %% ../nbs/05_train.ipynb #16e2da75
-def main(config: str, resume: bool = False, checkpoint_minutes: float = 5.0) -> None:
-    """`python -m cadm_paper.train CONFIG [--resume] [--checkpoint-minutes M]`: what torchrun starts; CONFIG is
-    JSON text or a file of it.
+def main(
+    config: str, resume: bool = False, checkpoint_minutes: float = 5.0, with_parent: bool = False
+) -> None:
+    """`python -m cadm_paper.train CONFIG`: what torchrun starts; CONFIG is JSON text or a file of it.
+
+    Args:
+        config: JSON text, or a file of it.
+        resume: go on from the run's checkpoint.
+        checkpoint_minutes: the longest time between two checkpoints.
+        with_parent: end when standard input does.
     """
-    text = config if config.lstrip().startswith("{") else Path(config).read_text()
+    if with_parent:
+        end_with_parent()
     progress = TextProgress() if int(os.environ.get("RANK", 0)) == 0 else None
-    train(TrainConfig(**json.loads(text)), resume, progress, checkpoint_minutes)
+    try:
+        text = config if config.lstrip().startswith("{") else Path(config).read_text()
+        train(TrainConfig(**json.loads(text)), resume, progress, checkpoint_minutes)
+    except (ValueError, OSError, FolderLocked, NonFiniteLoss, KeyboardInterrupt) as error:
+        sys.exit(f"cadm: {error}")
 
 
 # %% ../nbs/05_train.ipynb #5529525e

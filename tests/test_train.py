@@ -1,14 +1,17 @@
 """Training from outside: kills, several processes, every method, what is refused. The scenes are small and generated once."""
 
+import copy
 import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from cadm_paper import train as module
 from cadm_paper.app.predict import Predictor
 from cadm_paper.data import build_scenes
 from cadm_paper.engine.checkpoint import CheckpointError, load_checkpoint
-from cadm_paper.engine.config import TrainConfig
+from cadm_paper.engine.config import ConfigError, TrainConfig
 from cadm_paper.engine.record import RunRecord
 from cadm_paper.files import FolderLocked, folder_lock
 from cadm_paper.methods import METHODS
@@ -40,8 +43,8 @@ def config(scenes, tmp_path):
     """A run of a few seconds: two epochs of three steps."""
 
     def make(out="run", **changes):
-        given = dict(weights="none", epochs=2, seed=3, threads=1, precision="fp32") | changes
-        return TrainConfig(data_dir=str(scenes), out_dir=str(tmp_path / out), **given)
+        given = dict(data_dir=str(scenes), weights="none", epochs=2, seed=3, threads=1, precision="fp32")
+        return TrainConfig(out_dir=str(tmp_path / out), **given | changes)
 
     return make
 
@@ -69,6 +72,12 @@ def begun(config, steps=1, error=KeyboardInterrupt):
     """Stop a run after this many steps, each with a checkpoint."""
     with pytest.raises(error):
         train(config, progress=StopAt(steps), checkpoint_minutes=1e-9)
+
+
+def other_labels(config, monkeypatch):
+    train_split, test_split = module.prepare_data(config())
+    other = replace(train_split, labels=1 - train_split.labels), test_split
+    monkeypatch.setattr(module, "prepare_data", lambda config: other)
 
 
 # ---- the same numbers again ------------------------------------------------------------------------------------------
@@ -103,11 +112,16 @@ def test_a_stopped_run_goes_on_to_the_bit(config, changes):
     same_run(whole, record)
 
 
-def test_a_finished_run_is_left_alone_by_resume(config):
-    folder = train(config()).folder
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    train(config(), resume=True)
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+def test_a_finished_run_is_left_alone_unless_its_labels_changed(config, monkeypatch):
+    record = train(config())
+    before = {p: p.stat().st_mtime_ns for p in record.folder.rglob("*")}
+    for resume in (False, True):
+        assert train(config(), resume).metrics == record.metrics
+    other_labels(config, monkeypatch)
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match="run.json was trained from other training labels"):
+            train(config(), resume)
+    assert {p: p.stat().st_mtime_ns for p in record.folder.rglob("*")} == before
 
 
 def test_resuming_with_a_changed_configuration_is_refused_with_the_difference(config):
@@ -124,9 +138,7 @@ def test_resuming_with_a_changed_configuration_is_refused_with_the_difference(co
 def test_resuming_on_other_data_is_refused(config, monkeypatch):
     """data_dir is where, not what, and so in no digest; what is in it counts."""
     begun(config())
-    train_split, test_split = module.prepare_data(config())
-    other = replace(train_split, labels=1 - train_split.labels), test_split
-    monkeypatch.setattr(module, "prepare_data", lambda config: other)
+    other_labels(config, monkeypatch)
     with pytest.raises(CheckpointError, match="from other training labels: give the old data"):
         train(config(), resume=True)
     monkeypatch.undo()
@@ -138,20 +150,29 @@ def test_a_second_process_cannot_write_the_folder(config):
         train(config())
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(config, monkeypatch):
-    writes, save = [], module.save_checkpoint
+def test_a_full_disk_names_the_file_and_leaves_the_last_checkpoint(config, monkeypatch):
+    """Room for no file, for one, for two, ...: each time the run goes on from what is there."""
+    whole, record, sync, most = train(config("whole")), None, os.fsync, 0
 
-    def full(path, tensors, state):
-        writes.append(path)
-        if len(writes) == 3:
+    def full(descriptor):
+        nonlocal room
+        room -= stat.S_ISREG(os.fstat(descriptor).st_mode)
+        if room < 0:
             raise OSError(28, "No space left on device")
-        save(path, tensors, state)
+        sync(descriptor)
 
-    monkeypatch.setattr(module, "save_checkpoint", full)
-    begun(config(), steps=9, error=OSError)
+    monkeypatch.setattr(os, "fsync", full)
+    while record is None:
+        room = most
+        try:
+            record = train(config(), resume=True, checkpoint_minutes=1e-9)
+        except OSError as error:
+            assert Path(error.filename).is_relative_to(config().out_dir)
+            assert not Path(config().out_dir, "run.json").exists()
+            most += 1
     monkeypatch.undo()
-    assert load_checkpoint(checkpoint_file(config().out_dir))[1]["done"] == 2
-    same_run(train(config(), resume=True), train(config("whole")))
+    same_run(whole, record)
+    assert not [p for p in record.folder.rglob("*") if p.suffix in (".part", ".old")]
 
 
 def test_an_infinite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(config):
@@ -173,6 +194,78 @@ def test_a_record_names_the_code_that_began_it_and_all_that_resumed_it(config, m
     monkeypatch.setattr(module, "code_version", lambda: {**began, "commit": "another"})
     code = train(config(), resume=True).environment["code"]
     assert code.pop("resumed") == [{**began, "commit": "another"}] and code == began
+
+
+BROKEN = {  # what is done to a good checkpoint's parts p and state s
+    "model gone": lambda p, s: p.pop("model"),
+    "a tensor gone": lambda p, s: p["model"].popitem(),
+    "a tensor more": lambda p, s: p["model"].update(more=torch.ones(1)),
+    "other shape": lambda p, s: p["model"].update({"head.classifier.weight": torch.ones(2)}),
+    "buffer's shape": lambda p, s: p["optimiser"].update({"0.momentum_buffer": torch.ones(2)}),
+    "buffer of no parameter": lambda p, s: p["optimiser"].update({"99.momentum_buffer": torch.ones(2)}),
+    "buffer without a number": lambda p, s: p["optimiser"].update(momentum_buffer=torch.ones(2)),
+    "epoch too late": lambda p, s: s.update(epoch=7),
+    "step too late": lambda p, s: s.update(done=99),
+    "history too short": lambda p, s: s.update(epoch=1),
+    "history of something else": lambda p, s: s.update(epoch=1, history=[{"epoch": 1}]),
+    "sums of two processes": lambda p, s: s.update(sums=2 * s["sums"]),
+    "sums too short": lambda p, s: s.update(sums=[[0.0]]),
+    "unknown entry": lambda p, s: s.update(more=1),
+    "unknown field": lambda p, s: s["config"].update(sede=3),
+    "field out of range": lambda p, s: s["config"].update(epochs=0),
+    "nothing in it": lambda p, s: s.clear(),
+} | {
+    f"{name} = {value!r}": lambda p, s, name=name, value=value: s.update({name: value})
+    for name in "config scaler sums epoch done history seconds code origin".split()
+    for value in (None, "text", -1, [3])
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A trainer after one step, and its checkpoint."""
+    config = TrainConfig(weights="none", image_size=32, batch_size=4, epochs=2, precision="fp32")
+    model = module.build_model(config, range(3))
+    trainer = module.Trainer(config, model, module.ProcessGroup(), 2, tmp_path_factory.mktemp("saved"))
+    batch = SimpleNamespace(
+        images=torch.zeros(4, 3, 32, 32, dtype=torch.uint8),
+        targets=torch.ones(4, 3, dtype=torch.int8),
+        indices=torch.arange(4),
+    )
+    trainer.step(batch, 4)
+    module.save_trainer(trainer)
+    return trainer, load_checkpoint(checkpoint_file(trainer.folder))
+
+
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+def test_a_malformed_checkpoint_is_refused_in_one_line_that_names_it(saved, change):
+    trainer, good = saved
+    parts, state = copy.deepcopy(good)
+    change(parts, state)
+    module.save_checkpoint(checkpoint_file(trainer.folder), parts, state)
+    with pytest.raises(CheckpointError, match=r"^\S+last.safetensors[: ].+\Z"):
+        module.load_trainer(trainer)
+
+
+class Signals(Progress):
+    """Sends this process a signal in its fourth step."""
+
+    def __init__(self, number):
+        self.left, self.number = 4, number
+
+    def step(self):
+        self.left -= 1
+        if not self.left:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_a_checkpoint_and_says_how_to_go_on(config, number):
+    with pytest.raises(KeyboardInterrupt, match=f"stopped by {number.name}; .*resume with --resume"):
+        train(config(), progress=Signals(number))
+    state = load_checkpoint(checkpoint_file(config().out_dir))[1]
+    assert (state["epoch"], state["done"]) == (1, 1)
+    same_run(train(config(), resume=True), train(config("whole")))
 
 
 # ---- every method ------------------------------------------------------------------------------------------------------
@@ -268,7 +361,58 @@ def test_five_images_in_four_parts_are_three_parts(config):
         np.testing.assert_array_equal(values, three.scores()[name])
 
 
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_started_them(config):
+    """Killed, it leaves no process and a checkpoint; a probe in two processes is written once."""
+    endless = config(processes=2, epochs=10**6).model_dump_json(exclude_none=True)
+    code = "import sys, json; from cadm_paper.train import *; train(TrainConfig(**json.loads(sys.argv[1])))"
+    process = subprocess.Popen([sys.executable, "-c", code, endless], cwd=ROOT, env=ENV)
+    wait_until(checkpoint_file(config().out_dir).is_file)
+    process.kill()
+    process.wait()
+    wait_until(lambda: subprocess.run(["pgrep", "-f", config().out_dir], capture_output=True).returncode)
+    assert train(config("probe", processes=2, method="linear_probe")).metrics
+
+
+def wait_until(done, seconds=100):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (
+            dict(backbone="resnet18", image_size=32, batch_size=4, accumulate=4),
+            "accumulate = 4: batches of 4",
+        ),
+        (dict(weights="nowhere.safetensors"), "nowhere.safetensors"),
+        (dict(dataset="own", data_dir="nowhere"), "nowhere"),
+        (dict(expected_missing="a,b", weights="nowhere/x.pth"), "nowhere/x.pth"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_no_folder(config, changes, said):
+    with pytest.raises((ValueError, OSError), match=said):
+        train(config(**changes))
+    assert not Path(config().out_dir).exists()
+
+
+@pytest.mark.parametrize("processes, said", [(1, "processes = 1"), (2, "RANK=7")])
+def test_variables_of_another_process_group_are_reported_at_once(config, monkeypatch, processes, said):
+    """WORLD_SIZE of a cluster or a hosted notebook; RANK alone does not matter."""
+    for name, value in dict(RANK="7", LOCAL_RANK="3", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=f"{said}.*unset WORLD_SIZE"):
+        train(config(processes=processes))
+    assert not Path(config().out_dir).exists()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert processes == 2 or train(config(epochs=1)).metrics
 
 
 @pytest.mark.parametrize("name, value", [("sede", "3"), ("epochs", "three"), ("resume", "perhaps")])

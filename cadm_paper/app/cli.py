@@ -318,8 +318,8 @@ def main(arguments: list[str] | None = None) -> None:
             description="The reproducible companion of the CADM paper (ICME 2019).",
             args=[home(word) for word in given],  # as a shell would, also behind an equals sign
         )
-    except KeyboardInterrupt:
-        print("cadm: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"cadm: {str(stopped) or 'stopped'}", file=sys.stderr)
         code = 130
     except Exception as error:
         if os.environ.get("CADM_TRACEBACK") or not refused(error):

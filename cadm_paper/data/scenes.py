@@ -8,6 +8,7 @@ __all__ = ["build_scenes", "ensure_scenes"]
 # %% ../../nbs/data/scenes.ipynb #64dd74e5
 import hashlib
 import json
+import os
 import shutil
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from .split import DataError
-from ..files import folder_lock, known, write_json
+from ..files import folder_lock, known, remove_leftovers, write_json
 
 
 # %% ../../nbs/data/scenes.ipynb #1b63a7ba
@@ -585,12 +586,14 @@ def build_scenes(
         elif info["parameters"] != wanted:
             found = [f"{k}={v}, not {wanted[k]}" for k, v in info["parameters"].items() if v != wanted[k]]
             raise ScenesError(f"{root} holds other scenes ({', '.join(found)}): choose another folder")
+        (root / STARTED).unlink(missing_ok=True)
     return root
 
 
 # %% ../../nbs/data/scenes.ipynb #221a3fcf
 def make_scenes(root: Path, p: dict) -> None:
     """Write both splits into an empty folder (or over an unfinished benchmark), the marker last."""
+    remove_leftovers(root / STARTED)  # a kill before it had its name
     there = {path.name for path in root.iterdir()} - {".lock", ".cadm-index"}
     if there and STARTED not in there:
         raise ScenesError(
@@ -607,8 +610,8 @@ def make_scenes(root: Path, p: dict) -> None:
         info[name] = dict(images=len(paths), labels=int(labels.sum()), unlabelled=int((~labels.any(1)).sum()))
         info[name]["fingerprint"] = fingerprint(labels, map(paint_into, paths, scenes))
         first_id += len(paths)
+    getattr(os, "sync", lambda: None)()  # the images are on the disk before the marker says so
     write_json(root / MARKER, info)
-    (root / STARTED).unlink()
 
 
 # %% ../../nbs/data/scenes.ipynb #8c7d3103

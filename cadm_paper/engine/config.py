@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,7 +42,7 @@ def decided(name: str, **limits):
 def fields_of(options: type) -> dict:
     """Fields of a configuration for those options of the model or the loss that a run may choose."""
     chosen = [f for f in fields(options) if "config" in DECISIONS[f.name].where]
-    number = lambda f: {} if isinstance(f.default, (bool, str)) else {"gt": 0}
+    number = lambda f: {} if isinstance(f.default, (bool, str)) else {"gt": 0, "le": 65536}
     return {f.name: (decided(f.name, **number(f)), f.default) for f in chosen}
 
 
@@ -76,8 +77,10 @@ class TaskFields(BaseModel):
     method_args: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(
         {}, description="parameters of the method's own by name, or JSON text of them"
     )
-    lam: float = Field(0.5, ge=0, description="trade-off of Eq. 5; 0 leaves the label correlation loss out")
-    seed: int = Field(0, ge=0, description="decides initial weights, image order and flips")
+    lam: float = Field(
+        0.5, ge=0, le=1e6, description="trade-off of Eq. 5; 0 leaves the label correlation loss out"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="decides initial weights, image order and flips")
     out_dir: Folder = Field(
         None, description="the run's own folder; none given: outputs/runs/<dataset>/<run name>"
     )
@@ -87,7 +90,7 @@ class TaskFields(BaseModel):
 class DataFields(BaseModel):
     """What counts as data, and how an image becomes an input."""
 
-    image_size: int = Field(448, ge=16, description="side of the square input, px (Sec. 3.2)")
+    image_size: int = Field(448, ge=16, le=4096, description="side of the square input, px (Sec. 3.2)")
     resize: decided("resize")
     exif: decided("exif")
     flip: bool = Field(True, description="random horizontal flip in training (Sec. 3.2)")
@@ -100,7 +103,9 @@ class DataFields(BaseModel):
         lt=1,
         description="fraction of the training images to evaluate on in place of the test images",
     )
-    limit: int = Field(0, ge=0, description="only the first so many images of training and of test; 0: all")
+    limit: int = Field(
+        0, ge=0, le=10**9, description="only the first so many images of training and of test; 0: all"
+    )
 
 
 # %% ../../nbs/engine/config.ipynb #f92077f9
@@ -129,26 +134,29 @@ class LossFields(create_model("LossFields", **fields_of(LossOptions))):
 class RecipeFields(BaseModel):
     """The optimiser and its schedule (Sec. 3.2)."""
 
-    epochs: int = Field(60, ge=1, description="passes over the training images (Sec. 3.2)")
-    batch_size: decided("batch_size", ge=1)
+    epochs: int = Field(60, ge=1, le=10**6, description="passes over the training images (Sec. 3.2)")
+    batch_size: decided("batch_size", ge=1, le=10**6)
     optimizer: Literal["sgd", "adamw"] = Field(
         "sgd", description="SGD with momentum (Sec. 3.2), or AdamW for later methods"
     )
-    lr: float = Field(0.01, gt=0, description="initial learning rate (Sec. 3.2)")
-    head_lr_mult: decided("head_lr_mult", gt=0)
+    lr: float = Field(0.01, gt=0, le=1e3, description="initial learning rate (Sec. 3.2)")
+    head_lr_mult: decided("head_lr_mult", gt=0, le=1e6)
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD (Sec. 3.2); AdamW's first beta")
-    weight_decay: float = Field(1e-4, ge=0, description="of all parameters alike (Sec. 3.2)")
+    weight_decay: float = Field(1e-4, ge=0, le=1e3, description="of all parameters alike (Sec. 3.2)")
     schedule: Literal["step", "cosine"] = Field(
         "step", description="equal plateaus (Sec. 3.2), or a cosine to zero"
     )
     lr_plateaus: int = Field(
-        3, ge=1, description="plateaus of the step schedule: 60 epochs in 3 divide every 20 (Sec. 3.2)"
+        3,
+        ge=1,
+        le=10**6,
+        description="plateaus of the step schedule: 60 epochs in 3 divide every 20 (Sec. 3.2)",
     )
     lr_gamma: float = Field(0.1, gt=0, le=1, description="factor from one plateau to the next (Sec. 3.2)")
-    warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up, in epochs")
-    clip_grad: decided("clip_grad", ge=0)
+    warmup_epochs: float = Field(0.0, ge=0, le=1e6, description="linear warm-up, in epochs")
+    clip_grad: decided("clip_grad", ge=0, le=1e9)
     accumulate: int = Field(
-        1, ge=1, description="micro-batches a step is computed in; their sizes add up to batch_size"
+        1, ge=1, le=10**6, description="micro-batches a step is computed in; their sizes add up to batch_size"
     )
 
 
@@ -158,17 +166,18 @@ class MachineFields(BaseModel):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto means cuda where there is one")
     precision: decided("precision")
-    threads: int = Field(0, ge=0, description="CPU threads of a run; 0: all physical cores")
-    workers: int = Field(0, ge=0, description="processes or threads that read images")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of a run; 0: all physical cores")
+    workers: int = Field(0, ge=0, le=256, description="processes or threads that read images")
     processes: int = Field(
         1,
         ge=1,
+        le=256,
         description="data-parallel processes on this machine; more than one are started through torchrun",
     )
     channels_last: bool = Field(True, description="memory layout of images and weights")
     compile: bool = Field(False, description="torch.compile the training step")
     eval_every: int = Field(
-        1, ge=1, description="epochs between two evaluations; the last epoch is always evaluated"
+        1, ge=1, le=10**6, description="epochs between two evaluations; the last epoch is always evaluated"
     )
 
 
@@ -212,9 +221,21 @@ PAPER_ROWS = ("linear_probe", "baseline_gap", "baseline", "cadm")  # without par
 
 # %% ../../nbs/engine/config.ipynb #9895cbdc
 class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFields, TaskFields):
-    """The complete configuration of one run. Raises `ConfigError` on unknown names, wrong types and values out of range."""
+    """The complete configuration of one run.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    Args:
+        preset: "paper" or "mini", a block of defaults that everything given here overrides.
+        given: any other field by name; text is cast, and `cadm train --help` lists all with their meaning.
+
+    Raises:
+        ConfigError: an unknown name, a wrong type, or a value out of its range.
+
+    Example:
+        >>> TrainConfig(preset="mini", dataset="scenes-nus", lam=0.5, seed=3).backbone
+        'narrow_resnet'
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
     preset: Literal["paper", "mini"] = Field(
         "mini", description="block of defaults that everything given here overrides"
     )
@@ -229,7 +250,9 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
             raise ConfigError(explain(error, type(self))) from None
 
     def arguments(self):
-        """The checked parameters of the method, a frozen dataclass: its own, and fields of the configuration that it shares. Raises `ValueError`."""
+        """The checked parameters of the method, a frozen dataclass: its own, and fields that it shares with the
+        configuration. Raises `ValueError`.
+        """
         from cadm_paper.methods.base import method_arguments
 
         return method_arguments(self.method, self.method_args, self.model_dump(exclude={"method_args"}))
@@ -245,20 +268,26 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
 
     @model_validator(mode="after")
     def _values_that_go_together(self):
-        if (
-            self.method_args or self.method not in PAPER_ROWS
-        ):  # else the import, which takes seconds, is spared
+        if self.method_args or self.method not in PAPER_ROWS:  # else an import of seconds is spared
             args = self.arguments()
             differ = {f.name: v for f in fields(args) if (v := getattr(args, f.name)) != f.default}
             kept = {name: value for name, value in differ.items() if name not in type(self).model_fields}
             object.__setattr__(self, "method_args", kept)
+        if self.backbone not in ("resnet101", "narrow_resnet"):  # else that import is spared, too
+            from cadm_paper.model import BACKBONES
+
+            known(self.backbone, BACKBONES, "backbone =")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs = {self.warmup_epochs:g}: more than epochs = {self.epochs}")
         if self.method != "cadm" and self.lam:
             raise ValueError(
-                f"lam = {self.lam:g}: only method='cadm' has the label correlation loss; leave lam out for {self.method!r}"
+                f"lam = {self.lam:g}: only method='cadm' has the label correlation loss; leave lam out for "
+                f"{self.method!r}"
             )
         if self.batch_size % (self.accumulate * self.processes):
             raise ValueError(
-                f"batch_size = {self.batch_size}: not a multiple of accumulate x processes = {self.accumulate} x {self.processes}"
+                f"batch_size = {self.batch_size}: not a multiple of accumulate x processes = {self.accumulate} "
+                f"x {self.processes}"
             )
         return self
 
@@ -275,8 +304,9 @@ def explain(error: ValidationError, config: type[BaseModel]) -> str:
             except ValueError as unknown:
                 lines.append(str(unknown))
         else:
+            given = "" if e["type"] == "missing" else f" = {reprlib.repr(e['input'])}"
             what = e["msg"].removeprefix("Value error, ")
-            lines.append(f"{name} = {e['input']!r}: {what}" if name else what)
+            lines.append(f"{name}{given}: {what}" if name else what)
     return "; ".join(lines)
 
 

@@ -9,7 +9,12 @@ __all__ = []
 import contextlib
 import os
 import shutil
+import signal
+import sys
+import threading
+import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -105,21 +110,86 @@ class ProcessGroup:
                 t.copy_(piece.view_as(t))
 
 
+# %% ../../nbs/engine/processes.ipynb #710aa81f
+def rank_and_world(config: TrainConfig) -> tuple[int, int]:
+    """This process's rank and how many processes there are: (0, 1), or as torchrun says.
+
+    Raises `ConfigError` where the environment says something else than `processes`.
+    """
+    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    world, rank, *rest = said = [os.environ.get(name, "") for name in names]
+    if world in ("", "1"):
+        return 0, 1
+    numbers = rank.isdecimal() and int(rank) < config.processes and all(rest)
+    if world != str(config.processes) or not numbers:
+        found = ", ".join(f"{name}={value}" for name, value in zip(names, said))
+        raise ConfigError(
+            f"processes = {config.processes}, but the environment says {found}. Start as many with torchrun, "
+            "or unset WORLD_SIZE where it is left over from elsewhere"
+        )
+    return int(rank), config.processes
+
+
 # %% ../../nbs/engine/processes.ipynb #27c2707c
 @contextlib.contextmanager
 def process_group(config: TrainConfig):
     """The processes that torchrun started (gloo on CPUs, NCCL on GPUs), or this one alone (`config` resolved)."""
-    world, cuda = int(os.environ.get("WORLD_SIZE", 1)), config.device == "cuda"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    (rank, world), cuda = rank_and_world(config), config.device == "cuda"
+    local = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # started by hand, or by variables that were left over
+            print(f"rank {rank}: waiting for the others of {world} processes", file=sys.stderr, flush=True)
         dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield ProcessGroup(int(os.environ.get("RANK", 0)), world, device)
+        yield ProcessGroup(rank, world, device)
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+# %% ../../nbs/engine/processes.ipynb #74207785
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGINT ended a run; the message says how to go on."""
+
+
+# %% ../../nbs/engine/processes.ipynb #9fbca241
+@contextlib.contextmanager
+def stop_signals():
+    """Raise `Stopped` on SIGTERM and SIGINT; while `hold` of the yielded object is true, note it in `asked`."""
+    stop = SimpleNamespace(asked="", hold=False)
+
+    def came(number, frame):
+        again = stop.asked and number == signal.SIGINT
+        stop.asked = signal.Signals(number).name
+        if again or not stop.hold:
+            raise Stopped(stop.asked)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # in another one Python takes no handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, came)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# %% ../../nbs/engine/processes.ipynb #24acefa8
+def end_with_parent(seconds: float = 30) -> None:
+    """Stop this process when its standard input ends: SIGTERM, and after some `seconds` without mercy."""
+
+    def watch():
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # %% ../../nbs/engine/processes.ipynb #f2cbf121
