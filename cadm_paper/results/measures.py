@@ -135,12 +135,43 @@ def distance_to_pmi(vectors: np.ndarray, information: np.ndarray) -> float:
     return float(spearmanr(distance[known], information[j, k][known]).statistic)
 
 
+# %% ../../nbs/results/measures.ipynb #5e9a0002
+def separate_distances(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Distances C x C between two classes' mean vectors, each over images that show it and not the other.
+
+    vectors: N x C x k; labels: N x C, 1 or True where present. NaN where no image shows one without the other.
+    """
+    y = (np.asarray(labels) == 1).astype(float)
+    together = np.einsum("ij,ik,ijd->jkd", y, y, vectors)
+    alone = np.einsum("ij,ijd->jd", y, vectors)[:, None] - together
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = alone / (y.sum(0)[:, None] - y.T @ y)[..., None]
+    return np.linalg.norm(means - means.swapaxes(0, 1), axis=-1)
+
+
+# %% ../../nbs/results/measures.ipynb #5e9a0004
+def mantel(distances: np.ndarray, information: np.ndarray, permutations: int = 999) -> tuple[float, float]:
+    """Spearman correlation over pairs of classes, and the p of Mantel's test that it is this low or lower by chance:
+    classes are permuted, since pairs that share a class are not independent.
+    """
+    from scipy.stats import rankdata
+
+    j, k = np.triu_indices(len(distances), 1)
+    known, rng = np.isfinite(distances[j, k]), np.random.default_rng(0)
+    ranks = rankdata(distances[j, k][known])
+    rho = lambda order: np.corrcoef(ranks, rankdata(information[order[j], order[k]][known]))[0, 1]
+    found = rho(np.arange(len(distances)))
+    chance = [rho(rng.permutation(len(distances))) for _ in range(permutations)]
+    return float(found), (1 + sum(c <= found for c in chance)) / (1 + permutations)
+
+
 # %% ../../nbs/results/measures.ipynb #73066d89
 def measure_vectors(vectors: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """What label vectors N x C x k show.
 
     Returns:
         vectors_present, vectors_absent: mean of each class over images with and without it, C x k.
+        distances: between the means of two classes over images that show one of them only, C x C.
         lce_terms: Eq. 12's two terms, mean over images with a label. pmi: of the labels.
     """
     y = np.asarray(labels) == 1
@@ -152,6 +183,7 @@ def measure_vectors(vectors: np.ndarray, labels: np.ndarray) -> dict[str, np.nda
     return {
         "vectors_present": means(y),
         "vectors_absent": means(~y),
+        "distances": separate_distances(vectors, y),
         "lce_terms": np.array([float(x) for x in terms]),
         "pmi": pmi(labels),
     }
@@ -207,7 +239,9 @@ def measure(record: RunRecord, split) -> dict[str, np.ndarray]:
 # %% ../../nbs/results/measures.ipynb #661bb5bd
 def keep_evidence(record: RunRecord, split) -> None:
     """Measure a finished run's model on a split and write `evidence.npz` beside its record."""
-    short = lambda name: name in ("vectors_present", "vectors_absent", "pmi") or name.startswith("pairs")
+    short = lambda name: (
+        name in ("vectors_present", "vectors_absent", "distances", "pmi") or name.startswith("pairs")
+    )
     found = {k: v.astype(np.float16) if short(k) else v for k, v in measure(record, split).items()}
     record.keep("evidence.npz", **found)
 
