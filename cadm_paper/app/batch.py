@@ -280,9 +280,9 @@ def wanted(now: State, batch: Batch) -> bool:
 
 # %% ../../nbs/app/batch.ipynb #e5e6fb2f
 def lacks_evidence(run: Run) -> bool:
-    """Whether evidence has to be measured of a run: where the batch asks for it, of CADM on the test scenes, never of an exploration (`holdout`)."""
+    """Whether evidence has to be measured of a run: where the batch asks for it, of a model with maps on the test scenes, never of an exploration (`holdout`)."""
     config, model = run.config, run.folder / "checkpoint" / "model" / "model.safetensors"
-    asked = run.batch.evidence and config.method == "cadm" and config.dataset.startswith("scenes-")
+    asked = run.batch.evidence and config.method != "linear_probe" and config.dataset.startswith("scenes-")
     there = model.is_file() and not (run.folder / "evidence.npz").is_file()
     return asked and not config.holdout and (there or wanted(run.state, run.batch))
 
