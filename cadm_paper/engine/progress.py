@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/engine/progress.ipynb #6d62a5c9
 import sys
-import time
 
 
 # %% ../../nbs/engine/progress.ipynb #0b36df26
@@ -50,35 +49,27 @@ class TextProgress(Progress):
 
 # %% ../../nbs/engine/progress.ipynb #e493eb9d
 class NotebookProgress(Progress):
-    """A live curve of loss and mAP with a line of text."""
+    """A bar, and a live curve of loss and mAP under the last epoch's line."""
 
     def start(self, config, total, done):
-        from IPython.display import HTML, display
+        from IPython.display import HTML, ProgressBar, display
 
-        self.total, self.done, self.shown, self.html = total, done, 0.0, HTML
-        self.text, self.figure = display(HTML(""), display_id=True), display(HTML(""), display_id=True)
-        self._say("starting")
-
-    def _say(self, what):
-        self.shown, bar = time.monotonic(), f"<progress value='{self.done}' max='{self.total}'></progress>"
-        self.text.update(self.html(f"{what}: step {self.done} of {self.total} {bar}"))
+        self.bar = ProgressBar(total)
+        self.bar.display()
+        self.bar.progress = done
+        self.figure = display(HTML(""), display_id=True)
 
     def step(self):
-        self.done += 1
-        if time.monotonic() - self.shown > 2:
-            self._say("training")
+        self.bar.progress += 1
 
     def epoch(self, history):
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(1, 2, figsize=(7, 2.2), layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(7, 2.4), layout="constrained")
+        figure.suptitle(epoch_line(history[-1]), fontsize=8)
         for ax, name, scale, title in zip(axes, ("loss", "mAP"), (1, 100), ("loss", "mAP, %")):
             seen = [(row["epoch"], scale * row[name]) for row in history if row[name] is not None]
             ax.plot(*zip(*seen) if seen else ([], []), marker=".")
             ax.set(xlabel="epoch", title=title)
         self.figure.update(figure)
         plt.close(figure)
-        self._say(epoch_line(history[-1]))
-
-    def close(self):
-        self._say("done" if self.done == self.total else "stopped")
