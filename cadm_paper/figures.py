@@ -661,8 +661,18 @@ def precision_recall_curves(runs: Sequence[RunRecord]) -> Picture:
     middle and the rarest class.
     """
     grouped, name = group(runs), runs[0].dataset["name"]
-    found = {variant: [read_kept(r, "scores") for r in seeds.values()] for variant, seeds in grouped.items()}
-    first = read_kept(runs[0], "scores")
+    found, lost = {}, []
+    for variant, seeds in grouped.items():
+        for r in seeds.values():
+            try:
+                found.setdefault(variant, []).append(read_kept(r, "scores"))
+            except RecordError as error:
+                lost.append(error)
+    if not any(found.values()):
+        raise lost[0]
+    left_out = f" {len(lost)} of {len(runs)} records are left out: their scores cannot be read." * bool(lost)
+    found = {variant: kept for variant, kept in found.items() if kept}
+    first = next(iter(found.values()))[0]
     share = 100 * (first["targets"] == 1).mean(0)
     order = [c for c in np.argsort(-share, kind="stable") if share[c]]
     classes = dict.fromkeys([order[0], order[len(order) // 2], order[-1]])  # without a choice of ours
@@ -679,7 +689,7 @@ def precision_recall_curves(runs: Sequence[RunRecord]) -> Picture:
         f"precision-recall-{name}",
         f"Precision and recall on the test split of {name}: all labels of all images together, and the most "
         "frequent, a middle and the rarest class with their share of test images. Dots: the threshold 0.5 "
-        f"of the tables; thin lines: equal F1. Lines: {seeds_drawn(grouped)}.",
+        f"of the tables; thin lines: equal F1. Lines: {seeds_drawn(grouped)}.{left_out}",
         runs,
     )
 

@@ -165,21 +165,24 @@ def single_keys(pairs: list[tuple]) -> dict:
 
 
 # %% ../nbs/files.ipynb #16692bf1
-def read_json(path):
-    """A JSON file as plain values.
+def parse_json(text: str | bytes, where):
+    """JSON as plain values.
 
-    Raises `OSError` where it cannot be read, `ValueError` naming it for keys that occur twice, NaN, text that is
-    not Unicode, numbers of thousands of digits and nesting without end."""
-
-    def refuse(constant: str):
-        raise ValueError(f"{constant} is no number")
-
+    Raises `ValueError` naming `where` for keys that occur twice, NaN and infinities, text that is not Unicode,
+    numbers of thousands of digits and nesting without end."""
     try:
-        value = json.loads(read_bytes(path), object_pairs_hook=single_keys, parse_constant=refuse)
-        json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
+        value = json.loads(text, object_pairs_hook=single_keys)
+        json.dumps(
+            value, allow_nan=False, ensure_ascii=False
+        ).encode()  # no half of a surrogate pair, no 1e999
         return value
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
+
+
+def read_json(path):
+    """A JSON file as plain values. Raises `OSError` where it cannot be read, else as `parse_json`."""
+    return parse_json(read_bytes(path), path)
 
 
 # %% ../nbs/files.ipynb #b5b21800
@@ -218,18 +221,20 @@ def read_yaml(path):
 
 
 # %% ../nbs/files.ipynb #ce517643
-def read_arrays(path, limit: int = 2**31) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file of at most `limit` bytes unpacked; nothing is unpickled.
+def read_arrays(path, limit: int = 2**31, start: str = "") -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file whose names begin with `start`, without it; at most `limit` bytes unpacked.
+
+    Nothing is unpickled.
 
     Raises `OSError` where there is no file, `ValueError` naming the file where it is no such archive."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            total = sum(member.file_size for member in archive.infolist())
+            total = sum(m.file_size for m in archive.infolist() if m.filename.startswith(start))
         if total > limit:
             raise ValueError(f"it unpacks to {total:,} bytes, more than {limit:,}")
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (ValueError, EOFError, KeyError, MemoryError, NotImplementedError, RuntimeError) as error:
+            return {k.removeprefix(start): arrays[k] for k in arrays.files if k.startswith(start)}
+    except (ValueError, TypeError, ArithmeticError, EOFError, KeyError, MemoryError, RuntimeError) as error:
         said = "Python objects; save plain arrays" if "allow_pickle" in str(error) else error
         raise ValueError(f"{path}: no arrays ({said})") from None  # RuntimeError: an encrypted member
     except (zipfile.BadZipFile, zlib.error, SyntaxError) as error:

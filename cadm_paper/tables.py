@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import functools
+import html
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +18,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from .engine.record import RecordError, RunRecord, is_record, outdated, source
+from .engine.record import RecordError, RunRecord, outdated, source
 from .engine.variants import MAIN, Variant, by_recipe, recipe, recipe_changes
 from .files import whole_file
 from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow
@@ -88,11 +90,11 @@ def measured_line(runs: Sequence[RunRecord], *notes: str) -> Line:
 # %% ../nbs/07_tables.ipynb #fd7d1791
 @dataclass(frozen=True)
 class Status:
-    """What is known about runs beside their records: the reasons of unfinished and stale ones, and who or which other code made the rest, by data set/folder."""
+    """What is known about runs beside their records: by data set/folder, why they are\n    unfinished or stale, and which other code made the rest.\n"""
 
     unfinished: dict[str, str] = field(default_factory=dict)
     stale: dict[str, str] = field(default_factory=dict)
-    submitted: dict[str, str] = field(default_factory=dict)
+    made_by: dict[str, str] = field(default_factory=dict)
 
     def why_stale(self, record: RunRecord) -> str:
         """Why a record no longer represents its row, or an empty string."""
@@ -126,15 +128,16 @@ def run_status(folder: str | Path) -> Status:
     except (OSError, ValueError, KeyError, TypeError):
         told = {}
     unfinished = {}
-    for path in sorted(Path(folder).glob("*/[!.]*")):
-        if path.is_dir() and not is_record(path / "run.json"):
+    for path in [path for path in sorted(Path(folder).glob("*/[!.]*")) if path.is_dir()]:
+        try:
+            RunRecord.load(path)
+        except RecordError as error:
+            why = f"its run.json cannot be read: {error}".replace(f"{path}/", "")
             broken = (path / "run.json").exists()
-            why = "its run.json cannot be read" if broken else "interrupted, or still running"
-            unfinished["/".join(path.parts[-2:])] = why
+            unfinished["/".join(path.parts[-2:])] = why if broken else "interrupted, or still running"
     unfinished |= {key: f"{s}: {why}" for key, (s, why) in told.items() if s in ("failed", "interrupted")}
     of = lambda state: {key: why for key, (s, why) in told.items() if s == state}
-    other_code = of("finished")  # its reason is other code
-    return Status(unfinished, of("stale"), of("submitted") | other_code)
+    return Status(unfinished, of("stale"), of("finished"))  # finished with a reason: by other code
 
 
 # %% ../nbs/07_tables.ipynb #92c7067b
@@ -226,8 +229,9 @@ def block(runs: Sequence[RunRecord], status: Status = NOTHING) -> Block:
         groups.setdefault(key, []).append(r)
     lines = []
     for (_, changes, stale), same in groups.items():
-        submitted = sorted({status.submitted.get(run_key(r), "") for r in same})
-        line = measured_line(same, changes, *submitted, f"stale: {stale}" if stale else "")
+        made = {status.made_by.get(run_key(r), "") for r in same}
+        made |= {f"submitted, by {r.submitted}" for r in same if r.submitted is not None}
+        line = measured_line(same, changes, *sorted(made), f"stale: {stale}" if stale else "")
         lines.append(replace(line, state="stale" if stale else "measured"))
     lines += absent_lines(dataset, status, [line.variant for line in lines])
     lines.sort(key=lambda line: (line.variant not in MAIN, line.variant, line.state == "stale"))
@@ -313,7 +317,8 @@ def _templates():
         undefined=jinja2.StrictUndefined,
     )
     environment.globals["columns"] = COLUMNS
-    environment.filters["cell"] = lambda text: text.replace("|", "\\|")
+    plain = lambda text: html.escape(" ".join(str(text).split()), quote=False)
+    environment.filters["cell"] = lambda text: re.sub(r"[|`\[]", r"\\\g<0>", plain(text))
     kinds = {"csv": "text/csv", "md": "text/markdown", "json": "application/json"}
     environment.filters["text_uri"] = lambda text, form: f"data:{kinds[form]};charset=utf-8,{quote(text)}"
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}

@@ -53,7 +53,7 @@ from cadm_paper.engine.processes import (
 )
 from .engine.progress import NotebookProgress, Progress, TextProgress  # noqa: F401
 from .engine.record import RunRecord, code_version, environment, save_arrays, write_record
-from .engine.splits import data_root, held_out, prepare_data
+from .engine.splits import data_root, draw_examples, held_out, prepare_data
 from .engine.variants import run_name
 from .files import FolderLocked, default_folder, folder_lock, sha256_file
 from .methods.base import build_network
@@ -266,13 +266,6 @@ def mean_ap(scores, targets) -> float:
     """Mean of the classes' average precision over those with a positive (0 if there is none)."""
     ap = average_precision(scores, targets)
     return float(np.nanmean(ap)) if np.isfinite(ap).any() else 0.0
-
-
-# %% ../nbs/05_train.ipynb #da6f712d
-def draw_examples(targets: np.ndarray, count: int = 12) -> np.ndarray:
-    """Rows of up to `count` images with two present labels or more, drawn by a fixed seed, in order."""
-    several = np.flatnonzero((targets == 1).sum(1) >= 2)
-    return np.sort(np.random.default_rng(2019).choice(several, min(count, len(several)), replace=False))
 
 
 # %% ../nbs/05_train.ipynb #2b9aaeb5

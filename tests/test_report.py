@@ -110,7 +110,7 @@ def test_a_changed_record_is_not_drawn_and_the_report_goes_on(runs_copy, tmp_pat
     (home[MAIN[2]] / "run.json").write_text("{ half")
     page = build_report(folder, tmp_path / "out").read_text()
     assert (
-        page.count("is not drawn") == 4 and "differs from the checksum" in page and str(tmp_path) not in page
+        page.count("is not drawn") == 3 and "differs from the checksum" in page and str(tmp_path) not in page
     )
     assert "its run.json cannot be read" in page
     assert list(run_status(folder).unfinished) == [f"scenes-coco/{home[MAIN[2]].name}"]
@@ -121,7 +121,7 @@ def test_rows_without_a_current_record_have_a_reason(runs_copy):
     folder, home = runs_copy
     told = [
         (f"scenes-coco/{home[MAIN[2]].name}", "stale", "other data"),
-        (f"scenes-coco/{home[MAIN[3]].name}", "submitted", "submitted by a reader"),
+        (f"scenes-coco/{home[MAIN[3]].name}", "finished", "made by commit 9e05b3d, clean"),
         ("scenes-nus/cadm-lam0.5-seed0-12345678", "failed", "ValueError: <b>"),
     ]
     entries = [{"run": run, "state": state, "reason": reason} for run, state, reason in told]
@@ -137,7 +137,7 @@ def test_rows_without_a_current_record_have_a_reason(runs_copy):
     ]
     assert [line.note for line in coco.blocks[0].lines[2:4]] == [
         "seed 0; stale: other data",
-        "seed 0; submitted by a reader",
+        "seed 0; made by commit 9e05b3d, clean",
     ]
     assert [line.state for line in nus.blocks[0].lines] == ["missing"] * 4 + ["failed"]
     assert "failed: ValueError: &lt;b&gt;" in nus.html()

@@ -263,7 +263,8 @@ def test_an_address_leads_to_a_case_and_pointing_tells_the_value(site, opened):
 def test_names_are_only_text_and_a_notebook_frames_the_same_page(tmp_path, opened):
     name = "</script><img src=x onerror=\"document.title='run'\">"
     run = synthetic_run(tmp_path)
-    run.dataset["classes"] = [name] * 20
+    maps = run.maps()
+    run.maps, run.dataset["classes"] = lambda: maps, [name] * 20
     (tmp_path / "odd.html").write_text(explore(run)._repr_html_(), encoding="utf-8")
     frame = opened(tmp_path / "odd.html").frames[1]
     frame.wait_for_selector("body[data-ready]")

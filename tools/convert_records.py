@@ -64,7 +64,7 @@ def converted(old: dict, folder: Path) -> RunRecord:
     rest = extra - {*same, *"schema name digest config requested environment effective_lambda".split()}
     new = {
         "schema": SCHEMA,
-        "name": "",
+        "name": "unnamed",
         "digest": "",
         "config": {k: v for k, v in asked.items() if k not in {*GONE, "limit_train"}} | {"limit": limit},
         "machine": machine,

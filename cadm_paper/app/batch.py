@@ -32,6 +32,7 @@ from cadm_paper.files import (
     default_folder,
     folder_lock,
     known,
+    read_json,
     read_yaml,
     sha256_file,
     write_json,
@@ -226,6 +227,15 @@ def made_by(code: dict) -> str:
     return "" if same else "made by commit " + "; resumed under ".join(dict.fromkeys(map(spell, every)))
 
 
+# %% ../../nbs/app/batch.ipynb #6df17fb7
+def failure(folder: Path) -> str:
+    """Why a run failed, from the `failed.json` that its job left."""
+    try:
+        return str(dict(read_json(folder / "failed.json"))["reason"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return "its failed.json cannot be read"
+
+
 # %% ../../nbs/app/batch.ipynb #89bc04c8
 State = namedtuple("State", "word reason record", defaults=["", None])
 
@@ -237,14 +247,15 @@ def state(folder: Path, config: TrainConfig | None = None, data: str = "") -> St
     `config` the record answers its own."""
     try:
         record = RunRecord.load(folder)
-    except RecordError:
-        if (failed := folder / "failed.json").is_file():
-            return State("failed", json.loads(failed.read_text())["reason"])
-        begun = (folder / "checkpoint" / "last.safetensors").is_file()
-        return State("interrupted", "goes on from its checkpoint") if begun else State("missing", "no record")
-    if (taken := folder / "submitted.json").is_file():
-        by = json.loads(taken.read_text())["by"] or "no name given"
-        return State("submitted", f"made elsewhere: {by}", record)
+    except RecordError as error:
+        if (folder / "failed.json").is_file():
+            return State("failed", failure(folder))
+        if (folder / "checkpoint" / "last.safetensors").is_file():
+            return State("interrupted", "goes on from its checkpoint")
+        broken = (folder / "run.json").exists()
+        return State("unreadable", str(error)) if broken else State("missing", "no record")
+    if record.submitted is not None:
+        return State("submitted", f"submitted, by {record.submitted}", record)
     asked = config or record.config
     if config_digest(asked) != record.digest:
         return State("stale", "of another configuration", record)
@@ -413,7 +424,7 @@ def reproduce(
     if batch.notebooks or batch.report:
         failed |= engine(batch.model_copy(update={"report_only": True}), "reports")
     for run in [run for run in todo if (run.workshop / "failed.json").is_file()]:
-        print(f"failed: {run.key}: {json.loads((run.workshop / 'failed.json').read_text())['reason']}")
+        print(f"failed: {run.key}: {failure(run.workshop)}")
     page = batch.outputs / "report" / "index.html"
     print("not everything was done; the same command goes on" if failed else f"report: {page}" * batch.report)
     return int(failed)

@@ -158,13 +158,26 @@ def explore(*runs: RunRecord | str | Path, image: str | Path | None = None) -> E
 
 # %% ../../nbs/app/explorer.ipynb #2ea7ee40
 def build_explorers(runs: Iterable[RunRecord], folder: str | Path) -> dict[str, str]:
-    """Write a page for each data set with runs without and with the loss and their maps; returns file names by data set, for `build_report`."""
+    """Write a page for each data set with runs without and with the loss and their maps.
+
+    Args:
+        runs: of any data sets; of each the first seed is taken whose maps are there and unchanged.
+        folder: where the pages go, atomically.
+
+    Returns:
+        File names by data set, for `build_report`.
+
+    Example:
+        >>> build_explorers(load_runs("outputs/runs"), "outputs/report")
+    """
     runs, names = list(runs), {}
-    for dataset in dict.fromkeys(str(r.dataset.get("name")) for r in runs):
-        try:
-            page = explore(*pair_of_runs(runs, dataset))
-        except RecordError:  # no such runs, no maps, changed maps: the report's Figure 4 says which
-            continue
-        name = f"explorer-{re.sub(r'[^0-9A-Za-z_.-]+', '-', dataset)}.html" if names else "explorer.html"
-        names[dataset] = page.save(Path(folder) / name).name
+    for dataset in dict.fromkeys(r.dataset["name"] for r in runs):
+        for seed in [None, *sorted({r.config.seed for r in runs})]:
+            try:
+                page = explore(*pair_of_runs(runs, dataset, seed=seed))
+            except RecordError:  # no such runs, no maps, changed maps: the report's Figure 4 says which
+                continue
+            name = f"explorer-{re.sub(r'[^0-9A-Za-z_.-]+', '-', dataset)}.html" if names else "explorer.html"
+            names[dataset] = page.save(Path(folder) / name).name
+            break
     return names

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -57,7 +58,10 @@ def plate(title: str, draw: Callable, runs: Sequence[RunRecord], form: str = "pn
 # %% ../../nbs/app/report.ipynb #e557f1a4
 def plates(dataset: str, runs: Sequence[RunRecord]) -> list[dict]:
     """All figures of a data set's runs; curves and classes compare runs of the most frequent recipe only."""
-    mine = [r for r in runs if r.dataset.get("name") == dataset]
+    mine = [r for r in runs if r.dataset["name"] == dataset]
+    tested = lambda r: (r.dataset["test"]["fingerprint"], *r.dataset["classes"])
+    usual = Counter(map(tested, mine)).most_common(1)[0][0]
+    mine = [r for r in mine if tested(r) == usual]  # no other images and labels in a figure
     main, chosen = next(iter(by_recipe(mine).values())), lambda: pick(mine, MAIN[-1], dataset)
     drawn = [
         ("Figure 2: the maps of all classes, sorted by activation", lambda: figure2(chosen(), images=4)),

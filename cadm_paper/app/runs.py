@@ -7,19 +7,22 @@ __all__ = []
 
 # %% ../../nbs/app/runs.ipynb #6191c633
 import json
+import os
 import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from tyro.conf import Positional
 
-from .batch import Batch, WorkflowError, states
-from ..data.datasets import DATASETS
-from ..engine.config import TrainConfig, config_digest
-from ..engine.record import RecordError, RunRecord, load_runs
+from .batch import DATA, Batch, WorkflowError, labels_now, states
+from ..engine.audit import FILES, MODEL, problems
+from ..engine.config import TrainConfig
+from ..engine.record import LARGEST, RecordError, RunRecord, load_runs
 from ..engine.variants import recipe_changes, run_name
-from ..files import known, sha256_file, whole_file, write_json
+from ..files import folder_lock, known, sha256_file, write_json
 
 
 # %% ../../nbs/app/runs.ipynb #ba03b448
@@ -56,7 +59,7 @@ def runs_list(
     import pandas as pd
 
     rows, shown = runs_table(outputs), ["state", "run", "mAP", "seconds", "device", "differs", "reason"]
-    table = pd.DataFrame(rows, columns=shown).round(1).fillna("").to_string(index=False)
+    table = pd.DataFrame(rows, columns=shown).to_string(index=False, na_rep="", float_format="{:.1f}".format)
     print(json.dumps(rows, indent=1) if as_json else table if rows else "no runs")
     return 0
 
@@ -104,95 +107,111 @@ def runs_diff(a: Positional[str], b: Positional[str], outputs: Path | None = Non
     return int(bool(changed))
 
 
-# %% ../../nbs/app/runs.ipynb #323e0585
-def labels_fingerprint(dataset: str, arrays: dict) -> str:
-    """Fingerprint of the split that the ids and labels of a `scores.npz` are (see `Split.fingerprint`)."""
-    from cadm_paper.data import Split
-
-    ids, classes = (tuple(map(str, arrays[name])) for name in ("image_ids", "classes"))
-    return Split(
-        dataset, "test", Path("."), classes, ids, [Path(i) for i in ids], arrays["targets"]
-    ).fingerprint
-
-
-# %% ../../nbs/app/runs.ipynb #4bd26e8e
-def scores_problems(record: RunRecord) -> dict[str, bool]:
-    """What may be wrong with a record's scores, and whether it is. Raises `RecordError`, `KeyError` or `ValueError` where they have another form."""
-    from cadm_paper.metrics import multilabel_metrics
-
-    arrays, test = record.scores() or {}, record.dataset["test"]
-    targets, scores = arrays["targets"], arrays["scores"]
-    sizes, told = (
-        (len(arrays["image_ids"]), len(arrays["classes"])),
-        (test["images"], len(record.dataset["classes"])),
-    )
-    if not sizes == targets.shape == scores.shape == told:
-        raise RecordError(
-            f"scores.npz: {sizes[0]} images and {sizes[1]} classes; run.json says {told[0]} and {told[1]}"
-        )
-    other = [
-        k
-        for k, v in multilabel_metrics(scores, targets).items()
-        if not abs(v - record.metrics.get(k, -1)) <= 1e-6
-    ]
-    fingerprint = labels_fingerprint(record.config.dataset, arrays)
-    return {
-        "scores.npz: scores outside 0..1": not (scores.min() >= 0 and scores.max() <= 1),
-        "scores.npz: not the images or labels of run.json's fingerprint": test["fingerprint"] != fingerprint,
-        f"metrics: the scores give other values of {', '.join(other[:5])}": bool(other),
-    }
-
-
-# %% ../../nbs/app/runs.ipynb #6e944328
-def record_problems(folder, outputs: Path | None = None) -> list[str]:
-    """Everything wrong with a record that can be found without training; an empty list if nothing is."""
+# %% ../../nbs/app/runs.ipynb #b7b4949a
+def copy_plain(source: Path, name: str, into: Path) -> None:
+    """Copy a file of a record. Raises `WorkflowError` for a link, a device, a folder, or a file that is too large."""
+    path = source
+    for part in Path(name).parts:
+        path = path / part
+        if path.is_symlink():
+            raise WorkflowError(f"{path}: a link, and a record is taken as plain files only")
     try:
-        record = RunRecord.load(folder)
-        config, name, labels = record.config, record.dataset["name"], record.dataset["test"]["fingerprint"]
-        like = lambda r: [r.dataset["name"], *(getattr(r.config, k) for k in ("missing", "limit", "holdout"))]
-        others = [r for r in load_runs((outputs or Batch().outputs) / "runs") if like(r) == like(record)]
-        own = lambda file: not Path(file).is_absolute() and ".." not in Path(file).parts
-        wrong = [
-            f for f, mark in record.files.items() if not own(f) or sha256_file(record.folder / f) != mark
-        ]
-        found = {
-            f"another than run.json says: {', '.join(wrong)}": bool(wrong),
-            "dataset: not one that DATASETS names": not config.dataset == name in DATASETS,
-            "config: its digest is not the one in run.json": config_digest(config) != record.digest,
-            "dataset: not the test images and labels of the other runs on it": others != []
-            and labels not in [r.dataset["test"]["fingerprint"] for r in others],
-        }
-        return [problem for problem, there in {**found, **scores_problems(record)}.items() if there]
-    except Exception as error:  # whatever is in the folder, somebody else wrote it
-        return [str(error) if isinstance(error, RecordError) else f"{type(error).__name__}: {error}"]
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > LARGEST:
+            raise WorkflowError(f"{path}: not a plain file of at most {LARGEST:,} bytes, or a link")
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, into / name)
+    except OSError as error:
+        raise WorkflowError(f"{path}: {error.strerror}") from None
+
+
+# %% ../../nbs/app/runs.ipynb #b6c1d6b8
+def model_problems(folder: Path, record: RunRecord) -> Iterator[str]:
+    """What is wrong with the model of a record: it has to load, and to know the record's classes."""
+    from cadm_paper.methods import load_model
+
+    if any(name in record.files for name in MODEL):
+        try:
+            if list(load_model((folder / MODEL[0]).parent).classes) != record.dataset["classes"]:
+                yield "checkpoint/model: other classes than in run.json"
+        except (OSError, ValueError) as error:
+            yield str(error)
+
+
+# %% ../../nbs/app/runs.ipynb #8812767b
+def label_problems(record: RunRecord, outputs: Path) -> Iterator[str]:
+    """Splits whose labels are not those of the data that is here or, without it, of any other run on them."""
+    like = lambda r: [
+        r.dataset["name"],
+        *(getattr(r.config, k) for k in DATA if k not in ("dataset", "data_dir")),
+    ]
+    others = [r for r in load_runs(outputs / "runs") if like(r) == like(record)]
+    here = labels_now(*({**dict(record.config), "data_dir": None}[name] for name in DATA))
+    for split in ("train", "test"):
+        known = {here[split]} if here else {r.dataset[split]["fingerprint"] for r in others}
+        if known and record.dataset[split]["fingerprint"] not in known:
+            yield f"dataset.{split}: not the images and labels {'that are here' if here else 'of the other runs on it'}"
+
+
+# %% ../../nbs/app/runs.ipynb #eb757a46
+def received(source: Path, into: Path, outputs: Path) -> RunRecord:
+    """Copy a record into a folder, and check it there. Raises `WorkflowError` with everything that is wrong."""
+    copy_plain(source, "run.json", into)
+    try:
+        record = RunRecord.load(into)
+    except RecordError as error:
+        raise WorkflowError(f"{source}: not taken\n  {error}".replace(f"{into}/", "")) from None
+    files = [name for name in FILES if name in record.files]
+    for name in files:
+        copy_plain(source, name, into)
+    wrong = [
+        f"{name}: not the checksum of run.json"
+        for name in files
+        if sha256_file(into / name) != record.files[name]
+    ]
+    wrong += [*problems(record), *label_problems(record, outputs), *model_problems(into, record)]
+    if wrong:
+        raise WorkflowError("\n  ".join([f"{source}: not taken", *wrong]).replace(f"{into}/", ""))
+    return record
+
+
+# %% ../../nbs/app/runs.ipynb #c3d05e2c
+def put(record: RunRecord, staging: Path, target: Path, by: str) -> None:
+    """Move a checked record to its place, marked as handed in. Raises `WorkflowError` where a run is there or begun."""
+    mark = target / "submitted.json"
+    with folder_lock(target):
+        if (target / "run.json").exists():
+            raise WorkflowError(
+                f"{target}: there is a record of this configuration; `cadm runs diff` compares them"
+            )
+        if not mark.exists() and set(os.listdir(target)) - {".lock"}:
+            raise WorkflowError(f"{target}: an unfinished training is there; let it end, or remove it first")
+        write_json(mark, {"by": by, "run": sha256_file(staging / "run.json")})
+        for name in [*record.files, "run.json"]:  # last: now it is a record
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / name, target / name)
 
 
 # %% ../../nbs/app/runs.ipynb #268e95b1
 def runs_submit(source: Positional[Path], by: str = "", outputs: Path | None = None) -> int:
-    """Check a record made elsewhere (schema, counts, fingerprint, metrics from its scores) and put it among the runs. Returns 0.
+    """Check a record made elsewhere, computing again what can be, and put it among the runs. Returns 0.
 
-    Raises `WorkflowError` with what is wrong with it.
+    Raises `WorkflowError` with everything that is wrong with it, or where there is a run of its configuration.
 
     Args:
         source: the run's folder.
-        by: who made it, for the table.
+        by: who made it, for every place that shows it.
         outputs: the folder that it goes to; by default outputs/.
     """
-    outputs = outputs or Batch().outputs
-    if problems := record_problems(source, outputs):
-        raise WorkflowError(f"{source}: not taken\n  " + "\n  ".join(problems))
-    record = RunRecord.load(source)
-    target = outputs / "runs" / record.config.dataset / run_name(record.config)
-    if (target / "run.json").exists():
-        raise WorkflowError(
-            f"{target}: there is a record of this configuration; `cadm runs diff` compares them"
-        )
-    shutil.rmtree(target, ignore_errors=True)
-    for name in record.files:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
-    write_json(target / "submitted.json", {"by": by, "folder": source.resolve().name})
-    with whole_file(target / "run.json") as file:  # last: now it is a record
-        file.write((source / "run.json").read_bytes())
+    outputs, by = outputs or Batch().outputs, " ".join(by.split())[:100]
+    staging = outputs / "work" / "submitted"
+    with folder_lock(outputs / "work", wait=True, name=".submit.lock"):
+        shutil.rmtree(staging, ignore_errors=True)  # of a killed one
+        try:
+            record = received(source, staging, outputs)
+            target = outputs / "runs" / record.config.dataset / run_name(record.config)
+            put(record, staging, target, by)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     print(f"taken: {target.relative_to(outputs)}; `cadm reproduce` puts it into the tables")
     return 0

@@ -6,22 +6,37 @@
 __all__ = ["RecordError", "RunRecord", "load_runs"]
 
 # %% ../../nbs/engine/record.ipynb #8e892c69
+import contextlib
 import functools
 import hashlib
 import json
 import platform
 import subprocess
 import sys
+import textwrap
+import warnings
+import zipfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 import cadm_paper
 from .config import ConfigError, TrainConfig, config_digest, explain, portable
-from ..files import checkout_root, sha256_file, whole_file, write_json
+from cadm_paper.files import (
+    checkout_root,
+    parse_json,
+    read_arrays,
+    read_json,
+    sha256_file,
+    whole_file,
+    write_json,
+)
+from ..paper import COLUMNS
 
 # %% ../../nbs/engine/record.ipynb #38a6cf78
 _PACKAGES = "torch torchvision numpy scikit-learn pillow safetensors pydantic".split()
@@ -84,6 +99,90 @@ class RecordError(ValueError):
     """A folder that holds no finished run, or one that was changed; the message names the file."""
 
 
+# %% ../../nbs/engine/record.ipynb #a5eb768b
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Count = Annotated[int, Field(strict=True, ge=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$", max_length=200)]
+
+
+# %% ../../nbs/engine/record.ipynb #c51f7223
+class SplitFacts(TypedDict):
+    """Counts of a split's images and labels (`Split.summary`), and the ids of missing images."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    images: Count
+    positives: dict[str, Count]
+    fingerprint: str
+    missing_ids: NotRequired[list[str]]
+
+
+class DataFacts(TypedDict):
+    """The data set's name and classes, and its two splits."""
+
+    name: Name
+    classes: Annotated[list[str], Field(min_length=1)]
+    train: SplitFacts
+    test: SplitFacts
+
+
+# %% ../../nbs/engine/record.ipynb #16299f71
+class Code(TypedDict, total=False):
+    """Which code made a record, and under which it was resumed."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    cadm_paper: str
+    package: str
+    commit: str | None
+    modified: bool | None
+    resumed: list[dict[str, str | bool | None]]
+
+
+class Environment(TypedDict, total=False):
+    """Code, packages and processor; see `environment`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    code: Code
+    packages: dict[str, str]
+    python: str
+    device: str
+
+
+# %% ../../nbs/engine/record.ipynb #0c235575
+class Archive(TypedDict):
+    """The .npz of a study that holds a record's arrays."""
+
+    file: Name
+    sha256: Sha256
+
+
+class Extra(TypedDict):
+    """What else a record has."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    per_class_ap: list[Fraction | None]
+    weights: NotRequired[dict[str, Any]]
+    synthetic: NotRequired[bool]
+    archive: NotRequired[Archive]
+
+
+# %% ../../nbs/engine/record.ipynb #31cefad4
+def _misfit(record: "RunRecord") -> str:
+    """What does not fit together in a record; empty if all does."""
+    classes, data = record.dataset["classes"], record.dataset
+    if lacking := [name for name in COLUMNS if name not in record.metrics]:
+        return f"metrics: {lacking[0]} is lacking"
+    if not all("epoch" in row for row in record.history):
+        return "history: each entry needs its epoch"
+    if len(set(classes)) < len(classes) or len(record.extra["per_class_ap"]) != len(classes):
+        return f"per_class_ap: a number for each of {len(classes)} different classes is expected"
+    for split in ("train", "test"):
+        if data[split]["positives"].keys() != set(classes):
+            return f"dataset.{split}.positives: a number for each class is expected"
+    return ""
+
+
 # %% ../../nbs/engine/record.ipynb #eab89209
 def save_arrays(path, **arrays) -> None:
     """Write arrays to a compressed .npz, whole or not at all."""
@@ -91,24 +190,95 @@ def save_arrays(path, **arrays) -> None:
         np.savez_compressed(file, **arrays)
 
 
+# %% ../../nbs/engine/record.ipynb #a52d31a2
+LARGEST = 2**29  # bytes of a record's arrays in one file; those of NUS-WIDE take a third
+
+# %% ../../nbs/engine/record.ipynb #f83c4a41
+_LABELLED = {"image_ids": "U n", "classes": "U c", "targets": "i n c"}
+STREAMS = ("scores", "scores_fcls", "scores_scls")
+_DRAWN = {"maps": "f n c * *", "indices": "iu n", "thumbnails": "u n * * 3", "boxes": "f * 6"}
+FORMS = {"scores.npz": _LABELLED | dict.fromkeys(STREAMS, "f n c")}
+FORMS["maps.npz"] = FORMS["scores.npz"] | _DRAWN
+OPTIONAL = {"indices", "thumbnails", "boxes"}
+_RANGES = dict.fromkeys(STREAMS, (0, 1)) | {"targets": (-1, 1)}
+
+
+# %% ../../nbs/engine/record.ipynb #05fb2ac1
+def wrong_array(arrays: dict, form: dict[str, str], **sizes: int) -> str:
+    """The first array that is lacking, of another kind or shape, not finite or out of range; empty if all fit.
+
+    Args:
+        form: kind and shape by name: "f n c" are floats, n x c; `*` is any size, a letter the same one everywhere.
+        sizes: those that are known.
+    """
+    sizes, largest = {"3": 3, "6": 6, **sizes}, np.finfo(np.float32).max
+    for name in [name for name in form if name in arrays or name not in OPTIONAL]:
+        kinds, *dims = form[name].split()
+        if (a := arrays.get(name)) is None:
+            return f"the array {name!r} is lacking"
+        same = all(d == "*" or m == sizes.setdefault(d, m) for d, m in zip(dims, a.shape))
+        if a.dtype.kind not in kinds or len(dims) != a.ndim or not same:
+            return f"{name} is {a.dtype} of {a.shape}, which does not fit the record"
+        least, most = _RANGES.get(name, (-largest, largest))
+        if a.dtype.kind in "if" and not ((a >= least) & (a <= most)).all():
+            return f"{name} holds a value that is not finite or out of range"
+    return ""
+
+
+# %% ../../nbs/engine/record.ipynb #bd14c0d6
+def submission(folder: Path) -> str | None:
+    """Who handed in the record of a folder; None for one that was made here.
+
+    The mark, `submitted.json`, is bound to the record by checksum.
+    """
+    path, mark = folder / "submitted.json", {}
+    if not path.is_file():
+        return None
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        mark = dict(read_json(path))
+    if mark.get("run", "") not in ("", sha256_file(folder / "run.json")):
+        return None
+    by = "".join(c if c.isprintable() else " " for c in str(mark.get("by") or "no name given"))
+    return " ".join(by.split())[:100]
+
+
 # %% ../../nbs/engine/record.ipynb #2a9ab1b8
 @dataclass(repr=False)
 class RunRecord:
-    """A finished run: the content of its `run.json`, read and checked, and the arrays beside it."""
+    """A finished run: the content of its `run.json`, read and checked, and the arrays beside it.
+
+    Args:
+        folder, name: where it is, and the run's name.
+        config: as it was asked for; `machine`: what `auto` was resolved to.
+        metrics: fractions by name, those of `COLUMNS` and their variants.
+        history: a row an epoch: learning rate, losses, mAP.
+        dataset: name, classes, and the facts of its splits `train` and `test`.
+        environment, timing: code, packages and processor; seconds.
+        files: SHA-256 by name of each file beside it.
+        digest: of the configuration, as it was when the run was made.
+        submitted: who handed it in, where it was not made here.
+        extra: all else in run.json, such as `per_class_ap`.
+        store: the .npz of a study that keeps the arrays.
+
+    Example:
+        >>> record = RunRecord.load("outputs/runs/scenes-coco/cadm-lam0.5-seed0-151246f2")
+        >>> record.metrics["mAP"], record.scores()["targets"].shape
+    """
 
     folder: Path
-    name: str
+    name: Name
     config: TrainConfig
-    metrics: dict
-    history: list
-    dataset: dict
-    environment: dict
-    timing: dict
-    files: dict
+    metrics: dict[str, Finite]
+    history: list[dict[str, Finite | None]]
+    dataset: DataFacts
+    environment: Environment
+    timing: dict[str, Finite]
+    files: dict[str, Sha256]
     digest: str
-    machine: dict = field(default_factory=dict)
-    extra: dict = field(default_factory=dict)  # all else in run.json
-    store: Path | None = None  # the .npz of a study that keeps the arrays
+    machine: dict[str, str | int] = field(default_factory=dict)
+    submitted: str | None = None
+    extra: Extra = field(default_factory=dict)
+    store: Path | None = None
 
     def __repr__(self):
         return f"{type(self).__name__}({self.dataset.get('name')}/{self.name})"
@@ -117,27 +287,36 @@ class RunRecord:
     def load(cls, folder) -> "RunRecord":
         """Read `folder/run.json`. Raises `RecordError` when there is none or it is not a record."""
         path = Path(folder) / "run.json"
+        if not path.is_file():
+            raise RecordError(f"{path}: no such file, so there is no finished run in this folder")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RecordError(f"{path}: no such file, so there is no finished run in this folder") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise RecordError(f"{path}: not JSON ({error})") from None
-        return cls.from_dict(content, folder)
+            content = read_json(path)
+        except (OSError, ValueError) as error:
+            raise RecordError(error) from None
+        record = cls.from_dict(content, folder)
+        record.submitted = submission(Path(folder))
+        return record
 
     @classmethod
-    def from_dict(cls, content: dict, folder, store: Path | None = None) -> "RunRecord":
-        """Check the schema, and that every part is there and of its kind."""
-        path = Path(folder) / "run.json"
+    def from_dict(cls, content: dict, folder, where=None) -> "RunRecord":
+        """Check the schema, and that every part is there, of its type, and fits the others.
+
+        Raises `RecordError`, which names `where` (`folder/run.json`).
+        """
+        where = where or Path(folder) / "run.json"
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            raise RecordError(f"{path}: schema {SCHEMA!r} expected")
-        parts = {k: content[k] for k in content.keys() & cls.__dataclass_fields__.keys()}
+            raise RecordError(f"{where}: schema {SCHEMA!r} expected")
+        own = cls.__dataclass_fields__.keys() - {"extra", "folder", "store"}
+        parts = {k: content[k] for k in content.keys() & own}
         extra = {k: v for k, v in content.items() if k not in parts and k != "schema"}
         try:
-            return _RECORD.validate_python(parts | dict(folder=folder, store=store, extra=extra))
+            record = _RECORD.validate_python(parts | dict(folder=folder, extra=extra))
+            problem = _misfit(record)
         except (ValidationError, ConfigError) as error:
-            said = explain(error, cls) if isinstance(error, ValidationError) else error
-            raise RecordError(f"{path}: {said}") from None
+            problem = explain(error, cls) if isinstance(error, ValidationError) else str(error)
+        if problem:
+            raise RecordError(f"{where}: {textwrap.shorten(problem, 500)}")
+        return record
 
     def seen_at(self) -> dict:
         """How its model sees an image: image_size, resize, exif, normalise."""
@@ -150,15 +329,26 @@ class RunRecord:
         return self.folder / file, ""
 
     def _read(self, file: str) -> dict:
-        """The arrays of a file, never unpickled; empty if they were not kept."""
+        """The arrays of a file; empty if they were not kept."""
         path, start = self._place(file)
-        if not path.is_file():
-            return {}
-        with np.load(path, allow_pickle=False) as data:
-            return {key.removeprefix(start): data[key] for key in data.files if key.startswith(start)}
+        try:
+            return read_arrays(path, LARGEST, start) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise RecordError(error) from None
+
+    def holds(self, file: str) -> bool:
+        """Whether the arrays of a file are kept; only names are read."""
+        path, start = self._place(file)
+        if not path.is_file() or not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return any(name.startswith(start) for name in archive.namelist())
 
     def arrays(self, file: str) -> dict | None:
-        """Arrays of an .npz that the run wrote; None if it wrote none. Raises `RecordError` if they were changed or not kept."""
+        """Arrays of an .npz that the run wrote; None if it wrote none.
+
+        Raises `RecordError` if they were changed or not kept, or `scores.npz` and `maps.npz` do not fit the record.
+        """
         if file not in self.files:
             return None
         path, _ = self._place(file)
@@ -167,15 +357,15 @@ class RunRecord:
             raise RecordError(f"{path}: differs from the checksum in the record")
         if not (found := self._read(file)):
             raise RecordError(f"{self.folder / file}: named by the record but not there")
+        classes, known = self.dataset["classes"], {}
+        if file == "scores.npz":
+            known = {"n": self.dataset["test"]["images"]}
+        problem = wrong_array(found, FORMS.get(file, {}), c=len(classes), **known)
+        if not problem and file in FORMS and found["classes"].tolist() != classes:
+            problem = "other classes than in run.json"
+        if problem:
+            raise RecordError(f"{self.folder / file}: {problem}")
         return found
-
-    def holds(self, file: str) -> bool:
-        """Whether the arrays of a file are kept; only names are read."""
-        path, start = self._place(file)
-        if not path.is_file():
-            return False
-        with np.load(path, allow_pickle=False) as data:
-            return any(key.startswith(start) for key in data.files)
 
     def scores(self) -> dict | None:
         """image_ids, classes, targets N x C and scores, scores_fcls, scores_scls N x C."""
@@ -186,11 +376,15 @@ class RunRecord:
         return self.arrays("maps.npz")
 
     def beside(self, file: str) -> dict | None:
-        """Arrays that `keep` wrote for this very record; None if there are none. Raises `RecordError` if they are another record's."""
+        """Arrays that `keep` wrote for this very record; None if there are none.
+
+        Raises `RecordError` if they are another record's.
+        """
         found = self._read(file)
         if not self.store and found and str(found.pop("record", "")) != sha256_file(self.folder / "run.json"):
             raise RecordError(
-                f"{self.folder / file} was made from another run than the run.json beside it: delete it and make it again"
+                f"{self.folder / file} was made from another run than the run.json beside it: delete it and "
+                "make it again"
             )
         return found or None
 
@@ -221,43 +415,51 @@ def write_record(folder, name: str, config: TrainConfig, beside: list[str], **pa
 
 
 # %% ../../nbs/engine/record.ipynb #c8f56882
-def _study_runs(study: Path) -> list[RunRecord]:
-    """The records of a `runs.jsonl`. Raises `RecordError` with the line's number."""
-    found = []
-    for number, line in enumerate(study.read_text(encoding="utf-8").splitlines(), 1):
-        content = json.loads(line)
-        store = study.parent / content["archive"]["file"] if "archive" in content else None
-        folder = study.parent / content["dataset"]["name"] / content["name"]
-        try:
-            found.append(RunRecord.from_dict(content, folder, store))
-        except RecordError as error:
-            raise RecordError(f"{study}, line {number}: {error}") from None
-    return found
+def _study_run(line: bytes, study: Path, number: int) -> RunRecord:
+    """The record in a line of a `runs.jsonl`. Raises `RecordError` with the line's number."""
+    where = f"{study}, line {number}"
+    try:
+        record = RunRecord.from_dict(parse_json(line, where), study.parent, where)
+    except ValueError as error:
+        raise RecordError(error) from None
+    record.folder = study.parent / record.dataset["name"] / record.name
+    if "archive" in record.extra:
+        record.store = study.parent / record.extra["archive"]["file"]
+    return record
 
 
 # %% ../../nbs/engine/record.ipynb #740e8e38
 def load_runs(folder) -> list[RunRecord]:
-    """Every finished run below `folder`, of run folders and of studies, in order of data set and name."""
-    found = [RunRecord.load(path.parent) for path in Path(folder).rglob("run.json") if is_record(path)]
+    """Every finished run below a folder, of run folders and of studies.
+
+    Args:
+        folder: as `outputs/runs`, or `outputs/reference/studies`.
+
+    Returns:
+        Records in order of data set and name. One that cannot be read is left out, with a warning.
+
+    Example:
+        >>> {r.name: r.metrics["mAP"] for r in load_runs("outputs/runs")}
+    """
+    readers = [functools.partial(RunRecord.load, p.parent) for p in Path(folder).rglob("run.json")]
     for study in Path(folder).rglob("runs.jsonl"):
-        found += _study_runs(study)
-    return sorted(found, key=lambda r: (r.dataset.get("name", ""), r.name))
-
-
-# %% ../../nbs/engine/record.ipynb #19e98bb6
-def is_record(path: Path) -> bool:
-    """Whether a `run.json` has this schema (pretraining keeps records of another kind)."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("schema") == SCHEMA
-    except (OSError, ValueError, AttributeError):
-        return False
+        lines = enumerate(study.read_bytes().splitlines(), 1)
+        readers += [functools.partial(_study_run, line, study, number) for number, line in lines]
+    found = []
+    for read in readers:
+        try:
+            found.append(read())
+        except RecordError as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+    return sorted(found, key=lambda r: (r.dataset["name"], r.name))
 
 
 # %% ../../nbs/engine/record.ipynb #7f1b6850
 def source(record: RunRecord) -> str:
-    """The record's data set and name, and a warning if it is synthetic."""
+    """The record's data set and name, and whether it is synthetic or was handed in by somebody."""
     warning = " (SYNTHETIC, NOT A RESULT)" if record.extra.get("synthetic") else ""
-    return f"{record.dataset.get('name', '?')}/{record.name}{warning}"
+    by = "" if record.submitted is None else f" (submitted, by {record.submitted})"
+    return f"{record.dataset.get('name', '?')}/{record.name}{warning}{by}"
 
 
 # %% ../../nbs/engine/record.ipynb #1e14ac25

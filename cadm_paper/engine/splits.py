@@ -43,6 +43,13 @@ def held_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[aside:]), np.sort(order[:aside])
 
 
+# %% ../../nbs/engine/splits.ipynb #5cd064a4
+def draw_examples(targets: np.ndarray, count: int = 12) -> np.ndarray:
+    """Rows of up to `count` images with two present labels or more, drawn by a fixed seed, in order."""
+    several = np.flatnonzero((targets == 1).sum(1) >= 2)
+    return np.sort(np.random.default_rng(2019).choice(several, min(count, len(several)), replace=False))
+
+
 # %% ../../nbs/engine/splits.ipynb #a86dac53
 def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
     """The images to train on and those to evaluate on; makes the embedded benchmark if it is not there."""

@@ -10,12 +10,17 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from scipy.special import expit, logit
 
 from .. import __version__
-from .config import TrainConfig, learning_rate
+from ..data.datasets import DATASETS
+from ..data.split import Split
+from .audit import MAPS, loss_row, run_metrics
+from .config import TrainConfig
 from .record import RunRecord, save_arrays, write_record
+from .splits import draw_examples
 from .variants import MAIN, Variant, run_name
-from ..metrics import average_precision, multilabel_metrics
+from ..metrics import average_precision
 
 
 # %% ../../nbs/engine/synthetic.ipynb #47feb1b7
@@ -30,18 +35,27 @@ def random_targets(images: int, classes: int) -> np.ndarray:
 
 
 # %% ../../nbs/engine/synthetic.ipynb #112db16f
-def random_scores(targets: np.ndarray, skill: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Random confidences of both streams and of their mean (float32 N x C, 0..1)."""
+def random_scores(targets: np.ndarray, method: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Random confidences of a method's streams and its final ones (float32 N x C, 0..1)."""
+    skill = 0.6 if method == "linear_probe" else 1.5
     base = skill * (2 * targets - 1) - 0.7 + rng.normal(size=targets.shape)
     fcls, scls = (base + 0.3 * rng.normal(size=targets.shape) for _ in range(2))
-    logits = {"scores": (fcls + scls) / 2, "scores_fcls": fcls, "scores_scls": scls}
-    return {name: (1 / (1 + np.exp(-z))).astype(np.float32) for name, z in logits.items()}
+    if method not in ("cadm", "baseline", "baseline_gap"):
+        scls = fcls
+    logits = {
+        "scores": (fcls + scls) / 2 if method == "cadm" else fcls,
+        "scores_fcls": fcls,
+        "scores_scls": scls,
+    }
+    return {name: expit(z).astype(np.float32) for name, z in logits.items()}
 
 
 # %% ../../nbs/engine/synthetic.ipynb #3e2bef99
-def random_maps(targets: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def random_maps(
+    targets: np.ndarray, pooled: np.ndarray, pool, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     """A box for each present label (float32 M x 6: row, class, x, y, w, h as fractions of the image), maps
-    float16 K x C x 10 x 10, thumbnails uint8 K x 64 x 64 x 3.
+    float16 K x C x 10 x 10 with the logits `pooled` under `pool`, thumbnails uint8 K x 64 x 64 x 3.
     """
     fixed, (rows, classes) = np.random.default_rng(8), np.nonzero(targets)
     sizes = fixed.uniform(0.15, 0.4, (len(rows), 2))
@@ -52,6 +66,7 @@ def random_maps(targets: np.ndarray, rng: np.random.Generator) -> dict[str, np.n
     maps = rng.normal(-1.5, 0.6, (*targets.shape, 10, 10))
     x, y = np.moveaxis(np.exp(-2 * away(10) ** 2), 1, 0)
     maps[rows, classes] += rng.uniform(2, 5, (len(rows), 1, 1)) * y[:, :, None] * x[:, None]
+    maps += (pooled - pool(maps, (2, 3)))[..., None, None]
     thumbnails = np.full((len(targets), 64, 64, 3), np.linspace(90, 190, 64)[:, None, None]).astype(np.uint8)
     for row, c, (x, y) in zip(rows, classes, abs(away(64)) < 0.5):
         thumbnails[row, y[:, None] & x] = colours[c]
@@ -60,12 +75,18 @@ def random_maps(targets: np.ndarray, rng: np.random.Generator) -> dict[str, np.n
 
 
 # %% ../../nbs/engine/synthetic.ipynb #b520d5a9
-def random_history(config: TrainConfig, final: float) -> list[dict]:
-    """Losses and mAP per epoch; the last epoch has the mAP `final`."""
-    left = (0.75 ** np.arange(1, config.epochs + 1)).tolist()
-    part = lambda x: {"loss": 2 + 5 * x, "loss_cls": 2 + 4 * x, "loss_lce": 3 * x, "mAP": final * (1 - x)}
-    history = [{"epoch": n + 1, "lr": learning_rate(config, n), **part(x)} for n, x in enumerate(left)]
-    return [*history[:-1], {**history[-1], "mAP": final}]
+def random_history(config: TrainConfig, final: dict[str, float]) -> list[dict]:
+    """Losses and mAP per epoch; the last epoch has those of `final`, by name."""
+    if config.method == "linear_probe":
+        return []
+    rows, loss = [], 3 * Variant.of(config).with_loss
+    for n in range(config.epochs):
+        left, last = 0.75 ** (n + 1), n + 1 == config.epochs
+        scored = {name: value * (1 - left * (not last)) for name, value in final.items()}
+        if (n + 1) % config.eval_every and not last:
+            scored = dict.fromkeys(final)
+        rows.append(loss_row(config, n, 2 + 4 * left, loss * left) | scored)
+    return rows
 
 
 # %% ../../nbs/engine/synthetic.ipynb #abd2d6e3
@@ -74,31 +95,43 @@ def synthetic_run(
 ) -> RunRecord:
     """Write a synthetic record into `folder` and return it; `config` as for `TrainConfig`."""
     folder, config = Path(folder), TrainConfig(**{"dataset": "scenes-coco", **config})
-    names, probe = [f"synth-{c}" for c in range(classes)], config.method == "linear_probe"
+    names, known = [f"synth-{c}" for c in range(classes)], DATASETS[config.dataset]
     rng = np.random.default_rng([config.seed, *f"{config.dataset} {Variant.of(config).slug}".encode()])
-    targets = random_targets(images, classes)
-    scores = random_scores(targets, 0.6 if probe else 1.5, rng)
-    by_image = {"image_ids": np.array([f"{n:05d}" for n in range(images)]), "targets": targets, **scores}
-    save_arrays(folder / "scores.npz", classes=names, **by_image)
-    if not probe:
-        first = {name: values[:drawn] for name, values in by_image.items()}
-        found = random_maps(first["targets"], rng)
+    targets, ids = random_targets(images, classes), [f"{n:05d}" for n in range(images)]
+    scores = random_scores(targets, config.method, rng)
+    by_image, kept = {"image_ids": np.array(ids), "targets": targets, **scores}, {}
+    kept["scores.npz"] = by_image
+    if config.method != "linear_probe":
+        rows = draw_examples(targets, drawn)
+        first, pool = {name: values[rows] for name, values in by_image.items()}, np.max
+        if config.method == "baseline_gap":
+            pool = np.mean
+        found = random_maps(first["targets"], logit(first["scores_scls"]), pool, rng)
         found = found if thumbnails else {"maps": found["maps"]}
-        save_arrays(folder / "maps.npz", classes=names, indices=np.arange(drawn), **first, **found)
-    metrics, ap = multilabel_metrics(scores["scores"], targets), average_precision(scores["scores"], targets)
-    data = {"images": images, "classes": classes, "fingerprint": "none", "missing_ids": []}
-    data["positives"] = dict(zip(names, targets.sum(0).tolist()))
+        kept["maps.npz"] = {"indices": rows, **first, **found}
+    for file, arrays in kept.items():
+        save_arrays(folder / file, classes=np.array(names), **arrays)
+    final = run_metrics(by_image, [])
+    history = random_history(config, {name: final[name] for name in MAPS.values()})
+    split = lambda name: Split(config.dataset, name, folder, names, ids, [folder] * images, targets).summary()
+    facts = {
+        part: split(name) | {"missing_ids": []}
+        for part, name in (("train", known.train_split), ("test", known.test_split))
+    }
     return write_record(
         folder,
         run_name(config),
         config,
-        ["scores.npz"] if probe else ["scores.npz", "maps.npz"],
-        metrics=metrics,
-        history=random_history(config, metrics["mAP"]),
-        dataset={"name": config.dataset, "classes": names, "train": data, "test": data},
+        list(kept),
+        metrics=run_metrics(by_image, history),
+        history=history,
+        dataset={"name": config.dataset, "classes": names, **facts},
         environment={"code": {"cadm_paper": __version__}, "packages": {}, "python": "none", "device": "none"},
-        timing={"wall_s": 0.0, "training_s": 0.0},
-        per_class_ap=[None if np.isnan(v) else float(v) for v in ap],
+        machine={"device": "cpu", "precision": "fp32", "threads": 1},
+        timing={"wall_s": 1.0, "cpu_s": 1.0, "training_s": float(bool(history))},
+        per_class_ap=[
+            None if np.isnan(v) else float(v) for v in average_precision(scores["scores"], targets)
+        ],
         synthetic=True,
     )
 

@@ -1,0 +1,356 @@
+"""Records from elsewhere: what a forged, damaged or foreign one does, alone and beside others."""
+
+import copy
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cadm_paper.app.batch import WorkflowError
+from cadm_paper.app.explorer import build_explorers
+from cadm_paper.app.report import build_report
+from cadm_paper.app.runs import runs_list, runs_submit
+from cadm_paper.engine import record as records
+from cadm_paper.engine.audit import problems
+from cadm_paper.engine.config import TrainConfig, config_digest
+from cadm_paper.engine.record import RecordError, RunRecord, load_runs, save_arrays, source
+from cadm_paper.engine.synthetic import synthetic_run, synthetic_runs
+from cadm_paper.engine.variants import run_name
+from cadm_paper.files import FolderLocked, folder_lock, sha256_file, write_json
+from cadm_paper.tables import run_status, table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def content_of(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory) -> Path:
+    """A record in which nothing contradicts anything, as a training would write it."""
+    folder = tmp_path_factory.mktemp("honest")
+    synthetic_run(folder, images=40, classes=6, drawn=3)
+    content = content_of(folder)
+    del content["synthetic"]
+    write_json(folder / "run.json", content)
+    return folder
+
+
+@pytest.fixture
+def given(honest, tmp_path) -> Path:
+    return Path(shutil.copytree(honest, tmp_path / "given"))
+
+
+def submit(folder: Path, by: str = "a reader") -> Path:
+    """Hand a record in; the folder that it went to."""
+    outputs = folder.parent / "outputs"
+    runs_submit(folder, by, outputs)
+    return next(outputs.rglob("run.json")).parent
+
+
+def refuse(folder: Path, says: str) -> None:
+    """It is not taken, the reason is told, and nothing of it stays."""
+    with pytest.raises(WorkflowError, match=says):
+        submit(folder)
+    left = [p for p in (folder.parent / "outputs").rglob("*") if p.is_file() and p.suffix != ".lock"]
+    assert [p.name for p in left if p.name != ".lock"] == []
+
+
+def relabel(content: dict, **fields) -> None:
+    """Another configuration with its own name and digest: only the rest can contradict it."""
+    config = TrainConfig(**content["config"] | fields)
+    content["config"] |= fields
+    content |= {"name": run_name(config), "digest": config_digest(config)}
+
+
+FORGED = {
+    "a metric": (lambda c: c["metrics"].update(mAP=0.9), r"metrics.mAP = 0.9"),
+    "a stream's metric": (lambda c: c["metrics"].update(mAP_fcls=0.1), "metrics.mAP_fcls"),
+    "the best epoch": (lambda c: c["metrics"].update(epoch_best=1), "metrics.epoch_best"),
+    "a metric's type": (lambda c: c["metrics"].update(mAP="0.9"), "metrics.mAP = '0.9'"),
+    "a truth value": (lambda c: c["metrics"].update(mAP=True), "metrics.mAP = True"),
+    "no metric": (lambda c: c["metrics"].pop("CF1"), "CF1 is lacking"),
+    "an unknown metric": (lambda c: c["metrics"].update(mAP_new=0.5), "metrics.mAP_new: unknown"),
+    "a class": (lambda c: c["per_class_ap"].__setitem__(2, 0.123), "per_class_ap.synth-2"),
+    "a row": (lambda c: c["config"].update(lam=0.25), "run.digest"),
+    "a row with its digest": (lambda c: relabel(c, lam=0.25), "history, epoch 1.loss"),
+    "a row without the loss": (lambda c: relabel(c, lam=0.0), "two terms of the loss"),
+    "a method": (lambda c: relabel(c, method="baseline", lam=0.0), "baseline makes of its streams"),
+    "a name": (lambda c: c.update(name="../../other"), "name = '../../other'"),
+    "the digest": (lambda c: c.update(digest="0" * 64), "run.digest"),
+    "a data set": (lambda c: relabel(c, dataset="scenes-nus"), "run.dataset"),
+    "fewer epochs": (lambda c: c["history"].pop(), "epochs are expected"),
+    "epochs in another order": (lambda c: c["history"].reverse(), "history, epoch 1.epoch"),
+    "a learning rate": (lambda c: c["history"][3].update(lr=0.5), "epoch 4.lr"),
+    "a loss": (lambda c: c["history"][3].update(loss=0.5), "epoch 4.loss"),
+    "an epoch's mAP": (lambda c: c["history"][3].update(mAP=1.5), "an mAP is a fraction"),
+    "the last epoch": (lambda c: c["history"][-1].update(mAP=0.4), "last epoch.mAP"),
+    "a word in the history": (lambda c: c["history"][3].update(loss="low"), "history.3.loss = 'low'"),
+    "no time": (lambda c: c["timing"].update(wall_s=0.0), "timing: "),
+    "a time below zero": (lambda c: c["timing"].update(cpu_s=-1.0), "timing.cpu_s"),
+    "more training than time": (lambda c: c["timing"].update(training_s=99.0), "timing: 99 s"),
+    "another machine": (
+        lambda c: (relabel(c, device="cuda"), c["machine"].update(device="cpu")),
+        "machine.device",
+    ),
+    "no machine": (lambda c: c.update(machine={}), "machine.device: lacking"),
+    "images": (lambda c: c["dataset"]["test"].update(images=41), "scores.npz"),
+    "labels": (lambda c: c["dataset"]["test"]["positives"].update({"synth-0": 3}), "positives"),
+    "training labels": (lambda c: c["dataset"]["train"].update(labels=3), "dataset.train.labels"),
+    "the fingerprint": (lambda c: c["dataset"]["test"].update(fingerprint="0" * 64), "test.fingerprint"),
+    "classes": (lambda c: c["dataset"]["classes"].reverse(), "scores.npz: other classes"),
+    "a file": (lambda c: c["files"].update({"evidence.npz": "0" * 64}), "'evidence.npz' is none of a run's"),
+    "a file elsewhere": (lambda c: c["files"].update({"../../secret": "0" * 64}), "is none of a run's"),
+    "a checksum": (lambda c: c["files"].update({"maps.npz": "0" * 64}), "maps.npz: not the checksum"),
+    "an unknown part": (lambda c: c.update(note="<b>"), "note: unknown"),
+    "the code's type": (lambda c: c["environment"].update(code=[]), "environment.code"),
+    "a synthetic one": (lambda c: c.update(synthetic=True), "synthetic: unknown"),
+    "another schema": (lambda c: c.update(schema="cadm-run/9"), "schema 'cadm-run/2' expected"),
+}
+
+
+@pytest.mark.parametrize("change, says", FORGED.values(), ids=FORGED)
+def test_a_forged_record_is_not_taken(given, change, says):
+    content = content_of(given)
+    change(content)
+    write_json(given / "run.json", content)
+    refuse(given, says)
+
+
+@pytest.mark.parametrize(
+    "text", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', "[" * 9999]
+)
+def test_json_that_says_no_number_is_not_taken(given, text):
+    content = (given / "run.json").read_text()
+    (given / "run.json").write_text(content.replace('"mAP": ', f'"mAP": {text}, "was": ', 1))
+    refuse(given, "run.json")
+
+
+def rewrite(folder: Path, file: str, **arrays) -> None:
+    """Change arrays of a file, and its checksum."""
+    found, content = dict(np.load(folder / file)), content_of(folder)
+    save_arrays(folder / file, **{k: v for k, v in (found | arrays).items() if v is not None})
+    content["files"][file] = sha256_file(folder / file)
+    write_json(folder / "run.json", content)
+
+
+HALF = np.full((40, 6), 0.5, np.float32)
+ARRAYS = [
+    ("scores.npz", dict(scores=HALF), "metrics"),
+    ("scores.npz", dict(scores_fcls=HALF), "metrics.mAP_fcls"),
+    ("scores.npz", dict(scores=HALF * np.nan), "not finite or out of range"),
+    ("scores.npz", dict(scores=HALF + 1), "not finite or out of range"),
+    ("scores.npz", dict(scores_scls=None), "'scores_scls' is lacking"),
+    ("scores.npz", dict(scores=HALF[:, :3]), "does not fit the record"),
+    ("scores.npz", dict(targets=np.ones((40, 6), np.int8)), "dataset.test"),
+    ("scores.npz", dict(image_ids=np.array(["a"] * 40)), "image ids"),
+    ("maps.npz", dict(maps=np.zeros((3, 6, 10, 10), np.float16)), "the maps do not give the scores"),
+    ("maps.npz", dict(indices=np.arange(3)), "not the images that the fixed seed draws"),
+    ("maps.npz", dict(scores=HALF[:3]), "other scores than in scores.npz"),
+    ("maps.npz", dict(secret=HALF), "maps.npz: secret: unknown"),
+    ("maps.npz", dict(thumbnails=np.zeros((3, 8, 8), np.uint8)), "thumbnails is uint8"),
+]
+
+
+@pytest.mark.parametrize(
+    "file, arrays, says", ARRAYS, ids=[f"{f} {next(iter(a))} {n}" for n, (f, a, _) in enumerate(ARRAYS)]
+)
+def test_forged_arrays_are_not_taken(given, file, arrays, says):
+    rewrite(given, file, **arrays)
+    refuse(given, says)
+
+
+def test_photographs_are_not_taken(given):
+    content = content_of(given)
+    relabel(content, dataset="coco2014")
+    content["dataset"]["name"] = "coco2014"
+    write_json(given / "run.json", content)
+    refuse(given, "photographs stay under their owners' terms")
+
+
+def test_arrays_that_unpack_to_too_much_are_not_read(given, monkeypatch):
+    monkeypatch.setattr(records, "LARGEST", 1000)
+    refuse(given, "unpacks to .* bytes, more than 1,000")
+
+
+@pytest.mark.parametrize("file", ["run.json", "scores.npz"])
+def test_links_and_what_is_no_file_are_not_taken(given, tmp_path, file):
+    elsewhere = tmp_path / "elsewhere"
+    (given / file).rename(elsewhere)
+    os.symlink(elsewhere, given / file)
+    refuse(given, f"{file}: a link")
+    (given / file).unlink()
+    os.link(elsewhere, given / file)
+    refuse(given, f"{file}: not a plain file")
+    (given / file).unlink()
+    os.mkfifo(given / file)
+    refuse(given, f"{file}: not a plain file")
+    (given / file).unlink()
+    refuse(given, f"{file}: No such file")
+
+
+def test_a_linked_folder_is_not_taken(given, tmp_path):
+    content = content_of(given)
+    content["files"]["checkpoint/model/config.json"] = "0" * 64
+    write_json(given / "run.json", content)
+    (tmp_path / "home" / "model").mkdir(parents=True)
+    os.symlink(tmp_path / "home", given / "checkpoint")
+    refuse(given, "checkpoint: a link")
+
+
+def test_an_honest_record_is_taken_once_and_says_who_handed_it_in(given, tmp_path, capsys):
+    (given / "private.txt").write_text("of the sender")
+    by = "<img src=x onerror=alert(1)>\n"
+    there = submit(given, by)
+    assert {p.name for p in there.rglob("*") if p.is_file()} - {".lock"} == {
+        "run.json",
+        "scores.npz",
+        "maps.npz",
+        "submitted.json",
+    }
+    record = RunRecord.load(there)
+    assert record.submitted == by.strip() and f"submitted, by {by.strip()}" in source(record)
+    with pytest.raises(WorkflowError, match="there is a record of this configuration"):
+        runs_submit(given, "another", tmp_path / "outputs")
+    runs = tmp_path / "outputs" / "runs"
+    shown = table("table1", load_runs(runs), status=run_status(runs))
+    page = build_report(runs, tmp_path / "report").read_text()
+    runs_list(outputs=tmp_path / "outputs")
+    assert "submitted, by <img" in capsys.readouterr().out
+    for text in (shown.html(), shown.markdown(), page):
+        assert "submitted, by &lt;img" in text and "<img src=x" not in text
+    assert page.count("submitted, by") >= 3  # table, bars, runs
+
+
+def test_a_training_of_the_same_name_is_left_alone(given):
+    target = given.parent / "outputs" / "runs" / "scenes-coco" / content_of(given)["name"]
+    checkpoint = target / "checkpoint" / "last.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"half")
+    with pytest.raises(WorkflowError, match="an unfinished training is there"):
+        submit(given)
+    assert checkpoint.read_bytes() == b"half" and not (target / "run.json").exists()
+    shutil.rmtree(target)
+    with folder_lock(target), pytest.raises(FolderLocked):
+        submit(given)
+    write_json(target / "submitted.json", {"by": "x", "run": "of a killed command"})
+    (target / "scores.npz").write_bytes(b"half")
+    assert RunRecord.load(submit(given)).submitted == "a reader"
+
+
+def test_labels_have_to_be_those_of_the_other_runs(given):
+    synthetic_run(
+        given.parent / "outputs" / "runs" / "scenes-coco" / "other", images=50, classes=6, drawn=2, seed=3
+    )
+    with pytest.raises(WorkflowError, match="dataset.test: not the images and labels of the other runs"):
+        submit(given)
+
+
+def test_the_committed_records_pass_their_own_check():
+    found = load_runs(ROOT / "outputs" / "reference")
+    assert (
+        len(found) > 190 and {r.name: problems(r, kept=False) for r in found if problems(r, kept=False)} == {}
+    )
+
+
+BAD = {
+    "truncated": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "a list": lambda text: "[]",
+    "of wrong types": lambda text: text.replace('"history": [', '"history": ["x", '),
+    "without classes": lambda text: text.replace('"classes": [', '"klasses": ['),
+    "with NaN": lambda text: text.replace('"mAP": ', '"mAP": NaN, "x": ', 1),
+    "of fewer classes": lambda text: json.dumps(json.loads(text) | {"per_class_ap": [0.5]}),
+    "of another schema": lambda text: text.replace("cadm-run/2", "cadm-run/3"),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    synthetic_runs(folder / "runs", ["scenes-coco"], images=40, classes=6, drawn=2)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_bad_records_take_nothing_from_the_others(good, tmp_path, capsys):
+    outputs = Path(shutil.copytree(good, tmp_path / "outputs"))
+    rows = table("table1", load_runs(outputs / "runs")).rows()
+    template = next((outputs / "runs").rglob("run.json")).read_text()
+    for n, (name, change) in enumerate(BAD.items()):
+        folder = outputs / "runs" / "scenes-coco" / f"bad {n}"
+        folder.mkdir()
+        (folder / "run.json").write_text(change(template))
+    (outputs / "runs" / "scenes-coco" / "bad folder" / "run.json").mkdir(parents=True)
+    (outputs / "runs" / "scenes-coco" / "bad link").symlink_to(outputs)
+    runs, status = load_runs(outputs / "runs"), run_status(outputs / "runs")
+    assert len(runs) == 5 and table("table1", runs, status=status).rows() == rows
+    assert sum("cannot be read" in why for why in status.unfinished.values()) == len(BAD) + 1
+    page = build_report(outputs / "runs", tmp_path / "report").read_text()
+    assert (
+        page.count("cannot be read") == len(BAD) + 1
+        and "is not drawn" not in page
+        and str(tmp_path) not in page
+    )
+    assert build_explorers(runs, tmp_path / "report") == {"scenes-coco": "explorer.html"}
+    assert runs_list(outputs=outputs) == 0 and capsys.readouterr().out.count("unreadable") == len(BAD) + 1
+
+
+def test_a_foreign_record_and_damaged_arrays_take_no_figure_away(good, tmp_path):
+    runs = Path(shutil.copytree(good / "runs", tmp_path / "runs"))
+    synthetic_run(runs / "scenes-coco" / "foreign", images=30, classes=4, drawn=2, seed=1)
+    for lam in (0, 0.5):
+        run = synthetic_run(
+            runs / "scenes-coco" / f"damaged {lam}", images=40, classes=6, drawn=2, lam=lam, seed=2
+        )
+        for file in run.files:
+            (run.folder / file).write_bytes(b"other")
+    page = build_report(runs, tmp_path / "out").read_text()
+    assert "is not drawn" not in page and "2 of 7 records are left out" in page
+    assert build_explorers(load_runs(runs), tmp_path / "out") == {"scenes-coco": "explorer.html"}
+
+
+STRANGE = [
+    None,
+    True,
+    -1,
+    1e308,
+    float("inf"),
+    "",
+    "</script><b>",
+    "\x00",
+    "../..",
+    [],
+    {},
+    [[]],
+    {"a": None},
+    10**30,
+]
+
+
+def test_whatever_a_record_holds_it_is_read_or_refused_in_one_line(honest):
+    """300 mutations: a value anywhere is another, is gone, or is twice as deep."""
+    draw, content, kept = random.Random(7), content_of(honest), 0
+    for _ in range(300):
+        changed = copy.deepcopy(content)
+        place = changed
+        while True:
+            key = draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if not (isinstance(place[key], (dict, list)) and place[key]) or draw.random() < 0.2:
+                break
+            place = place[key]
+        place[key] = draw.choice(STRANGE)
+        try:
+            record = RunRecord.from_dict(changed, honest)
+        except RecordError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+            continue
+        kept += 1
+        assert all(isinstance(problem, str) for problem in problems(record))
+        assert table("table1", [record]).html()
+    assert 0 < kept < 200
