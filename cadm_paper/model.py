@@ -29,9 +29,9 @@ from .weights import read_state_dict, start_backbone
 
 
 # %% ../nbs/01_model.ipynb #05d4743f
-def torchvision_resnet(name: str) -> nn.Sequential:
+def torchvision_resnet(name: str, **how) -> nn.Sequential:
     """The convolutional part of a torchvision ResNet (Eq. 1), under torchvision's key names, not trained."""
-    parts = torchvision.models.get_model(name, weights=None).named_children()
+    parts = torchvision.models.get_model(name, weights=None, **how).named_children()
     return nn.Sequential(OrderedDict((key, part) for key, part in parts if key not in ("avgpool", "fc")))
 
 
@@ -64,15 +64,36 @@ def narrow_resnet(width: int = 16, strides: Sequence[int] = (1, 2, 2, 1), dilati
     return nn.Sequential(parts)
 
 
+# %% ../nbs/01_model.ipynb #b4cb0002
+def stride16_resnet(name: str) -> nn.Sequential:
+    """A torchvision ResNet whose last stage does not shrink the maps."""
+    if name in ("resnet18", "resnet34"):  # torchvision's BasicBlock takes no dilation
+        backbone = torchvision_resnet(name)
+        block = backbone.layer4[0]
+        block.conv1.stride = block.downsample[0].stride = (1, 1)
+        return backbone
+    return torchvision_resnet(name, replace_stride_with_dilation=(False, False, True))
+
+
+# %% ../nbs/01_model.ipynb #b4cb0004
+def torchvision_features(name: str) -> nn.Sequential:
+    """The convolutional part of a torchvision network that calls it `features`, not trained."""
+    return torchvision.models.get_model(name, weights=None).features
+
+
 # %% ../nbs/01_model.ipynb #cc37e0dc
+_named = partial(torchvision.models.list_models, torchvision.models)
+_resnets = _named(include=["resnet*", "resnext*", "wide_resnet*"])
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
-    name: partial(torchvision_resnet, name)
-    for name in torchvision.models.list_models(
-        torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"]
-    )
+    **{name: partial(torchvision_resnet, name) for name in _resnets},
+    **{f"{name}_stride16": partial(stride16_resnet, name) for name in _resnets},
+    **{
+        n: partial(torchvision_features, n)
+        for n in _named(include=["mobilenet*", "efficientnet*", "convnext*"])
+    },
+    "narrow_resnet": narrow_resnet,
+    "narrow_resnet_dilated": partial(narrow_resnet, dilation=4),  # sees a whole scene
 }
-BACKBONES["narrow_resnet"] = narrow_resnet
-BACKBONES["narrow_resnet_dilated"] = partial(narrow_resnet, dilation=4)  # sees a whole scene
 
 
 # %% ../nbs/01_model.ipynb #cd8fb367
@@ -301,7 +322,7 @@ class Network(nn.Module):
         if num_classes < 1 or (self.classes is not None and len({*self.classes}) != num_classes):
             names = f" with {len({*self.classes})} class names" if self.classes else " must be 1 or more"
             raise ValueError(f"num_classes={num_classes}{names}")
-        usual = 80 if backbone == "narrow_resnet" else 448
+        usual = 80 if backbone.startswith("narrow_resnet") else 448
         self.image_size = pair(usual if image_size is None else image_size)
         self.num_classes, self.backbone_name = num_classes, backbone
         self.seen = SEEN | seen

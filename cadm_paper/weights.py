@@ -128,11 +128,12 @@ def load_backbone_weights(
     backbone: nn.Module,
     state: Mapping[str, Tensor],
     expected_missing: Sequence[str] = (),
-    expected_unexpected: Sequence[str] = ("fc.*",),
+    expected_unexpected: Sequence[str] = ("fc.*", "classifier.*"),
 ) -> list[str]:
     """Load a state dict, all or nothing; returns the names that stay as they were. Patterns as in shells."""
     if any(key.startswith("backbone.") for key in state):  # a saved model: take its backbone
         state = {k.removeprefix("backbone."): v for k, v in state.items() if not k.startswith("head.")}
+    state = {k.removeprefix("features."): v for k, v in state.items()}  # where torchvision calls it so
     own = backbone.state_dict()
     unnamed = lambda keys, names: [k for k in keys if not any(fnmatch.fnmatchcase(k, name) for name in names)]
     # a counter that only some checkpoints have; torch fills it in
@@ -172,6 +173,7 @@ def start_backbone(
     quiet: bool = False,
 ) -> dict:
     """Give a backbone its first weights; returns their provenance (a file's name, never its path)."""
+    name = name.removesuffix("_stride16")  # torchvision's name for the same weights
     if weights is None or str(weights).lower() == "none":
         if not quiet and name in torchvision.models.list_models(torchvision.models):
             what = "Trained on a multi-label data set alone it stays far below the paper's numbers"

@@ -113,7 +113,7 @@ class ModelFields(create_model("ModelFields", **fields_of(ModelOptions))):
     """What Eq. 1-3 and 6-8 leave open, and where the backbone starts."""
 
     backbone: str = Field(
-        "resnet101", description="any torchvision ResNet by name, narrow_resnet, or narrow_resnet_dilated"
+        "resnet101", description="name in BACKBONES: torchvision's ResNets, MobileNets ..., narrow_resnet"
     )
     weights: Annotated[str, BeforeValidator(_none_in_words)] = Field(
         "imagenet",
