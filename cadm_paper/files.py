@@ -112,15 +112,16 @@ def open_through(path, mode: str = "wb"):
 
 # %% ../nbs/files.ipynb #98985e69
 @contextlib.contextmanager
-def whole_file(path, mode: str = "wb"):
+def whole_file(path, mode: str = "wb", through: bool = True):
     """Open a temporary sibling for writing; it takes the name `path` if the block ends without an error.
 
-    Links are followed. A pipe or a device is written through, and a pipe that nobody reads is an `OSError`.
-    Where the disk is full, the error names `path`.
+    `through`: links are followed, and a pipe or a device is written through (a pipe that nobody reads is an
+    `OSError`); else whatever has the name is replaced. Where the disk is full, the error names `path`.
     """
-    path = Path(os.path.realpath(os.path.expanduser(path)))
+    path = Path(path).expanduser()
+    path = Path(os.path.realpath(path)) if through else path
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
+        if through and path.exists() and not (path.is_file() or path.is_dir()):
             with open_through(path, mode) as file:
                 yield file
             return
@@ -146,12 +147,18 @@ def write_json(path, value) -> None:
 
 
 # %% ../nbs/files.ipynb #5a245074
-def read_bytes(path) -> bytes:
-    """The bytes of a file. Raises `OSError` where there is none, and for pipes and devices, which may not end."""
+def regular(path):
+    """The path, if it is no pipe or device, which may not end. Raises `OSError`, also where there is nothing."""
     mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
-    return Path(path).read_bytes()
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return path
+    raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+
+
+# %% ../nbs/files.ipynb #e19bba8e
+def read_bytes(path) -> bytes:
+    """The bytes of a file. Raises `OSError`, for pipes and devices too."""
+    return Path(regular(path)).read_bytes()
 
 
 # %% ../nbs/files.ipynb #475a053e
@@ -228,7 +235,7 @@ def read_arrays(path, limit: int = 2**31, start: str = "") -> dict[str, np.ndarr
 
     Raises `OSError` where there is no file, `ValueError` naming the file where it is no such archive."""
     try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(regular(path)) as archive:
             total = sum(m.file_size for m in archive.infolist() if m.filename.startswith(start))
         if total > limit:
             raise ValueError(f"it unpacks to {total:,} bytes, more than {limit:,}")
@@ -269,7 +276,7 @@ def whole_folder(folder, known: tuple[str, ...], what: str):
 # %% ../nbs/files.ipynb #c546ecb4
 def sha256_file(path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

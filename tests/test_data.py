@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from cadm_paper.data import DATASETS, DataError, MissingPhotographs, Split, load_split, nuswide
+from cadm_paper.data.check import data_check, data_show, undecodable
+from cadm_paper.data.loading import ImageError, load_image
 from cadm_paper.data.split import safe_name
 from cadm_paper.data.voc import VOC_CLASSES
 
@@ -396,3 +399,135 @@ def test_voc_mistakes(tmp_path, text, says):
 )
 def test_mistakes_of_the_caller(tmp_path, name, folder, switches, says):
     refused(says, name, tmp_path / folder, "train", **switches)
+
+
+# ---- what a table says may not be what its author meant
+
+OWN_DOUBTS = {
+    "path,labels,ignore\na.jpg,cat,dog\n": "train.csv, line 1: unknown column 'ignore'; did you mean 'ignored'",
+    "path,labels,Ignored\na.jpg,cat,dog\n": "train.csv, line 1: unknown column 'Ignored'",
+    "path,cat,dog,ignored\na.jpg,1,0,dog\n": "train.csv, line 1: the column 'ignored' is no class",
+    "path,cat,Labels\na.jpg,1,0\n": "train.csv, line 1: the column 'Labels' is no class",
+    "path,labels\na.jpg,cat|dog\n": "train.csv, line 2: label 'cat|dog' may be several labels",
+    'path,labels\na.jpg,"cat, dog"\n': "train.csv, line 2: label 'cat, dog' may be several labels",
+    "path,labels\na.jpg,\"['cat']\"\n": "train.csv, line 2: label \"['cat']\" may be several labels",
+    "path,labels\na.jpg,cat;dog\nb.jpg,cat dog\n": "train.csv, line 3: label 'cat dog' may be several",
+    "path,labels\na.jpg,cat\nb.jpg,nan\n": "train.csv, line 3: label 'nan' stands for a missing value",
+    "path,labels,id\na.jpg,cat,1\0\n": "train.csv, line 2: '1\\x00' is empty or has control characters",
+    "path,labels\na.jpg,cat\n./a.jpg,dog\n": "train.csv, path: 'a.jpg' occurs twice",
+    "path,labels\nd.jpg,cat\ntrain/d.jpg,dog\n": "'d.jpg' and 'train/d.jpg' are one photograph",
+    "path,labels\nA.JPG,cat\n": "'A.JPG' is there as 'a.jpg': one name must change",
+    "path,labels\nempty.jpg,cat\n": "empty.jpg is an empty file",
+    "path,labels\ndangling.jpg,cat\n": "dangling.jpg is a link that leads nowhere",
+    "path,labels\ntrain,cat\n": "train is a folder",
+    "path,labels\n,cat\n": "train.csv, line 2: '' is not the name of a file",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four photographs, and what is none."""
+    place(tmp_path, ["a.jpg", "b.jpg", "c.jpg", "train/d.jpg"])
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "dangling.jpg").symlink_to("/nowhere")
+    return tmp_path
+
+
+@pytest.mark.parametrize("table", OWN_DOUBTS)
+def test_doubtful_tables_are_refused(folder, table):
+    (folder / "train.csv").write_text(table)
+    refused(OWN_DOUBTS[table], "own", folder, "train")
+
+
+def test_spellings_of_one_label_are_one_and_classes_txt_decides(folder):
+    (folder / "train.csv").write_text("path,labels\na.jpg,caf\u00e9 \nb.jpg,cafe\u0301;\u200bsea\n")
+    (folder / "notes.csv").write_text("who,when\nx,3\n")  # no table
+    got = load_split("own", folder, "train", cache=False)
+    assert got.classes == ("caf\u00e9", "sea") and got.labels.tolist() == [[1, 0], [1, 1]]
+    (folder / "train.csv").write_text("path,labels\na.jpg,cat dog\nb.jpg,nan;cat;dog\n")
+    (folder / "classes.txt").write_text("cat dog\nnan\ncat\ndog\n")
+    assert load_split("own", folder, "train", cache=False).labels.tolist() == [[1, 0, 0, 0], [0, 1, 1, 1]]
+
+
+def test_what_is_no_photograph_is_dropped_everywhere_alike(folder):
+    names = ["a.jpg", "empty.jpg", "dangling.jpg", "train", "none.jpg"]
+    (folder / "train.csv").write_text("path,labels\n" + "".join(f"{n},cat\n" for n in names))
+    got = load_split("own", folder, "train", missing="drop", cache=False)
+    assert got.image_ids == ("a.jpg",) and got.missing == tuple(names[1:])
+    said = str(data_check("own", folder))
+    assert "1 photographs are missing: none.jpg" in said and "3 files are no photographs" in said
+
+
+CHECKS = [  # tables of training and test, what the check says, is it complete?
+    ("a.jpg,cat", "b.jpg,cat", "complete", True),
+    ("d.jpg,cat", "e.jpg,cat", "e.jpg", False),
+    ("1.jpg,cat", "1.jpg,cat", "complete", True),  # train/1.jpg and test/1.jpg
+    ("1.jpg,cat", "train/1.jpg,cat", "1 images are both in train and in test: train/1.jpg", False),
+    ("a.jpg,cat", "linked.jpg,cat", "1 images are both in train and in test: a.jpg", False),
+    ("a.jpg,cat\nb.jpg,dog", "c.jpg,dog", "odd      test: no image shows cat", True),
+    ("a.jpg,cat", "b.jpg,Cat", "classes 'Cat' and 'cat' differ in spelling only", False),
+    ("a.jpg,traffic light", "b.jpg,traffic_light", "differ in spelling only", False),
+    ("a.jpg,cat", "", "test: no image has a label", False),
+    ("a.jpg,cat", None, "no table for the split 'test'", False),
+]
+
+
+@pytest.mark.parametrize("train, test, says, ok", CHECKS)
+def test_the_check_says_complete_of_what_can_train_and_test(folder, train, test, says, ok):
+    place(folder, ["train/1.jpg", "test/1.jpg"])
+    (folder / "linked.jpg").symlink_to(folder / "a.jpg")
+    for name, rows in (("train", train), ("test", test)):
+        if rows is not None:
+            (folder / f"{name}.csv").write_text(f"path,labels\n{rows}\n".replace("\n\n", "\n"))
+    report = data_check("own", folder)
+    assert says in str(report) and report.ok is ok
+
+
+def test_ids_may_start_again_in_each_split_of_coco(tmp_path):
+    for split in ("train2014", "val2014"):
+        put(tmp_path / f"annotations/instances_{split}.json", [json.dumps(GOOD)])
+        place(tmp_path / split, [f"{c}.jpg" for c in "ab"])
+    assert "both in" not in str(data_check("coco2014", tmp_path))
+
+
+KINDS = {
+    "x.jp2": lambda path: Image.new("RGB", (8, 8)).save(path, "JPEG2000"),
+    "x.ico": lambda path: Image.new("RGB", (16, 16)).save(path),
+    "x.tga": lambda path: Image.new("RGB", (8, 8)).save(path),
+    "float.tif": lambda path: Image.new("F", (8, 8), 0.5).save(path),
+    "int32.tif": lambda path: Image.new("I", (8, 8), 10**6).save(path),
+    "long.png": lambda path: Image.new("1", (1, 66_000)).save(path),
+    "strip.png": lambda path: Image.new("1", (1, 2000)).save(path),
+    "large.png": lambda path: Image.new("1", (10_000, 9_500)).save(path),
+    "cut.png": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"),
+    "good.gif": lambda path: Image.new("P", (8, 8)).save(path),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", KINDS)
+def test_the_deep_check_refuses_what_training_refuses(tmp_path, name):
+    KINDS[name](tmp_path / name)
+    bad = undecodable(tmp_path, [name])
+    if name.startswith("good"):
+        assert bad == [] and load_image(tmp_path / name, 8).shape == (3, 8, 8)
+    else:
+        with pytest.raises(ImageError, match=name):
+            load_image(tmp_path / name, 8)
+        assert bad[0].startswith(f"{name} (")
+
+
+@pytest.mark.parametrize("rows", ["", "a.jpg,\nb.jpg,\n"])
+def test_a_split_without_labels_cannot_be_shown(folder, rows):
+    for split in ("train", "test"):
+        (folder / f"{split}.csv").write_text(f"path,labels\n{rows}")
+    with pytest.raises(DataError, match="own, train in .*: no image with a label"):
+        data_show("own", folder, out=folder / "figures")
+
+
+def test_placeholders_written_in_place_are_found_again(nus):
+    load_split("nuswide", nus, "train")
+    for i in range(6):
+        (nus / f"Flickr/folder/{i}.jpg").write_bytes(b"this photo is no longer available")
+    assert len(load_split("nuswide", nus, "train", missing="drop")) == 0
+    assert "6 files are no photographs" in str(data_check("nuswide", nus))

@@ -33,7 +33,7 @@ from cadm_paper.data.split import (
     may_write,
 )
 from .voc import voc_reader
-from ..files import default_folder, known, whole_file
+from ..files import default_folder, known, read_arrays, whole_file
 
 
 # %% ../../nbs/data/datasets.ipynb #7032f260
@@ -65,8 +65,8 @@ def listed_reader(whole: Reader, of: str, lists: Path) -> Reader:
     """Splits that are image ids (an .npz with one array a split) of the split `of` of another form."""
 
     def read(root, split: str) -> Index:
-        with np.load(lists) as ids:
-            return whole.read(root, of).choose(ids[split].astype(str).tolist(), f"{lists.name}, {split}")
+        ids = read_arrays(lists)[split].astype(str).tolist()
+        return whole.read(root, of).choose(ids, f"{lists.name}, {split}")
 
     sources = lambda root, split: [lists, *whole.sources(root, of)]
     return whole._replace(sources=sources, read=read, official=lambda root, split: split)
@@ -215,7 +215,7 @@ def missing_error(where: str, index: Index, photos: Photographs, root, make: str
 def write_missing(path: Path, index: Index, photos: Photographs) -> None:
     """A CSV file of image id, file and why it does not count."""
     rows = [(index.image_ids[i], photos.names[i], why) for i, why in photos.why.items()]
-    with whole_file(path, "w") as file:
+    with whole_file(path, "w", through=False) as file:
         csv.writer(file, lineterminator="\n").writerows([("image_id", "file", "why"), *rows])
 
 

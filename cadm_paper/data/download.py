@@ -6,6 +6,7 @@
 __all__ = ["data_get"]
 
 # %% ../../nbs/data/download.ipynb #716487b5
+import errno
 import hashlib
 import http.client
 import os
@@ -360,7 +361,16 @@ def unpack(path: Path, archive: Archive, target: Path, quiet: bool = True) -> No
             opened.extractall(
                 target, tqdm(files, unit=" files", desc=f"unpacking {path.name}", disable=quiet)
             )
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        OSError,
+    ) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # a full disk, not an impossible place in the archive
         raise DataError(
             f"{path}: damaged or cut short ({error}); remove it and run the same command again"
         ) from None

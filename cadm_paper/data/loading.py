@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from .photograph import ImageError, open_image, read_photograph, to_rgb, unusable
 from .split import index_folder, may_write
-from ..files import default_folder, folder_lock, sha256_file, whole_file
+from ..files import default_folder, folder_lock, regular, sha256_file, whole_file
 
 
 # %% ../../nbs/data/loading.ipynb #a4937aff
@@ -230,14 +230,15 @@ def cache_file(images: Images, now: int) -> Path:
 def open_array(path, shape: tuple) -> np.ndarray | None:
     """The array in a file, mapped into memory; None if there is none of this shape, or not all of it."""
     with contextlib.suppress(OSError, ValueError, EOFError):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        return array if (array.shape, array.dtype) == (shape, np.uint8) else None
+        array = np.load(regular(path), mmap_mode="r", allow_pickle=False)
+        fits = isinstance(array, np.memmap) and (array.shape, array.dtype) == (shape, np.uint8)
+        return array if fits else None
 
 
 # %% ../../nbs/data/loading.ipynb #f9f4b529
 def write_array(path: Path, shape: tuple, batches: Iterable[Batch]) -> None:
     """Write the batches' images as one array, atomically; arrays of an older state of the files go."""
-    with whole_file(path) as file:
+    with whole_file(path, through=False) as file:
         np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
         file.writelines(batch.images.contiguous().numpy() for batch in batches)
     for other in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.npy"):

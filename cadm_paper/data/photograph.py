@@ -119,5 +119,5 @@ def locate(root, names: Sequence[str], elsewhere: Callable[[str], Sequence[str]]
 def alike(path) -> list[str]:
     """Files beside an absent one whose names differ in case, suffix, Unicode form or %20 only."""
     key = lambda name: unicodedata.normalize("NFKC", unquote(Path(name).stem)).casefold()
-    folder = Path(path).parent
-    return sorted(n for n in os.listdir(folder) if key(n) == key(path)) if folder.is_dir() else []
+    folder = os.path.dirname(path)
+    return sorted(n for n in os.listdir(folder) if key(n) == key(path)) if os.path.isdir(folder) else []

@@ -7,7 +7,6 @@ __all__ = ["build_scenes", "ensure_scenes"]
 
 # %% ../../nbs/data/scenes.ipynb #64dd74e5
 import hashlib
-import json
 import os
 import shutil
 from collections import namedtuple
@@ -19,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .split import DataError
-from ..files import folder_lock, known, remove_leftovers, write_json
+from ..files import folder_lock, known, read_json, remove_leftovers, write_json
 
 
 # %% ../../nbs/data/scenes.ipynb #1b63a7ba
@@ -528,11 +527,11 @@ def scenes_info(root) -> dict | None:
     """What `scenes.json` says of a finished benchmark (parameters, counts, fingerprints), or None."""
     path = Path(root) / MARKER
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_json(path)
         ours = info["schema"] == SCHEMA and info["recipe"] == recipe(info["parameters"]["form"])
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
         raise ScenesError(

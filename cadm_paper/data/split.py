@@ -30,6 +30,10 @@ from ..files import read_arrays, read_bytes, sha256_file, single_keys, whole_fil
 class DataError(ValueError):
     """Data that cannot be used as it is: the message names the file, the line or field, and what to do."""
 
+    def __str__(self):  # what a hostile file holds is quoted, but not at any length
+        text = super().__str__()
+        return text if len(text) <= 10_000 else f"{text[:5000]} ... {text[-5000:]}"
+
 
 # %% ../../nbs/04_data.ipynb #7a339789
 class MissingPhotographs(DataError):
@@ -323,7 +327,7 @@ def write_index(path, index: Index, digest: str) -> None:
     """Write an index and the digest of its sources, atomically."""
     text = json.dumps([digest, *map(list, (index.classes, index.image_ids, index.names))])
     boxes = {} if index.boxes is None else dict(boxes=index.boxes)
-    with whole_file(path) as file:
+    with whole_file(path, through=False) as file:
         np.savez(file, text=np.frombuffer(text.encode(), np.uint8), codes=index.codes, **boxes)
 
 
