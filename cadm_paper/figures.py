@@ -36,7 +36,6 @@ __all__ = [
     "class_gains",
     "precision_recall_curves",
     "cooccurrence_heatmap",
-    "label_vectors",
     "forest",
 ]
 
@@ -716,86 +715,6 @@ def cooccurrence_heatmap(record: RunRecord) -> Picture:
         f"Label co-occurrence in the test split of {name}: share of images with the column's label among "
         "those with the row's.",
         [record],
-    )
-
-
-# %% ../nbs/06_figures.ipynb #f0c6efab
-def vector_plane(present: np.ndarray, absent: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean label vectors (two of C x k) on their first two principal axes: two of C x 2, and each axis's
-    share of the variance.
-
-    A class without a vector stays NaN.
-    """
-    from sklearn.decomposition import PCA
-
-    both = np.concatenate([present, absent]).astype(float)
-    fitted = PCA(2, svd_solver="full").fit(both[np.isfinite(both).all(1)])
-    flat = (both - fitted.mean_) @ fitted.components_.T
-    return flat[: len(present)], flat[len(present) :], fitted.explained_variance_ratio_
-
-
-# %% ../nbs/06_figures.ipynb #eca780d9
-def place_names(points: np.ndarray, names: Sequence[str], size: float) -> np.ndarray:
-    """Lower left corner of each name, N x 2, beside its point (N x 2, both in typographic points), where it
-    covers the fewest of the points and of the names before it.
-    """
-    taken = [(x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in points]
-    for (x, y), name in zip(points, names):
-        w, h = 0.62 * size * len(name), size
-        near = [(2.5, -h / 2), (-2.5 - w, -h / 2), (-w / 2, 2.5), (-w / 2, -2.5 - h)]
-        around = near + [(dx, dy) for dy in (2, -2 - h, 2 + h, -2 - 2 * h) for dx in (2, -2 - w)]
-        boxes = [(x + dx, y + dy, x + dx + w, y + dy + h) for dx, dy in around]
-        hit = lambda a: sum(a[0] < r and l < a[2] and a[1] < t and b < a[3] for l, b, r, t in taken)
-        taken.append(min(boxes, key=hit))
-    return np.array(taken[len(points) :]).reshape(-1, 4)[:, :2]
-
-
-# %% ../nbs/06_figures.ipynb #c490d190
-def vector_panel(ax, found: dict, names: Sequence[str], colour: str) -> None:
-    """One run's mean vectors: named and filled over images that show the label, open over the others; a line
-    for each of the most correlated pairs, as many as classes.
-    """
-    present, absent, share = vector_plane(found["vectors_present"], found["vectors_absent"])
-    pmi = np.triu(found["pmi"], 1)
-    for pair in zip(*np.unravel_index(np.argsort(-pmi, axis=None, kind="stable")[: len(names)], pmi.shape)):
-        if pmi[pair] > 0:
-            ax.plot(*present[list(pair)].T, color="0.7", lw=0.6, zorder=1)
-    ax.plot(*absent.T, "o", ms=2.6, mfc="white", mec=GREY, mew=0.6, zorder=2)
-    ax.plot(*present.T, "o", ms=3, color=colour, mec="white", mew=0.3, zorder=3)
-    known, both = np.flatnonzero(np.isfinite(present).all(1)), np.concatenate([present, absent])
-    unit = 180 / (np.nanmax(both, 0) - np.nanmin(both, 0)).max()  # points a data unit, about
-    for c, corner in zip(known, place_names(unit * present[known], [names[c] for c in known], 4.5) / unit):
-        ax.text(*corner, names[c], fontsize=4.5, va="bottom", zorder=4)
-    ax.margins(0.1)
-    ax.set_aspect("equal", adjustable="datalim")
-    first, second = (f"{100 * s:.0f} %" for s in share)
-    ax.set(xlabel=f"first axis, {first} of the variance", ylabel=f"second axis, {second}")
-
-
-# %% ../nbs/06_figures.ipynb #7608af34
-@house_style()
-def label_vectors(records: Sequence[RunRecord], found: Sequence[dict]) -> Picture:
-    """Mean label vectors of runs (Figure 3, measured), a panel a run, each on its own axes.
-
-    `found`: for each record the arrays `vectors_present`, `vectors_absent` (C x k) and `pmi` (C x C), as in
-    `evidence.npz`.
-    """
-    names, dataset = [short(str(c), 14) for c in records[0].dataset["classes"]], records[0].dataset["name"]
-    fig = new_figure(COLUMN if len(records) == 1 else PAGE, 3.2 if len(records) <= 2 else 2.4)
-    for ax, record, arrays in zip(
-        fig.subplots(1, len(records), squeeze=False)[0], records, found, strict=True
-    ):
-        variant = Variant.of(record)
-        vector_panel(ax, arrays, names, variant.colour)
-        ax.set_title(variant.label + ("" if variant.with_loss else ": f_embed untrained"))
-    return Picture(
-        fig,
-        f"label-vectors-{dataset}",
-        f"Mean label vectors (Eq. 8) of every class on {dataset}, first two principal axes of each run: "
-        "filled over the test images that show the label, open over those that do not; lines: the pairs of "
-        "labels that co-occur most beyond chance (pointwise mutual information). With λ = 0 nothing trains "
-        "f_embed.",
-        records,
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures from run records: ranks, curves and projections against their definitions, damaged and odd records,
+"""Figures from run records: ranks and curves against their definitions, damaged and odd records,
 bytes that repeat.
 """
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.record import RecordError
 from cadm_paper.engine.synthetic import synthetic_run
-from cadm_paper.figures import curve_at, figure2, figure4, map_ranks, overlays, place_names, vector_plane
+from cadm_paper.figures import curve_at, figure2, figure4, map_ranks, overlays
 from cadm_paper.metrics import average_precision
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -53,22 +53,6 @@ def test_the_area_under_precision_and_recall_is_the_average_precision(images, le
     assert precision.mean() == pytest.approx(float(average_precision(scores[:, None], targets[:, None])[0]))
     chosen = targets[(scores > 0.5) & (targets != -1)] == 1
     assert point == pytest.approx((chosen.sum() / len(middles), chosen.mean() if len(chosen) else 0))
-
-
-@given(st.integers(2, 12), st.integers(2, 9), SEEDS)
-@settings(max_examples=30, deadline=None)
-def test_a_plane_of_label_vectors_only_shortens_distances(classes, dim, seed):
-    """Principal axes are a projection; classes without a vector stay without a place, and every name gets
-    one.
-    """
-    rng = np.random.default_rng(seed)
-    present, absent = rng.normal(size=(2, classes, dim))
-    present[rng.random(classes) < 0.2] = np.nan
-    a, b, share = vector_plane(present, absent)
-    assert (np.isnan(a).all(1) == np.isnan(present).all(1)).all() and 0 < share.sum() <= 1 + 1e-9
-    flat, full = (np.linalg.norm(x[:, None] - y, axis=2) for x, y in ((a, b), (present, absent)))
-    assert not (flat > full + 1e-9).any()
-    assert np.isfinite(place_names(b, ["name"] * classes, 4.5)).all()
 
 
 def test_figures_of_photographs_that_the_record_does_not_hold(tmp_path):
