@@ -6,6 +6,7 @@
 __all__ = ["CADMOutput", "CADMHead", "CADM", "export_onnx"]
 
 # %% ../nbs/01_model.ipynb #3f5bf5a5
+import importlib.util
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -474,9 +475,14 @@ def export_onnx(model: Network, path: str | Path, image_size: int | Sequence[int
         The path. Inputs: `images` (any batch size); outputs: the tensors of the model's output by name; its
         metadata holds the model's configuration as `cadm_paper`.
 
+    Raises:
+        ModuleNotFoundError: without the extra `onnx`.
+
     Example:
         >>> export_onnx(CADM.from_pretrained("model"), "model.onnx")
     """
+    if importlib.util.find_spec("onnxscript") is None:
+        raise ModuleNotFoundError("onnxscript is not installed: pip install 'cadm-paper[onnx]'")
     training, like = model.training, next(model.parameters())
     size = model.image_size if image_size is None else pair(image_size)
     example = torch.zeros(2, 3, *size, dtype=like.dtype, device=like.device)
