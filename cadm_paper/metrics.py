@@ -169,6 +169,16 @@ def checked_rule(threshold: float, k: int) -> None:
         raise ValueError(f"k, the labels per image of top-k, is a whole number from 1, not {k!r}")
 
 
+# %% ../nbs/03_metrics.ipynb #6e683acb
+def with_a_label(targets: np.ndarray) -> np.ndarray:
+    """Which images have a label that is present; ValueError if none has, since then nothing can be evaluated."""
+    labelled = (targets == 1).any(1)
+    if not labelled.any():
+        what = f"no label of {len(targets)} images is present (1)" if len(targets) else "there are no images"
+        raise ValueError(f"{what}: nothing to evaluate")
+    return labelled
+
+
 # %% ../nbs/03_metrics.ipynb #2dd75c97
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole, and 0 where whole is 0."""
@@ -257,10 +267,7 @@ def multilabel_metrics(scores: Any, targets: Any, threshold: float = 0.5, k: int
     """
     s, y = checked(scores, targets)
     checked_rule(threshold, k)
-    labelled = (y == 1).any(1)
-    if not labelled.any():
-        what = f"no label of {len(s)} images is present (1)" if len(s) else "there are no images"
-        raise ValueError(f"{what}: nothing to evaluate")
+    labelled = with_a_label(y)
     found = metrics_of(count_classes(s, y, threshold, k), k)
     kept = found if labelled.all() else metrics_of(count_classes(s[labelled], y[labelled], threshold, k), k)
     found |= {f"{name}_labelled": kept[name] for name in metric_names(k)}

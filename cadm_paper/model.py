@@ -99,10 +99,11 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 
 # %% ../nbs/01_model.ipynb #cd8fb367
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) from one number or two; anything but positive whole numbers is an error."""
+    """(height, width) from one number or two; anything but whole numbers from 1 to 10,000 is an error."""
     sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
-        raise ValueError(f"a size is a positive whole number or two of them (height, width), not {size!r}")
+    if len(sides) != 2 or any(type(side) is not int or not 1 <= side <= 10_000 for side in sides):
+        what = "a positive whole number up to 10,000 or two of them (height, width)"
+        raise ValueError(f"a size is {what}, not {size!r}")
     return sides
 
 
@@ -388,7 +389,7 @@ def load_network(folder: str | Path, build: Callable[..., Network]) -> Network:
         state = read_state_dict(file)
         model.load_state_dict(state, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
-        why = " ".join(str(error).split())
+        why = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: config.json and model.safetensors do not make a model: {why}") from error
     model.provenance = provenance
     if not {"resize", "normalise"} <= config.keys():  # of an earlier version: unknown

@@ -15,7 +15,15 @@ import numpy as np
 import pandas as pd
 
 from cadm_paper.files import read_arrays, sha256_file, whole_file, write_json
-from cadm_paper.metrics import checked, checked_rule, count_classes, metric_names, multilabel_metrics, ratio
+from cadm_paper.metrics import (
+    checked,
+    checked_rule,
+    count_classes,
+    metric_names,
+    multilabel_metrics,
+    ratio,
+    with_a_label,
+)
 from cadm_paper.results.statistics import bootstrap, bootstrap_classes, interval
 
 
@@ -182,14 +190,13 @@ def read_score_file(path: str | Path, array: str = "scores") -> ScoreFile:
     try:
         content = read_arrays(path)
     except (ValueError, OSError) as error:
-        raise ScoreFileError(str(error)) from None
+        raise ScoreFileError(str(error) if path.name in str(error) else f"{path}: {error}") from None
     if missing := [name for name in (array, "targets") if name not in content]:
         there = ", ".join(sorted(content)) or "none"
         raise ScoreFileError(f"{path} has no array {missing[0]!r}: it has {there}")
     try:
         scores, targets = checked(content[array], content["targets"])
-        if not len(scores):
-            raise ValueError("there are no images in it")
+        with_a_label(targets)
         ids, names = (distinct(content.get(k), n, k) for k, n in zip(("image_ids", "classes"), scores.shape))
     except ValueError as error:
         raise ScoreFileError(f"{path}: {error}") from None
@@ -223,10 +230,9 @@ def read_files(scores, against=None, array: str = "scores", unlabelled: str = "k
     if all(file.image_ids for file in files):
         files = [file.take(np.argsort(file.image_ids, kind="stable")) for file in files]
     check_same(files[0], files[-1])
-    kept = np.flatnonzero((files[0].targets == 1).any(1) | (unlabelled == "keep"))
-    if not len(kept):
-        raise ScoreFileError(f"{files[0].path}: no image has a positive label, so dropping leaves nothing")
-    return [file.take(kept) for file in files]
+    if unlabelled == "drop":
+        files = [file.take(np.flatnonzero(with_a_label(file.targets))) for file in files]
+    return files
 
 
 # %% ../../nbs/results/evaluation.ipynb #e0965eef
