@@ -20,7 +20,7 @@ import pandas as pd
 
 from .engine.record import RecordError, RunRecord, outdated, source
 from .engine.variants import MAIN, Variant, by_recipe, recipe, recipe_changes
-from .files import whole_file
+from .files import read_json, whole_file
 from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow
 from .results.statistics import Difference, bootstrap, difference
 
@@ -123,8 +123,8 @@ def run_status(folder: str | Path) -> Status:
     >>> shown = table("table1", load_runs("outputs/runs"), status=run_status("outputs/runs"))
     """
     try:
-        entries = json.loads((Path(folder) / "status.json").read_text(encoding="utf-8"))["runs"]
-        told = {e["run"]: (e["state"], str(e.get("reason") or "")) for e in entries}
+        entries = read_json(Path(folder) / "status.json")["runs"]
+        told = {str(e["run"]): (e["state"], str(e["reason"])) for e in entries}
     except (OSError, ValueError, KeyError, TypeError):
         told = {}
     unfinished = {}

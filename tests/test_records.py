@@ -13,7 +13,7 @@ import pytest
 from cadm_paper.app.batch import WorkflowError
 from cadm_paper.app.explorer import build_explorers
 from cadm_paper.app.report import build_report
-from cadm_paper.app.runs import runs_list, runs_submit
+from cadm_paper.app.runs import runs_list, runs_submit, summary
 from cadm_paper.engine import record as records
 from cadm_paper.engine.audit import problems
 from cadm_paper.engine.config import TrainConfig, config_digest
@@ -102,6 +102,11 @@ FORGED = {
     "images": (lambda c: c["dataset"]["test"].update(images=41), "scores.npz"),
     "labels": (lambda c: c["dataset"]["test"]["positives"].update({"synth-0": 3}), "positives"),
     "training labels": (lambda c: c["dataset"]["train"].update(labels=3), "dataset.train.labels"),
+    "an unknown count": (lambda c: c["dataset"]["train"].update(note="<b>"), "dataset.train.note: unknown"),
+    "a count's type": (
+        lambda c: c["dataset"]["train"].update(ignored="none"),
+        "dataset.train.ignored = 'none'",
+    ),
     "the fingerprint": (lambda c: c["dataset"]["test"].update(fingerprint="0" * 64), "test.fingerprint"),
     "classes": (lambda c: c["dataset"]["classes"].reverse(), "scores.npz: other classes"),
     "a file": (lambda c: c["files"].update({"evidence.npz": "0" * 64}), "'evidence.npz' is none of a run's"),
@@ -149,6 +154,8 @@ ARRAYS = [
     ("scores.npz", dict(scores=HALF[:, :3]), "does not fit the record"),
     ("scores.npz", dict(targets=np.ones((40, 6), np.int8)), "dataset.test"),
     ("scores.npz", dict(image_ids=np.array(["a"] * 40)), "image ids"),
+    ("scores.npz", dict(secret=HALF), "scores.npz: secret: unknown"),
+    ("scores.npz", dict(classes=np.array([{}] * 6, object)), "no arrays"),
     ("maps.npz", dict(maps=np.zeros((3, 6, 10, 10), np.float16)), "the maps do not give the scores"),
     ("maps.npz", dict(indices=np.arange(3)), "not the images that the fixed seed draws"),
     ("maps.npz", dict(scores=HALF[:3]), "other scores than in scores.npz"),
@@ -333,6 +340,17 @@ STRANGE = [
 ]
 
 
+def test_a_run_of_an_unknown_data_set_is_listed(honest, tmp_path, capsys):
+    content = content_of(honest)
+    relabel(content, dataset="elsewhere")
+    content["dataset"]["name"] = "elsewhere"
+    for place in ("runs", "on-mine/runs"):
+        write_json(tmp_path / place / "elsewhere" / content["name"] / "run.json", content)
+    (tmp_path / "runs" / "status.json").write_text("[" * 9999)
+    assert runs_list(outputs=tmp_path) == 0 and capsys.readouterr().out.count("elsewhere") == 2
+    assert not run_status(tmp_path / "runs").unfinished
+
+
 def test_whatever_a_record_holds_it_is_read_or_refused_in_one_line(honest):
     """300 mutations: a value anywhere is another, is gone, or is twice as deep."""
     draw, content, kept = random.Random(7), content_of(honest), 0
@@ -352,5 +370,5 @@ def test_whatever_a_record_holds_it_is_read_or_refused_in_one_line(honest):
             continue
         kept += 1
         assert all(isinstance(problem, str) for problem in problems(record))
-        assert table("table1", [record]).html()
+        assert table("table1", [record]).html() and summary(record)
     assert 0 < kept < 200

@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from .batch import DATA, Batch, WorkflowError, labels_now, states
 from ..engine.audit import FILES, MODEL, problems
 from ..engine.config import TrainConfig
-from ..engine.record import LARGEST, RecordError, RunRecord, load_runs
+from ..engine.record import RecordError, RunRecord, load_runs
 from ..engine.variants import recipe_changes, run_name
 from ..files import folder_lock, known, sha256_file, write_json
 
@@ -117,8 +117,8 @@ def copy_plain(source: Path, name: str, into: Path) -> None:
             raise WorkflowError(f"{path}: a link, and a record is taken as plain files only")
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > LARGEST:
-            raise WorkflowError(f"{path}: not a plain file of at most {LARGEST:,} bytes, or a link")
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > 2**30:
+            raise WorkflowError(f"{path}: not a plain file of at most 1 GiB, or a link")
         (into / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, into / name)
     except OSError as error:
@@ -132,8 +132,11 @@ def model_problems(folder: Path, record: RunRecord) -> Iterator[str]:
 
     if any(name in record.files for name in MODEL):
         try:
-            if list(load_model((folder / MODEL[0]).parent).classes) != record.dataset["classes"]:
+            model = load_model((folder / MODEL[0]).parent)
+            if list(model.classes) != record.dataset["classes"]:
                 yield "checkpoint/model: other classes than in run.json"
+            if model.config["backbone"] != record.config.backbone:
+                yield "checkpoint/model: another backbone than in run.json"
         except (OSError, ValueError) as error:
             yield str(error)
 
@@ -184,7 +187,8 @@ def put(record: RunRecord, staging: Path, target: Path, by: str) -> None:
             raise WorkflowError(
                 f"{target}: there is a record of this configuration; `cadm runs diff` compares them"
             )
-        if not mark.exists() and set(os.listdir(target)) - {".lock"}:
+        killed = mark.exists() and not (target / "checkpoint" / "last.safetensors").exists()
+        if not killed and set(os.listdir(target)) - {".lock"}:
             raise WorkflowError(f"{target}: an unfinished training is there; let it end, or remove it first")
         write_json(mark, {"by": by, "run": sha256_file(staging / "run.json")})
         for name in [*record.files, "run.json"]:  # last: now it is a record

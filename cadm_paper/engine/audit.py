@@ -16,7 +16,7 @@ from scipy.special import expit, logit
 from cadm_paper.data.datasets import DATASETS
 from cadm_paper.data.split import Split
 from cadm_paper.engine.config import TrainConfig, config_digest, learning_rate
-from cadm_paper.engine.record import STREAMS, RecordError, RunRecord
+from cadm_paper.engine.record import FORMS, STREAMS, RecordError, RunRecord, SplitFacts
 from cadm_paper.engine.splits import draw_examples
 from cadm_paper.engine.variants import Variant, run_name
 from cadm_paper.metrics import average_precision, multilabel_metrics
@@ -129,7 +129,8 @@ def of_counts(record: RunRecord) -> Iterator[str]:
             found["split"] = (
                 known.test_split if split == "test" and not record.config.holdout else known.train_split
             )
-        yield from differences(f"dataset.{split}", told, told | found)
+        free = SplitFacts.__annotations__.keys() - found.keys()
+        yield from differences(f"dataset.{split}", told, found | {k: told.get(k) for k in free})
         if not 0 < n <= (record.config.limit or n) or max(told["positives"].values()) > n or labelled > n:
             yield f"dataset.{split}: {n} images do not go with its other counts"
     aps = dict(zip(data["classes"], record.extra["per_class_ap"]))
@@ -146,12 +147,12 @@ def of_streams(record: RunRecord, found: dict, file: str) -> Iterator[str]:
     """What contradicts the method: the stream that it predicts with, up to the rounding of half precision."""
     method, final, bounds = record.config.method, found["scores"], []
     for rounding in (1 - 1e-7, 1 + 1e-7):  # float32 knows little of a logit where the confidence is almost 1
-        p = (np.clip(found[name] * rounding, 1e-30, 1 - 1e-12) for name in ("scores_fcls", "scores_scls"))
+        p = (np.clip(found[name].astype(float) * rounding, 1e-30, 1 - 1e-12) for name in STREAMS[1:])
         fcls, scls = (logit(x) for x in p)
         made = {"cadm": (fcls + scls) / 2, "baseline": fcls, "baseline_gap": fcls}
         bounds.append(expit(made.get(method, scls)))
     away = np.maximum(bounds[0] - final, final - bounds[1]).max(initial=0)
-    if method not in ("cadm", "baseline", "baseline_gap"):  # of one stream
+    if method in ("linear_probe", "csra"):  # of one stream
         away = max(away, abs(found["scores_fcls"] - found["scores_scls"]).max(initial=0))
     if away > 0.02:
         yield f"{file}: the scores are not those that {method} makes of its streams (off by {away:.2g})"
@@ -172,6 +173,7 @@ def run_metrics(found: Mapping, history: list[dict]) -> dict[str, float]:
 def of_scores(record: RunRecord) -> Iterator[str]:
     """What the scores of the test images contradict: metrics, numbers by class, counts, fingerprint."""
     found, data = record.scores(), record.dataset
+    yield from (f"scores.npz: {name}: unknown" for name in sorted(found.keys() - FORMS["scores.npz"].keys()))
     labels, ids = found["targets"], found["image_ids"].tolist()
     test = Split(
         data["name"],
@@ -202,18 +204,9 @@ def of_scores(record: RunRecord) -> Iterator[str]:
 def of_maps(record: RunRecord) -> Iterator[str]:
     """What the drawn images' maps contradict: the draw, their scores, and the stream that is made of the maps."""
     found, method = record.maps(), record.config.method
-    unknown = found.keys() - {
-        "maps",
-        "indices",
-        "image_ids",
-        "classes",
-        "targets",
-        "thumbnails",
-        "boxes",
-        *STREAMS,
-    }
-    if unknown or "indices" not in found:
-        yield f"maps.npz: {', '.join(sorted(unknown)) or 'indices'}: {'unknown' if unknown else 'lacking'}"
+    yield from (f"maps.npz: {name}: unknown" for name in sorted(found.keys() - FORMS["maps.npz"].keys()))
+    if "indices" not in found:
+        yield "maps.npz: indices: lacking"
         return
     if {"thumbnails", "boxes"} & found.keys() and not record.config.dataset.startswith("scenes-"):
         yield "maps.npz: photographs stay under their owners' terms, so a record holds none"

@@ -19,7 +19,7 @@ import zipfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, NotRequired
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -106,6 +106,10 @@ Count = Annotated[int, Field(strict=True, ge=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$", max_length=200)]
 
+# %% ../../nbs/engine/record.ipynb #a52d31a2
+LARGEST = 2**28  # bytes of a record's arrays in one file; those of NUS-WIDE take half of it
+LONGEST = 2**26  # bytes of a run.json
+
 
 # %% ../../nbs/engine/record.ipynb #c51f7223
 class SplitFacts(TypedDict):
@@ -116,6 +120,18 @@ class SplitFacts(TypedDict):
     positives: dict[str, Count]
     fingerprint: str
     missing_ids: NotRequired[list[str]]
+    dataset: NotRequired[str]
+    split: NotRequired[str]
+    classes: NotRequired[Count]
+    labelled: NotRequired[Count]
+    unlabelled: NotRequired[Count]
+    labels: NotRequired[Count]
+    labels_per_image: NotRequired[Finite]
+    labels_per_labelled_image: NotRequired[Finite]
+    most_labels: NotRequired[Count]
+    ignored: NotRequired[Count]
+    missing: NotRequired[Count]
+    placeholders: NotRequired[Count]
 
 
 class DataFacts(TypedDict):
@@ -147,6 +163,8 @@ class Environment(TypedDict, total=False):
     packages: dict[str, str]
     python: str
     device: str
+    system: str
+    cuda: str | None
 
 
 # %% ../../nbs/engine/record.ipynb #0c235575
@@ -162,7 +180,8 @@ class Extra(TypedDict):
 
     __pydantic_config__ = ConfigDict(extra="allow")
     per_class_ap: list[Fraction | None]
-    weights: NotRequired[dict[str, Any]]
+    weights: NotRequired[dict[str, str | list[str] | None]]
+    probe_strength: NotRequired[Finite]
     synthetic: NotRequired[bool]
     archive: NotRequired[Archive]
 
@@ -189,9 +208,6 @@ def save_arrays(path, **arrays) -> None:
     with whole_file(path) as file:
         np.savez_compressed(file, **arrays)
 
-
-# %% ../../nbs/engine/record.ipynb #a52d31a2
-LARGEST = 2**29  # bytes of a record's arrays in one file; those of NUS-WIDE take a third
 
 # %% ../../nbs/engine/record.ipynb #f83c4a41
 _LABELLED = {"image_ids": "U n", "classes": "U c", "targets": "i n c"}
@@ -290,6 +306,8 @@ class RunRecord:
         if not path.is_file():
             raise RecordError(f"{path}: no such file, so there is no finished run in this folder")
         try:
+            if path.stat().st_size > LONGEST:
+                raise ValueError(f"{path}: longer than {LONGEST:,} bytes")
             content = read_json(path)
         except (OSError, ValueError) as error:
             raise RecordError(error) from None
