@@ -244,7 +244,9 @@ def read_arrays(path, limit: int = 2**31, start: str = "") -> dict[str, np.ndarr
     except (ValueError, TypeError, ArithmeticError, EOFError, KeyError, MemoryError, RuntimeError) as error:
         said = "Python objects; save plain arrays" if "allow_pickle" in str(error) else error
         raise ValueError(f"{path}: no arrays ({said})") from None  # RuntimeError: an encrypted member
-    except (zipfile.BadZipFile, zlib.error, SyntaxError) as error:
+    except (zipfile.BadZipFile, zlib.error, SyntaxError, OSError) as error:
+        if getattr(error, "filename", None):  # of the file, not of a place in the archive
+            raise
         raise ValueError(f"{path}: no arrays, or damaged ({error})") from None
 
 

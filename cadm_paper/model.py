@@ -388,7 +388,7 @@ def load_network(folder: str | Path, build: Callable[..., Network]) -> Network:
             model = build(**config, weights=None, quiet=True)
         state = read_state_dict(file)
         model.load_state_dict(state, assign=True)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: config.json and model.safetensors do not make a model: {why}") from error
     model.provenance = provenance

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..files import whole_file
+from ..files import regular, whole_file
 
 
 # %% ../../nbs/engine/checkpoint.ipynb #70a5a42f
@@ -80,7 +80,7 @@ def save_checkpoint(path, parts: dict[str, dict[str, Tensor]], state: dict) -> N
 def load_checkpoint(path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """State dicts by name, and the state. Raises `CheckpointError` for anything but a whole checkpoint."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(regular(path), framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:

@@ -21,7 +21,7 @@ import torch
 from ..data.scenes import TEST, TRAIN, Draws, Scene, draw_background, draw_glyph, paint
 from .processes import machine_settings
 from .record import environment
-from ..files import default_folder, folder_lock, sha256_file, whole_file, write_json
+from ..files import default_folder, folder_lock, read_json, sha256_file, whole_file, write_json
 from ..model import BACKBONES, CADM
 
 
@@ -116,7 +116,7 @@ def pretrain_digest(config: PretrainConfig) -> str:
 def pretrain_record(folder: Path) -> dict | None:
     """`pretrain.json` of a finished pretraining whose weights are what it says, or None."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads((folder / "pretrain.json").read_text(encoding="utf-8"))
+        record = read_json(folder / "pretrain.json")
         same = sha256_file(folder / record["weights"]) == record["sha256"]
         return record if same and record["schema"] == SCHEMA else None
 

@@ -460,7 +460,7 @@ def load_runs(folder) -> list[RunRecord]:
         >>> {r.name: r.metrics["mAP"] for r in load_runs("outputs/runs")}
     """
     readers = [functools.partial(RunRecord.load, p.parent) for p in Path(folder).rglob("run.json")]
-    for study in Path(folder).rglob("runs.jsonl"):
+    for study in filter(Path.is_file, Path(folder).rglob("runs.jsonl")):
         lines = enumerate(study.read_bytes().splitlines(), 1)
         readers += [functools.partial(_study_run, line, study, number) for number, line in lines]
     found = []

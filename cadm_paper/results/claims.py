@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/results/claims.ipynb #049afd4b
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 
 from cadm_paper.engine.record import RunRecord, load_runs
 from cadm_paper.engine.variants import MAIN, Variant, group
-from cadm_paper.files import checkout_root, default_folder, folder_lock, write_json
+from cadm_paper.files import checkout_root, default_folder, folder_lock, read_json, write_json
 from cadm_paper.paper import TABLES
 from cadm_paper.results.measures import compare_runs
 from cadm_paper.results.statistics import Difference, difference, holm
@@ -242,7 +241,7 @@ def settle(entries: Iterable[dict]) -> list[dict]:
 def read_verdicts(folder=None) -> dict:
     """`verdicts.json` of a folder of records (the committed ones): counts and claims, empty without one."""
     path = (Path(folder) if folder else reference_folder()) / "verdicts.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"counts": {}, "claims": []}
+    return read_json(path) if path.is_file() else {"counts": {}, "claims": []}
 
 
 # %% ../../nbs/results/claims.ipynb #517759aa
