@@ -98,8 +98,9 @@ def average_precision(scores: Any, targets: Any) -> np.ndarray:
     Raises:
         ValueError: for another shape, NaN, a score outside 0..1 or another label.
 
-    >>> average_precision([[0.9, 0.2], [0.6, 0.7]], [[1, 0], [1, 1]])
-    array([1., 1.])
+    Example:
+        >>> average_precision([[0.9, 0.2], [0.6, 0.7]], [[1, 0], [1, 1]])
+        array([1., 1.])
     """
     s, y = checked(scores, targets)
     return np.array([average_precisions(ranking(a, b)).ap for a, b in by_class(s, y)])
@@ -208,13 +209,13 @@ def six_numbers(positives: np.ndarray, predicted: np.ndarray, correct: np.ndarra
 
 # %% ../nbs/03_metrics.ipynb #468f7c82
 def metrics_of(counts: PerClass, k: int = 3) -> dict[str, np.ndarray]:
-    """The 13 numbers, then their variants, from counts (..., C): fractions of shape (...)."""
+    """The 13 numbers, then their variants, from counts (..., C): fractions of shape (...); NaN without a label."""
     c, occurs = counts, counts.positives > 0
     six = lambda suffix, *of: {f"{key}{suffix}": v for key, v in six_numbers(c.positives, *of).items()}
     f1 = lambda predicted, correct: class_mean(ratio(2 * correct, predicted + c.positives), occurs)
     everywhere = lambda values: class_mean(values, np.ones_like(occurs))
     precision, recall = ratio(c.correct, c.predicted), ratio(c.correct, c.positives)
-    return {
+    found = {
         "mAP": class_mean(c.ap, occurs),
         **six("", c.predicted, c.correct),
         **six(f"_top{k}", c.predicted_top, c.correct_top),
@@ -230,6 +231,7 @@ def metrics_of(counts: PerClass, k: int = 3) -> dict[str, np.ndarray]:
         **six("_ge", c.predicted_ge, c.correct_ge),
         **six(f"_top{k}_forced", c.predicted_forced, c.correct_forced),
     }
+    return {name: np.where(occurs.any(-1), value, np.nan) for name, value in found.items()}
 
 
 # %% ../nbs/03_metrics.ipynb #a69d2e4f
@@ -239,8 +241,9 @@ def metric_names(k: int = 3) -> tuple[str, ...]:
     Args:
         k: labels per image of the top-k numbers, which end in `_top{k}`.
 
-    >>> metric_names()[:4]
-    ('mAP', 'CP', 'CR', 'CF1')
+    Example:
+        >>> metric_names()[:4]
+        ('mAP', 'CP', 'CR', 'CF1')
     """
     six = ("CP", "CR", "CF1", "OP", "OR", "OF1")
     return ("mAP", *six, *(f"{name}_top{k}" for name in six))
@@ -262,8 +265,9 @@ def multilabel_metrics(scores: Any, targets: Any, threshold: float = 0.5, k: int
     Raises:
         ValueError: for arrays as in `average_precision`, no present label, an impossible threshold or k.
 
-    >>> multilabel_metrics([[0.9, 0.2], [0.6, 0.7]], [[1, 0], [0, 1]])["OP"]
-    0.6666666666666666
+    Example:
+        >>> multilabel_metrics([[0.9, 0.2], [0.6, 0.7]], [[1, 0], [0, 1]])["OP"]
+        0.6666666666666666
     """
     s, y = checked(scores, targets)
     checked_rule(threshold, k)
@@ -281,10 +285,11 @@ class MultiLabelMetrics:
     Args:
         threshold, k: as in `multilabel_metrics`.
 
-    >>> meter = MultiLabelMetrics()
-    >>> meter.update([[0.9, 0.2]], [[1, 0]])
-    >>> meter.compute()["OR"]
-    1.0
+    Example:
+        >>> meter = MultiLabelMetrics()
+        >>> meter.update([[0.9, 0.2]], [[1, 0]])
+        >>> meter.compute()["OR"]
+        1.0
     """
 
     def __init__(self, threshold: float = 0.5, k: int = 3):

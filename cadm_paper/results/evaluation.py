@@ -56,8 +56,9 @@ def compare_scores(
     Raises:
         ValueError: as `multilabel_metrics`, or for a level outside 0..1.
 
-    >>> table = compare_scores(new, old, targets)
-    >>> table.loc["mAP", ["difference_value", "difference_low", "difference_high"]]
+    Example:
+        >>> table = compare_scores(new, old, targets)
+        >>> table.loc["mAP", ["difference_value", "difference_low", "difference_high"]]
     """
     given = [s for s in (scores, against) if s is not None]
     values = [multilabel_metrics(s, targets, threshold, k) for s in given]
@@ -91,7 +92,8 @@ def per_class_metrics(
     Raises:
         ValueError: as `multilabel_metrics`, or for names that are not C different ones.
 
-    >>> per_class_metrics(scores, targets, ["cat", "dog"]).loc["cat", "AP"]
+    Example:
+        >>> per_class_metrics(scores, targets, ["cat", "dog"]).loc["cat", "AP"]
     """
     s, y = checked(scores, targets)
     checked_rule(threshold, k)
@@ -141,7 +143,8 @@ def compare_classes(
         positives, AP, against, difference, low, high, the largest gain first. Classes without a positive
         are left out.
 
-    >>> compare_classes(new, old, targets, names).head()
+    Example:
+        >>> compare_classes(new, old, targets, names).head()
     """
 
     arrays = [checked(x, targets) for x in (scores, against)]
@@ -155,7 +158,12 @@ def compare_classes(
 
 # %% ../../nbs/results/evaluation.ipynb #193f8fe4
 class ScoreFileError(ValueError):
-    """A score file that cannot be evaluated; the message names the file, what is wrong, and what to do."""
+    """A score file that cannot be evaluated; the message names the file, what is wrong, and what to do.
+
+    Example:
+        >>> evaluate_files("logits.npz")
+        ScoreFileError: logits.npz: scores[0, 1] is 3.1: scores are what sigmoid gives, ...
+    """
 
 
 # %% ../../nbs/results/evaluation.ipynb #edd58465
@@ -307,7 +315,8 @@ def evaluate_files(
     Raises:
         ScoreFileError: for files that cannot be read or compared. ValueError: for impossible options.
 
-    >>> evaluate_files("new.npz", against="old.npz")["difference"]["mAP"]
+    Example:
+        >>> evaluate_files("new.npz", against="old.npz")["difference"]["mAP"]
     """
     if min(replicates, seed) < 0:
         raise ValueError(f"replicates (0: no intervals) and seed are 0 or more, not {replicates} and {seed}")
