@@ -290,9 +290,14 @@ class FolderLocked(RuntimeError):
 # %% ../nbs/files.ipynb #47e5841b
 @contextlib.contextmanager
 def folder_lock(folder, wait: bool = False, name: str = ".lock"):
-    """Hold the folder for one process. Raises `FolderLocked` at once, or waits for the other one if `wait`."""
+    """Hold the folder for one process. Raises `FolderLocked` at once, or waits for the other one if `wait`.
+
+    Raises `PermissionError` for a folder that another user made where all may write, as in /tmp."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    shared = os.name != "nt" and folder.parent.stat().st_mode & stat.S_IWOTH
+    if shared and folder.lstat().st_uid != os.getuid():
+        raise PermissionError(f"{folder}: another user made this folder; choose another one")
     try:
         held = FileLock(folder / name).acquire(timeout=-1 if wait else 0)
     except Timeout:

@@ -17,6 +17,8 @@ from cadm_paper.data.check import data_check, data_show, undecodable
 from cadm_paper.data.loading import ImageError, load_image
 from cadm_paper.data.split import safe_name
 from cadm_paper.data.voc import VOC_CLASSES
+from cadm_paper.engine.config import TrainConfig
+from cadm_paper.engine.splits import prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("CADM_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -531,3 +533,13 @@ def test_placeholders_written_in_place_are_found_again(nus):
         (nus / f"Flickr/folder/{i}.jpg").write_bytes(b"this photo is no longer available")
     assert len(load_split("nuswide", nus, "train", missing="drop")) == 0
     assert "6 files are no photographs" in str(data_check("nuswide", nus))
+
+
+def test_training_refuses_two_splits_with_different_classes(tmp_path):
+    for split in ("train2014", "val2014"):
+        content = json.loads(json.dumps(GOOD))
+        content["categories"][0]["name"] = split
+        put(tmp_path / f"annotations/instances_{split}.json", [json.dumps(content)])
+        place(tmp_path / split, ["a.jpg", "b.jpg"])
+    with pytest.raises(ValueError, match="train2014 and val2014 have different classes"):
+        prepare_data(TrainConfig(dataset="coco2014", data_dir=str(tmp_path)))

@@ -63,5 +63,9 @@ def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
         train, test = train.take(kept), train.take(aside)
     else:
         test = read(data.test_split)
+    if train.classes != test.classes:
+        raise ConfigError(
+            f"{root}: {train.split} and {test.split} have different classes, or in another order"
+        )
     first = lambda split: split.take(np.arange(min(config.limit, len(split)))) if config.limit else split
     return first(train), first(test)
