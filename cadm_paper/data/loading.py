@@ -237,11 +237,12 @@ def open_array(path, shape: tuple) -> np.ndarray | None:
 
 # %% ../../nbs/data/loading.ipynb #f9f4b529
 def write_array(path: Path, shape: tuple, batches: Iterable[Batch]) -> None:
-    """Write the batches' images as one array, atomically; arrays of an older state of the files go."""
+    """Write the batches' images as one array, atomically; those of an older state of the files go, finished or not."""
     with whole_file(path, through=False) as file:
         np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
         file.writelines(batch.images.contiguous().numpy() for batch in batches)
-    for other in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.npy"):
+    asked = path.stem.rpartition("-")[0]
+    for other in (*path.parent.glob(f"{asked}-*.npy"), *path.parent.glob(f".{asked}-*.part")):
         if other != path:
             with contextlib.suppress(OSError):  # on Windows, while a run has it open
                 other.unlink()

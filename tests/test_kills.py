@@ -1,0 +1,26 @@
+"""Every writer of files, killed at random moments (tools/kills.py does 300 of them)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cadm_paper.data.scenes import STARTED, build_scenes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_thirty_kills_lose_nothing_and_leave_no_litter():
+    """Two of each writer: training, checkpoint, scenes, pretraining, downloads, submitted records, cached arrays, ..."""
+    done = subprocess.run([sys.executable, ROOT / "tools" / "kills.py", "30"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("left", [f".{STARTED}.0123abcd.part", STARTED])
+def test_an_unfinished_benchmark_is_built_again(tmp_path, left):
+    """Killed while its first marker was written, or just after."""
+    (tmp_path / left).write_text('{"form')
+    build_scenes(tmp_path, train=4, test=2)
+    assert not list(tmp_path.rglob("*.part")) and not (tmp_path / STARTED).exists()
