@@ -23,6 +23,7 @@ from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.record import RecordError, RunRecord, source
 from cadm_paper.engine.variants import Variant, group
 from cadm_paper.files import whole_file
+from cadm_paper.results.statistics import difference
 
 # %% auto #0
 __all__ = [
@@ -580,23 +581,21 @@ def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Pict
     """Change of each class's average precision from the variant of `against` to that of `runs`, in points,
     sorted; filled: the interval over seeds leaves out zero.
     """
-    from scipy.stats import sem, t
-
     [(this, mine)], [(that, theirs)] = group(runs).items(), group(against).items()
     (seeds, change), name = class_changes(mine, theirs), runs[0].dataset["name"]
-    n, mean = len(seeds), 100 * change.mean(0)
-    half = 100 * t.ppf(0.975, n - 1) * sem(change) if n > 1 else np.full(len(mean), np.nan)
+    found = np.array([(d.mean, d.low, d.high) for d in map(difference, change.T)])
+    mean, low, high = 100 * found.T
     order = [c for c in np.argsort(mean, kind="stable") if np.isfinite(mean[c])]
-    up, down = mean > half, -mean > half
+    up, down = low > 0, high < 0
     fig, ax = class_axes(runs[0], order, "change of average precision, points")
     ax.axvline(0, color=GREY, lw=0.6)
-    ax.hlines(range(len(order)), (mean - half)[order], (mean + half)[order], color=INK, lw=0.8)
+    ax.hlines(range(len(order)), low[order], high[order], color=INK, lw=0.8)
     colours = np.where((up | down)[order], INK, "white")
     ax.scatter(mean[order], range(len(order)), s=11, c=colours, edgecolors=INK, zorder=3)
     spread = f"One seed ({seeds[0]}): the spread over trainings is not known, so no interval is drawn."
-    if n > 1:
+    if len(seeds) > 1:
         spread = (
-            f"Mean of {n} seeds with 95 % intervals over seeds (one class at a time); filled where they "
+            f"Mean of {len(seeds)} seeds with 95 % intervals over seeds (one class at a time); filled where they "
             f"leave out zero: {up.sum()} classes up, {down.sum()} down, {len(order) - up.sum() - down.sum()} "
             "not told from zero."
         )

@@ -35,6 +35,7 @@ import numpy as np
 import safetensors.numpy
 from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.record import code_version, save_arrays, write_record
+from cadm_paper.engine.splits import prepare_data
 from cadm_paper.files import folder_lock, whole_file
 from cadm_paper.paper import COLUMNS
 config = TrainConfig(**{name: globals()[name] for name in "NAMES".split() if globals()[name] is not ...})
@@ -55,9 +56,10 @@ with folder_lock(out_dir):
     os.remove(checkpoint)
     code = code_version() | {"package": os.environ.get("STUB_CODE", code_version()["package"])}
     made = {"first": first, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": os.environ["OMP_NUM_THREADS"]}
-    part = {"images": 1, "positives": {"x": 1}, "fingerprint": ""}
+    part = {"images": 1, "positives": {"x": 1}}
+    train, test = (part | {"fingerprint": split.fingerprint} for split in prepare_data(config))
     write_record(out_dir, "stub", config, [], metrics=dict.fromkeys(COLUMNS, int(value[:8], 16) / 16**8), history=[],
-                 dataset={"name": dataset, "classes": ["x"], "train": part, "test": part}, per_class_ap=[0.5],
+                 dataset={"name": config.dataset, "classes": ["x"], "train": train, "test": test}, per_class_ap=[0.5],
                  environment={"code": code}, timing={"wall_s": 0.0}, made={**made, "ended": time.time()})
 """
 TABLE = """

@@ -14,6 +14,7 @@ import numpy as np
 from cadm_paper.engine.record import SCHEMA, RunRecord, load_runs
 from cadm_paper.engine.variants import Variant
 from cadm_paper.files import sha256_file
+from cadm_paper.results.measures import replicates
 
 
 def line_of(record: RunRecord) -> dict:
@@ -70,5 +71,9 @@ if __name__ == "__main__":
     parser.add_argument("--keep", nargs="*", default=["replicates.npz", "evidence.npz"])
     given = parser.parse_args()
     runs = load_runs(given.runs)
+    for run in runs if "replicates.npz" in given.keep else ():
+        names = [name for name in run.scores() or () if name.startswith("scores")]
+        if names and not run.holds("replicates.npz"):
+            run.keep("replicates.npz", **{name: replicates(run, name) for name in names})
     store(runs, {r.name: kept_arrays(r, given.keep) for r in runs}, given.study)
     print(f"{len(runs)} runs in {given.study}")

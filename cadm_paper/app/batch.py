@@ -34,7 +34,6 @@ from cadm_paper.files import (
     known,
     read_json,
     read_yaml,
-    sha256_file,
     write_json,
 )
 
@@ -275,12 +274,6 @@ def states(outputs: Path) -> dict[Path, State]:
     return {p: now for p, now in found.items() if now.word != "missing"}
 
 
-def status(outputs: Path) -> list[dict]:
-    """The same as `status.json` there tells tables and report: run, state, reason."""
-    row = lambda p, now: {"run": f"{p.parent.name}/{p.name}", "state": now.word, "reason": now.reason}
-    return [row(p, now) for p, now in states(outputs).items()]
-
-
 # %% ../../nbs/app/batch.ipynb #abe07e2d
 def wanted(now: State, batch: Batch) -> bool:
     """Whether a run in this state is run. With `--force` that includes kept stale runs, and those that other code made."""
@@ -296,17 +289,6 @@ def lacks_evidence(run: Run) -> bool:
     asked = run.batch.evidence and config.method != "linear_probe" and config.dataset.startswith("scenes-")
     there = model.is_file() and not (run.folder / "evidence.npz").is_file()
     return asked and not config.holdout and (there or wanted(run.state, run.batch))
-
-
-# %% ../../nbs/app/batch.ipynb #32898585
-def made_from(batch: Batch) -> list[str]:
-    """What tables, figures, studies and the report are made from: records and their states, evidence, parameters and code."""
-    runs = [place / "runs" for place in (batch.outputs, *batch.outputs.glob("on-*"))]
-    records = [
-        p for place in runs for name in ("run.json", "evidence.npz") for p in place.glob(f"*/*/{name}")
-    ]
-    files = [*sorted(records), *map(notebook_path, batch.notebooks)]
-    return [package_digest(), json.dumps([batch.notebooks, status(batch.outputs)]), *map(sha256_file, files)]
 
 
 # %% ../../nbs/app/batch.ipynb #4bff9910
@@ -355,17 +337,18 @@ def follow(process: subprocess.Popen, runs: list[Run]) -> None:
 def engine(batch: Batch, target: str, jobs: int | None = None, profile: str | None = None) -> bool:
     """Let Snakemake make a target, runs or reports: whether something failed. Stopping or killing this process stops everything."""
     root, content = project_root() / "workflow", batch.outputs / "work" / "reproduce.json"
-    runs = [run for run in plan(batch) if run.what == "run" and target == "runs"]
     write_json(content, batch.model_dump(mode="json"))
-    ours = root / "profiles" / (profile or "default")
-    options = ["--snakefile", root / "Snakefile", "--configfile", content, "--quiet", "all"]
-    options += ["--workflow-profile", ours if ours.is_dir() else Path(profile).resolve()]
-    options += ["--resources", f"run={jobs or 1000}"]
-    if not profile:
-        shared = any(run.config.device != "cpu" for run in runs)
-        options += [f"gpu={len(gpus())}"] * shared + ["--cores", "all"]
+    runs = [run for run in plan(batch) if run.what == "run" and target == "runs"]
     again = [run.folder / name for run in runs for name in ("run.json", "evidence.npz")]
-    options += ["--forcerun", *(path.relative_to(batch.outputs) for path in again if path.exists())]
+    ours = root / "profiles" / (profile or "default")
+    shared = not profile and any(run.config.device != "cpu" for run in runs)
+    options = [
+        *("--snakefile", root / "Snakefile", "--configfile", content, "--quiet", "all"),
+        *("--workflow-profile", ours if ours.is_dir() else Path(profile).resolve()),
+        *("--resources", f"run={jobs or 1000}", *[f"gpu={len(gpus())}"] * shared),
+        *("--cores", "all") * (not profile),
+        *("--forcerun", *(path.relative_to(batch.outputs) for path in again if path.exists())),
+    ]
     line = [sys.executable, "-m", "snakemake", *map(str, options), "--", target]
     environ = {**os.environ, "CADM_PARENT": str(os.getpid())}
     process = subprocess.Popen(line, env=environ, cwd=project_root(), start_new_session=True)

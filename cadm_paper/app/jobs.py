@@ -25,7 +25,7 @@ from cadm_paper.app.batch import (
     parse_batch,
     plan,
     project_root,
-    status,
+    states,
     wanted,
 )
 from ..data.scenes import build_scenes, scenes_info
@@ -62,10 +62,9 @@ def hold_gpus(count: int, devices: list[str], locks: str):
     queue = folder_lock(locks, wait=True, name="queue.lock") if count else contextlib.nullcontext()
     with contextlib.ExitStack() as held:
         with queue:  # one job collects at a time, so no two of them wait for what the other has
-            got = []
-            for device in itertools.cycle(devices):
-                if len(got) == count:
-                    break
+            got, others = [], itertools.cycle(devices)
+            while len(got) < count:
+                device = next(others)
                 with contextlib.suppress(FolderLocked):
                     held.enter_context(folder_lock(locks, name=f"gpu-{device}.lock"))
                     got.append(device)
@@ -151,9 +150,10 @@ def main() -> None:
     place = Path(out).resolve()
     os.chdir(project_root())
     if kind in ("notebook", "report"):
-        write_json(
-            batch.outputs / "runs" / "status.json", {"schema": "cadm-status/1", "runs": status(batch.outputs)}
-        )
+        found = states(batch.outputs).items()
+        rows = [{"run": f"{p.parent.name}/{p.name}", "state": s.word, "reason": s.reason} for p, s in found]
+        status = {"schema": "cadm-status/1", "runs": rows}  # for tables and report
+        write_json(batch.outputs / "runs" / "status.json", status)
     try:
         globals()[f"{kind}_job"](batch, name, place)
     except (ValueError, OSError) as error:

@@ -32,13 +32,6 @@ def replicates(record: RunRecord, array: str = "scores", count: int = 200) -> np
     return np.r_[multilabel_metrics(scores, targets)["mAP"], bootstrap(scores, targets, count)["mAP"]]
 
 
-# %% ../../nbs/results/measures.ipynb #bfc7a2df
-def keep_replicates(record: RunRecord) -> None:
-    """Write `replicates.npz` beside a record: mAP and replicates of each of its score arrays."""
-    arrays = [name for name in record.scores() if name.startswith("scores")]
-    record.keep("replicates.npz", **{name: replicates(record, name) for name in arrays})
-
-
 # %% ../../nbs/results/measures.ipynb #39239a6f
 def compare_runs(
     runs: Mapping[int, RunRecord],

@@ -18,9 +18,6 @@ import torch.nn.functional as F
 
 from cadm_paper.metrics import PerClass, by_class, checked, checked_rule, metrics_of, ranking, ratio, top_k
 
-# %% ../../nbs/results/statistics.ipynb #6972d912
-MOST_IMAGES = 2**24  # float32 counts exactly up to here
-
 
 # %% ../../nbs/results/statistics.ipynb #82534a98
 def draws(images: int, replicates: int, seed: int = 0, block: int = 32) -> Iterator[np.ndarray]:
@@ -28,8 +25,6 @@ def draws(images: int, replicates: int, seed: int = 0, block: int = 32) -> Itera
 
     They depend on N, the seed and the replicate's number alone.
     """
-    if not 0 < images < MOST_IMAGES:
-        raise ValueError(f"the bootstrap takes from 1 to {MOST_IMAGES - 1} images, not {images}")
     rng = np.random.default_rng(seed)
     for start in range(0, replicates, block):
         drawn = [
@@ -74,7 +69,7 @@ def plan_class(scores: np.ndarray, labels: np.ndarray, forced: np.ndarray, thres
 def replicate_class(plan: ClassPlan, weights: np.ndarray) -> list[np.ndarray]:
     """One class under the multiplicities N x B: the fields of `PerClass`, each B numbers."""
     gain = plan.groups(weights).astype(np.float64)
-    hits, seen = gain.cumsum(0), plan.steps(weights).cumsum(0)
+    hits, seen = gain.cumsum(0), plan.steps(weights).cumsum(0, dtype=np.float64)
     total, precision = hits[-1], hits / np.maximum(seen[:-1], 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     # where recall reaches 0, 0.1, ..., 1
