@@ -62,6 +62,8 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": "0.9",
     "grid.linewidth": 0.4,
+    "image.cmap": MAP_COLOURS,
+    "image.interpolation": "nearest",  # a map's positions stay visible as squares
     "figure.dpi": 100,
     "savefig.dpi": 200,
     # text stays text, and the names inside an SVG do not change from one drawing to the next
@@ -85,10 +87,11 @@ def house_style():
 
 
 # %% ../nbs/06_figures.ipynb #c18cab3d
-def new_figure(width: float, height: float):
-    """An empty figure in inches, outside of pyplot's state."""
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **how):
+    """An empty figure in inches, outside of pyplot's state, and its axes, rows x columns."""
     # type is a little wider at some resolutions than where it was measured
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(rect=(0.02, 0, 0.97, 1)))
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(rect=(0.02, 0, 0.97, 1)))
+    return figure, figure.subplots(rows, columns, squeeze=False, **how)
 
 
 # %% ../nbs/06_figures.ipynb #8a82011e
@@ -213,23 +216,17 @@ def thumbnail(maps: dict, row: int) -> np.ndarray:
 # %% ../nbs/06_figures.ipynb #963ed7b7
 def draw_image(ax, maps: dict, row: int, extent: tuple = (0, 1, 0, 1)) -> None:
     """The thumbnail of a drawn image, with a note where the record kept no photograph."""
-    ax.imshow(thumbnail(maps, row), extent=extent, interpolation="nearest")
+    ax.imshow(thumbnail(maps, row), extent=extent)
     if "thumbnails" not in maps:
         note, x, y = f"photograph\n{maps['image_ids'][row]}\nnot in the record", extent[:2], extent[2:]
         ax.text(np.mean(x), np.mean(y), note, ha="center", va="center", fontsize=5, color=GREY)
-
-
-# %% ../nbs/06_figures.ipynb #74efd683
-def draw_map(ax, map_: np.ndarray, limit: float, extent: tuple | None = None):
-    """One map on a colour scale of -limit to limit, its positions left visible as squares."""
-    return ax.imshow(map_, cmap=MAP_COLOURS, vmin=-limit, vmax=limit, extent=extent, interpolation="nearest")
 
 
 # %% ../nbs/06_figures.ipynb #0657d4ae
 def sorted_maps(ax, maps: dict, row: int, limit: float, columns: int, positive: bool):
     """One image's block of Figure 2: the thumbnail at the left, then all maps by rank, `columns` to a line.
 
-    A map is one unit wide, a line 1.4 units high. The drawn map, and the block's height by its width.
+    A map is one unit wide, a line 1.4 units high. Returns the block's height by its width.
     """
     order = np.argsort(map_ranks(maps["maps"][row], positive))
     height = 1.4 * -(-len(order) // columns)
@@ -240,7 +237,7 @@ def sorted_maps(ax, maps: dict, row: int, limit: float, columns: int, positive: 
     draw_image(ax, maps, row, (-side - 0.5, -0.5, -side, 0))
     for place, c in enumerate(order):
         x, y, target = 1.12 * (place % columns), -1.4 * (place // columns), maps["targets"][row, c]
-        shown = draw_map(ax, maps["maps"][row, c], limit, (x, x + 1, y - 1, y))
+        ax.imshow(maps["maps"][row, c], vmin=-limit, vmax=limit, extent=(x, x + 1, y - 1, y))
         colour, edge, lw, weight = (
             ("black", "black", 1.1, "bold") if target == 1 else (GREY, "0.8", 0.4, "normal")
         )
@@ -254,7 +251,7 @@ def sorted_maps(ax, maps: dict, row: int, limit: float, columns: int, positive: 
         ax.text(x + 0.5, y - 1.06 - 1.25 * size / unit, f"{maps['scores'][row, c]:.2f}", color=GREY, **style)
     ax.set(xlim=(-side - 0.55, width - side - 0.55), ylim=(-height, 0.06), aspect="equal")
     ax.axis("off")
-    return shown, height / width
+    return height / width
 
 
 # %% ../nbs/06_figures.ipynb #ea496886
@@ -271,8 +268,9 @@ def choose_images(maps: dict, images: int | Sequence[int]) -> list[int]:
 
 
 # %% ../nbs/06_figures.ipynb #dda9b225
-def colour_bar(fig, shown, axes) -> None:
-    """The one colour scale, thin, under the maps."""
+def colour_bar(fig, axes: list) -> None:
+    """The one colour scale of all maps, thin, under these axes; the last image on them is a map."""
+    shown = [ax.images[-1] for ax in axes if ax.images][-1]
     bar = fig.colorbar(shown, ax=axes, location="bottom", shrink=0.35, aspect=45, pad=0.01, extend="both")
     bar.set_label("map value (logit at a position)", fontsize=6)
     bar.outline.set_linewidth(0.4)
@@ -288,12 +286,11 @@ def figure2(record: RunRecord, images: int | Sequence[int] = 4, positive: bool =
     maps, name = read_kept(record, "maps"), record.dataset["name"]
     rows, columns = choose_images(maps, images), 10 if len(maps["classes"]) <= 40 else 12
     limit, there = map_limit(maps["maps"][rows]), maps["targets"] == 1
-    fig = new_figure(PAGE, 1)
-    axes = list(fig.subplots(len(rows), squeeze=False)[:, 0])
-    for ax, row in zip(axes, rows):
-        shown, aspect = sorted_maps(ax, maps, row, limit, columns, positive)
+    fig, axes = new_figure(PAGE, 1, len(rows))
+    for ax, row in zip(axes[:, 0], rows):
+        aspect = sorted_maps(ax, maps, row, limit, columns, positive)
     fig.set_figheight((aspect * PAGE + 0.05) * len(rows) + 0.55)
-    colour_bar(fig, shown, axes)
+    colour_bar(fig, list(axes[:, 0]))
     leading = (map_ranks(maps["maps"], positive) <= there.sum(1, keepdims=True)) & there
     return Picture(
         fig,
@@ -357,7 +354,7 @@ def rank_panel(ax, names: list[str], ranks: np.ndarray, colours: list[str], clas
 
 
 # %% ../nbs/06_figures.ipynb #a5f2ef6b
-def figure4_line(axes, pair: tuple[dict, dict], row: int, labels: list[int], limit: float):
+def figure4_line(axes, pair: tuple[dict, dict], row: int, labels: list[int], limit: float) -> None:
     """One image of Figure 4: thumbnail and two pairs of maps.
 
     An image with a single label leaves the second pair empty.
@@ -366,14 +363,13 @@ def figure4_line(axes, pair: tuple[dict, dict], row: int, labels: list[int], lim
     draw_image(axes[0], pair[0], row)
     for n, ax in enumerate(axes[1 : 1 + 2 * len(labels)]):
         c, maps = labels[n // 2], pair[n % 2]
-        shown = draw_map(ax, maps["maps"][row, c], limit)
+        ax.imshow(maps["maps"][row, c], vmin=-limit, vmax=limit)
         draw_boxes(ax, maps, row, c, size[1], size[0])
         ax.set_title("" if n % 2 else short(str(names[c]), 18), fontsize=6, loc="left", weight="bold")
         ax.set_xlabel(("without", "with")[n % 2], fontsize=5.5, color=GREY, labelpad=2)
     for ax in axes:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set(visible=bool(ax.images), linewidth=0.4)
-    return shown
 
 
 # %% ../nbs/06_figures.ipynb #40236fff
@@ -409,15 +405,14 @@ def figure4(
     classes, (left, right) = pair[0]["classes"], map(Variant.of, records)
     labels = {row: choose_labels(pair[0], row) for row in choose_images(pair[0], images)}
     limit = map_limit(*(m["maps"][row, labels[row]] for m in pair for row in labels))
-    fig = new_figure(PAGE, 1.3 * len(labels) + 0.7)
-    axes = fig.subplots(len(labels), 6, squeeze=False, width_ratios=[1, 1, 1, 1, 1, 2.1])
+    fig, axes = new_figure(PAGE, 1.3 * len(labels) + 0.7, len(labels), 6, width_ratios=[1, 1, 1, 1, 1, 2.1])
     for line, (row, chosen) in zip(axes, labels.items()):
-        shown = figure4_line(line[:5], pair, row, chosen, limit)
+        figure4_line(line[:5], pair, row, chosen, limit)
         ranks = np.array([map_ranks(m["maps"][row], positive)[chosen] for m in pair])
         names = [short(str(classes[c]), 16) for c in chosen]
         rank_panel(line[5], names, ranks, [left.colour, right.colour], len(classes))
     axes[0, 5].set_title("rank of the map, 1 the strongest\n○ without   ● with", fontsize=6)
-    colour_bar(fig, shown, list(axes[:, :5].ravel()))
+    colour_bar(fig, list(axes[:, :5].flat))
     n = figure4_numbers(*records, positive)
     return Picture(
         fig,
@@ -441,11 +436,10 @@ def overlays(record: RunRecord, image: int = 0) -> Picture:
     (row,) = choose_images(maps, [image])
     labels, back = np.flatnonzero(maps["targets"][row] == 1), thumbnail(maps, row)
     limit = map_limit(maps["maps"][row])  # of all classes: what is weak among them looks weak
-    fig = new_figure(min(PAGE, 1.25 * (len(labels) + 1)), 1.75)
-    axes = fig.subplots(1, len(labels) + 1, squeeze=False)[0]
+    fig, [axes] = new_figure(min(PAGE, 1.25 * (len(labels) + 1)), 1.75, 1, len(labels) + 1)
     draw_image(axes[0], maps, row)
     for ax, c in zip(axes[1:], labels):
-        ax.imshow(overlay(back, maps["maps"][row, c], limit), interpolation="nearest")
+        ax.imshow(overlay(back, maps["maps"][row, c], limit))
         draw_boxes(ax, maps, row, c, *back.shape[1::-1])
         ax.set_title(f"{short(str(maps['classes'][c]), 16)}\n{maps['scores'][row, c]:.2f}", fontsize=6)
     for ax in axes:
@@ -496,8 +490,8 @@ def curves(runs: Sequence[RunRecord]) -> Picture:
         "loss_lce": ("embedding loss (Eq. 12), unweighted", 1),
         "mAP": ("mAP on the test split, %", 100),
     }
-    fig = new_figure(PAGE, 2.1)
-    for ax, (value, (title, factor)) in zip(fig.subplots(1, 3), panels.items()):
+    fig, [axes] = new_figure(PAGE, 2.1, 1, 3)
+    for ax, (value, (title, factor)) in zip(axes, panels.items()):
         for variant, seeds in grouped.items():
             if variant.with_loss or value != "loss_lce":  # at lambda = 0 the embedding loss is not computed
                 found = [{h["epoch"]: h.get(value) for h in r.history} for r in seeds.values()]
@@ -530,8 +524,7 @@ def class_axes(record: RunRecord, order: Sequence[int], xlabel: str):
     images.
     """
     share, classes = label_share(record), record.dataset["classes"]
-    fig = new_figure(COLUMN if len(order) <= 40 else PAGE, min(max(2.0, 0.13 * len(order) + 0.7), 9))
-    ax = fig.subplots()
+    fig, [[ax]] = new_figure(COLUMN if len(order) <= 40 else PAGE, min(max(2.0, 0.13 * len(order) + 0.7), 9))
     names = [f"{short(str(classes[c]), 20)}  {100 * share[c]:.0f} %" for c in order]
     ax.set_yticks(range(len(order)), names, fontsize=5)
     ax.set(ylim=(-0.6, len(order) - 0.4), xlabel=xlabel)
@@ -674,8 +667,7 @@ def precision_recall_curves(runs: Sequence[RunRecord]) -> Picture:
     share = 100 * (first["targets"] == 1).mean(0)
     order = [c for c in np.argsort(-share, kind="stable") if share[c]]
     classes = dict.fromkeys([order[0], order[len(order) // 2], order[-1]])  # without a choice of ours
-    fig = new_figure(PAGE, 2.15)
-    axes = fig.subplots(1, 1 + len(classes), sharey=True, squeeze=False)[0]
+    fig, [axes] = new_figure(PAGE, 2.15, 1, 1 + len(classes), sharey=True)
     axes[0].set(title="all labels together", ylabel="precision")
     precision_recall_panel(axes[0], found, list(range(len(share))))
     for ax, c in zip(axes[1:], classes):
@@ -701,8 +693,7 @@ def cooccurrence_heatmap(record: RunRecord) -> Picture:
     found, name = read_kept(record, "scores"), record.dataset["name"]
     table = cooccurrence(found["targets"], [short(str(c), 14) for c in found["classes"]])
     off, bar = table.mask(np.eye(len(table), dtype=bool)), {"shrink": 0.7, "label": "P(column | row)"}
-    fig = new_figure(COLUMN, 0.92 * COLUMN)
-    ax = fig.subplots()
+    fig, [[ax]] = new_figure(COLUMN, 0.92 * COLUMN)
     # the diagonal is always 1, and would set the scale
     sns.heatmap(
         off, ax=ax, cmap="viridis", square=True, vmin=0, cbar_kws=bar, xticklabels=True, yticklabels=True
@@ -729,8 +720,7 @@ def forest(entries: Sequence[dict]) -> Picture:
         A `Picture`; it is empty of lines where nothing was measured.
     """
     shown = [e for e in entries if e["unit"] == "points" and e["measure"].startswith("mAP") and e["n"] > 1]
-    fig = new_figure(PAGE, 0.9 + 0.22 * len(shown))
-    ax = fig.subplots()
+    fig, [[ax]] = new_figure(PAGE, 0.9 + 0.22 * len(shown))
     for y, e in enumerate(shown):
         ax.hlines(y, e["low"], e["high"], color=INK, lw=1.2)
         judged = "white" if e["verdict"] == "no verdict" else INK

@@ -179,8 +179,6 @@ def difference(per_seed: Sequence, se_images: float | None = None, level: float 
 # %% ../../nbs/results/statistics.ipynb #6015ec60
 def holm(p: Sequence[float]) -> list[float]:
     """p-values after Holm's correction, in the order given."""
-    p = np.asarray(p, float)
     order = np.argsort(p)
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
-    return adjusted.tolist()
+    adjusted = np.maximum.accumulate(np.asarray(p, float)[order] * np.arange(len(p), 0, -1))
+    return np.minimum(adjusted, 1)[np.argsort(order)].tolist()
