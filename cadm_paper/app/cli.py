@@ -18,6 +18,7 @@ import tyro
 from cadm_paper.app.batch import reproduce
 from cadm_paper.app.runs import runs_diff, runs_list, runs_submit
 from cadm_paper.engine.config import TrainConfig
+from cadm_paper.paper import COLUMNS
 
 # %% ../../nbs/app/cli.ipynb #1a1e959e
 PRESET = "of the preset"  # the very object: an option that was not given
@@ -51,23 +52,16 @@ def train(options: tyro.conf.OmitArgPrefixes[TrainOptions], resume: bool = False
     Args:
         resume: go on from the run's checkpoint; a finished run is left as it is.
     """
-    from cadm_paper.train import TextProgress, run_folder
-    from cadm_paper.train import train as train_run
+    from cadm_paper import train as training
 
     given = {name: text for name, text in vars(options).items() if text is not PRESET}
     config = TrainConfig(**{name: None if text == "None" else text for name, text in given.items()})
-    record = train_run(config, resume=resume, progress=TextProgress() if config.processes == 1 else None)
+    progress = training.TextProgress() if config.processes == 1 else None
+    record = training.train(config, resume=resume, progress=progress)
     if record is not None:
-        print_row(record.metrics, record.name)
-        print(f"record: {run_folder(config) / 'run.json'}")
-
-
-# %% ../../nbs/app/cli.ipynb #0d0efd44
-def print_row(metrics: dict, name: str) -> None:
-    """The thirteen numbers in percent, in the paper's order."""
-    from cadm_paper.paper import COLUMNS
-
-    print(f"{name}: " + "  ".join(f"{c.replace('_top3', '@3')} {100 * metrics[c]:.1f}" for c in COLUMNS))
+        row = (f"{name.replace('_top3', '@3')} {100 * record.metrics[name]:.1f}" for name in COLUMNS)
+        print(f"{record.name}: {'  '.join(row)}")
+        print(f"record: {training.run_folder(config) / 'run.json'}")
 
 
 # %% ../../nbs/app/cli.ipynb #df74f5e8
