@@ -35,8 +35,8 @@ def metavar(annotation) -> str:
 # %% ../../nbs/app/cli.ipynb #9a40e07d
 def option(name: str, field) -> tuple:
     """A field of a configuration as an option."""
-    text, value = field.description.replace("%", "%%"), metavar(field.annotation)
-    how = tyro.conf.arg(help=text, metavar=value, help_behavior_hint="")
+    text = field.description.replace("%", "%%")
+    how = tyro.conf.arg(help=text, metavar=metavar(field.annotation), help_behavior_hint="")
     return name, Annotated[str, how], dataclasses.field(default=PRESET)
 
 

@@ -135,12 +135,15 @@ def export_run(run: RunRecord | str | Path, out: str | Path, onnx: bool = False)
     with whole_folder(out, EXPORTED, "an exported model") as new:
         for path in model_files(record):
             shutil.copyfile(path, new / path.name)
-        model, maps, seen = load_model(new), record.maps() is not None, record.seen_at()
+        model = load_model(new)
+        seen = record.seen_at()
         model.seen = {name: seen[name] for name in SEEN}
         write_json(new / "config.json", read_json(new / "config.json") | model.seen)
         shutil.copyfile(record.folder / "run.json", new / "record.json")
         write_json(new / "preprocessor_config.json", preprocessing(model))
-        (new / "README.md").write_text(model_card(record, out.name, maps), encoding="utf-8")
+        (new / "README.md").write_text(
+            model_card(record, out.name, record.maps() is not None), encoding="utf-8"
+        )
         if onnx:
             export_onnx(model, new / "model.onnx")
     return out

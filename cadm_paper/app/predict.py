@@ -58,7 +58,8 @@ class Predictor:
 
         Raises `FileNotFoundError` where there is none, `ValueError` for one that does not say all that.
         """
-        folder, recorded = Path(checkpoint).expanduser(), {}
+        folder = Path(checkpoint).expanduser()
+        recorded = {}
         if (folder / "run.json").is_file():
             recorded = RunRecord.load(folder).seen_at()
             folder = folder / "checkpoint" / "model"
@@ -109,16 +110,16 @@ def image_files(paths) -> list[Path]:
 
     What a folder holds besides is counted in a line on stderr.
     """
-    found, passed, paths = [], Counter(), [Path(path).expanduser() for path in paths]
-    for path in paths:
+    found, others = [], []
+    for path in (Path(path).expanduser() for path in paths):
         if not os.path.lexists(path):
             raise FileNotFoundError(f"{printable(path)}: no such file or folder")
         inside = sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
-        images = [p for p in inside if kind(p) in IMAGES]
-        passed.update(kind(p) for p in inside if kind(p) not in IMAGES)
-        found += images if path.is_dir() else [path]
-    if passed:
-        print("passed over:", ", ".join(f"{n} {what}" for what, n in passed.items()), file=sys.stderr)
+        found += [p for p in inside if kind(p) in IMAGES] if path.is_dir() else [path]
+        others += [kind(p) for p in inside if kind(p) not in IMAGES]
+    if others:
+        counts = (f"{count} {what}" for what, count in Counter(others).items())
+        print("passed over:", ", ".join(counts), file=sys.stderr)
     if not found:
         where = ", ".join(map(printable, paths)) or "nothing given: name files, or folders to search"
         raise FileNotFoundError(f"no images ({', '.join(sorted(IMAGES))}) in {where}")
@@ -246,8 +247,10 @@ def predict_files(
         >>> answers[0]["labels"]
     """
     checked_rule(threshold, 1)
-    predictor, answers, errors, named = Predictor.load(checkpoint, **preprocessing), [], [], Counter()
-    paths, maps = image_files(images), maps and Path(maps).expanduser()
+    predictor = Predictor.load(checkpoint, **preprocessing)
+    paths = image_files(images)
+    maps = maps and Path(maps).expanduser()
+    answers, errors, named = [], [], Counter()
     classes = predictor.model.classes or [str(c) for c in range(predictor.model.num_classes)]
     with ExitStack() as opened:
         take = [each, *answer_files(opened, answers, json_file, csv_file, classes)]

@@ -31,10 +31,8 @@ class PaperHead(CADMHead, Head, method="cadm"):
     Args = CADMArgs
 
     def __init__(self, shapes: dict, num_classes: int, args: CADMArgs):
-        (d, *size), chosen = (
-            shapes[LAST],
-            lambda options: {f.name: getattr(args, f.name) for f in fields(options)},
-        )
+        d, *size = shapes[LAST]
+        chosen = lambda options: {f.name: getattr(args, f.name) for f in fields(options)}
         super().__init__(d, num_classes, size, **chosen(ModelOptions))
         self.criterion = CADMLoss(args.lam, **chosen(LossOptions))
         self.embed.requires_grad_(args.lam > 0)
