@@ -535,6 +535,14 @@ def test_placeholders_written_in_place_are_found_again(nus):
     assert "6 files are no photographs" in str(data_check("nuswide", nus))
 
 
+def test_training_refuses_a_split_without_labels(folder):
+    for name, labels in (("train", "cat"), ("test", "")):
+        (folder / f"{name}.csv").write_text(f"path,labels\na.jpg,{labels}\nb.jpg,\n")
+    (folder / "classes.txt").write_text("cat\n")
+    with pytest.raises(ValueError, match="no image of test has a label .2 images are there"):
+        prepare_data(TrainConfig(dataset="own", data_dir=str(folder)))
+
+
 def test_training_refuses_two_splits_with_different_classes(tmp_path):
     for split in ("train2014", "val2014"):
         content = json.loads(json.dumps(GOOD))

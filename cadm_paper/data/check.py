@@ -110,14 +110,17 @@ def check_photographs(
 
 
 # %% ../../nbs/data/check.ipynb #4e2c6e38
-def check_together(read: dict[str, Index], files: dict[str, dict], report: CheckReport) -> None:
-    """Splits of one data set have the same classes and no photograph in common."""
+def check_together(
+    data: Dataset, read: dict[str, Index], files: dict[str, dict], report: CheckReport
+) -> None:
+    """Splits have the same classes; training and test have no photograph in common (other lists may have)."""
     for (a, one), (b, other) in combinations(read.items(), 2):
         if list(one.classes) != list(other.classes):
             report.problems.append(f"{a} and {b} have different classes, or in another order")
         if both := sorted(files[a][key] for key in files[a].keys() & files[b].keys()):
             some = f"{', '.join(both[:5])}{' ...' if len(both) > 5 else ''}"
-            report.problems.append(f"{len(both):,} images are both in {a} and in {b}: {some}")
+            lines = report.problems if {a, b} == {data.train_split, data.test_split} else report.odd
+            lines.append(f"{len(both):,} images are both in {a} and in {b}: {some}")
 
 
 # %% ../../nbs/data/check.ipynb #bc051bbe
@@ -176,7 +179,7 @@ def data_check(name: str, root=None, *, deep: bool = False, photographs: bool = 
         except DataError as error:  # one bad file may concern every split
             report.problems += [str(error)] if str(error) not in report.problems else []
     check_labels(data, read, report)
-    check_together(read, files, report)
+    check_together(data, read, files, report)
     return report
 
 

@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..files import known
+from ..files import known, parse_json
 from ..paper import DECISIONS, LossOptions, ModelOptions
 
 
@@ -49,7 +49,7 @@ def fields_of(options: type) -> dict:
 # %% ../../nbs/engine/config.ipynb #3a73385f
 def _from_json(value):
     """A value that may have come as JSON text, from a command line or papermill."""
-    return json.loads(value) if isinstance(value, str) else value
+    return parse_json(value, "JSON text") if isinstance(value, str) else value
 
 
 def _none_in_words(value):

@@ -52,11 +52,21 @@ def draw_examples(targets: np.ndarray, count: int = 12) -> np.ndarray:
 
 # %% ../../nbs/engine/splits.ipynb #a86dac53
 def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
-    """The images to train on and those to evaluate on; makes the embedded benchmark if it is not there."""
+    """The images to train on and those to evaluate on; makes the embedded benchmark if it is not there.
+
+    Raises `ConfigError` where no image has a label, or the two have different classes."""
     root, data = data_root(config), DATASETS[config.dataset]
     if config.dataset.startswith("scenes-"):
         ensure_scenes(config.dataset, root)
-    read = lambda split, **how: load_split(config.dataset, root, split, missing=config.missing, **how)
+
+    def read(name: str, **how) -> Split:
+        split = load_split(config.dataset, root, name, missing=config.missing, **how)
+        if not split.labelled.any():
+            raise ConfigError(
+                f"{root}: no image of {split.split} has a label ({len(split)} images are there)"
+            )
+        return split
+
     train = read(data.train_split, unlabelled=unlabelled_in_training(config))
     if config.holdout:
         kept, aside = held_out(len(train), config.holdout)
