@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from cadm_paper.app import cli
-from cadm_paper.app.export import export_run
+from cadm_paper.app.export import export_run, model_card
 from cadm_paper.app.parameters import TableParameters
 from cadm_paper.app.predict import Predictor, predict_files
 from cadm_paper.data import Split
@@ -229,6 +229,13 @@ def test_an_exported_run_predicts_as_the_run(tmp_path):
     assert Predictor.load(run)(photo)["scores"] == expected == Predictor.load(out)(photo)["scores"]
     processor = json.loads((out / "preprocessor_config.json").read_text())
     assert processor["do_center_crop"] and processor["image_mean"] == [0.5, 0.5, 0.5]
+
+
+def test_names_are_text_in_the_card(tmp_path):
+    record = synthetic_run(tmp_path / "run", preset="mini")
+    record.dataset["classes"], record.dataset["name"] = ["<img src=x>", "a|b"], "<b>own</b>\n---"
+    card = model_card(record, 'x")<i>')
+    assert "<" not in card and r"a\|b" in card and card.count("\n---\n") == 1
 
 
 def test_paths_that_no_shell_expanded(tmp_path, monkeypatch):
