@@ -96,6 +96,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+# %% ../nbs/files.ipynb #956b7e95
+@contextlib.contextmanager
+def naming(path):
+    """Where the disk is full inside the block, the error names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and (error.filename is None or str(error.filename).endswith(".part")):
+            error.filename = str(path)
+        raise
+
+
 # %% ../nbs/files.ipynb #ad0ca445
 TEXT = {"encoding": "utf-8", "newline": "\n"}
 
@@ -120,7 +132,7 @@ def whole_file(path, mode: str = "wb", through: bool = True):
     """
     path = Path(path).expanduser()
     path = Path(os.path.realpath(path)) if through else path
-    try:
+    with naming(path):
         if through and path.exists() and not (path.is_file() or path.is_dir()):
             with open_through(path, mode) as file:
                 yield file
@@ -132,10 +144,6 @@ def whole_file(path, mode: str = "wb", through: bool = True):
                 os.fsync(file.fileno())
             os.replace(part, path)
         sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in FULL:
-            error.filename = str(path)
-        raise
 
 
 # %% ../nbs/files.ipynb #93e26ec6

@@ -179,6 +179,14 @@ def test_labels_of_any_spelling(tmp_path, classes):
     assert Path(answer["maps"]).is_file()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("option", ["--json", "--csv"])
+def test_a_full_disk_is_named(tmp_path, option):
+    model(tmp_path)
+    code, out = predicted(tmp_path, image(tmp_path / "a.jpg"), option, "/dev/full")
+    assert code == 2 and "cadm: [Errno 28] No space left on device: '/dev/full'" in out
+
+
 @pytest.mark.parametrize("threshold", ["5", "-1", "nan", "inf"])
 def test_impossible_thresholds(tmp_path, threshold):
     model(tmp_path)

@@ -23,7 +23,7 @@ import torch
 
 from ..data.loading import ImageError, load_image, prepare
 from ..engine.record import RunRecord
-from ..files import open_through, whole_file
+from ..files import naming, open_through, whole_file
 from ..methods import load_model
 from ..metrics import checked_rule
 from ..model import Network
@@ -191,25 +191,28 @@ def add_entry(file, entry) -> None:
 # %% ../../nbs/app/predict.ipynb #dfe900b8
 def answer_files(
     opened: ExitStack, answers: list, json_file, csv_file, classes: Sequence[str]
-) -> list[Callable]:
-    """What puts an answer into the JSON list and the CSV table asked for (a pipe gets its list at last).
+) -> list[tuple]:
+    """The files asked for, each with what puts an answer into it (a pipe gets its JSON list at last).
 
     Labels are joined by ";" in the table, or by the next of "|" and tab where a class has it in its name.
     """
     adders = []
     if json_file:
+        opened.enter_context(naming(json_file))
         entries = opened.enter_context(open_through(json_file))
         if Path(json_file).expanduser().is_file():
             entries.write(b"[\n]\n")
-            adders.append(partial(add_entry, entries))
+            adders.append((json_file, partial(add_entry, entries)))
         else:
             opened.callback(lambda: entries.write(json.dumps(answers, indent=1).encode()))
     if csv_file:
+        opened.enter_context(naming(csv_file))
         lines = csv.writer(opened.enter_context(open_through(csv_file, "w")), lineterminator="\n")
         lines.writerow(["image", "labels", *classes])
         joint = next((s for s in (";", "|", "\t") if not any(s in c for c in classes)), "\n")
         six = lambda answer: [f"{score:.6f}" for score in answer["scores"].values()]
-        adders.append(lambda a: lines.writerow([a["image"], joint.join(a["labels"]), *six(a)]))
+        line = lambda a: lines.writerow([a["image"], joint.join(a["labels"]), *six(a)])
+        adders.append((csv_file, line))
     return adders
 
 
@@ -253,7 +256,7 @@ def predict_files(
     answers, errors, named = [], [], Counter()
     classes = predictor.model.classes or [str(c) for c in range(predictor.model.num_classes)]
     with ExitStack() as opened:
-        take = [each, *answer_files(opened, answers, json_file, csv_file, classes)]
+        adders = answer_files(opened, answers, json_file, csv_file, classes)
         for path in paths:
             if maps and path.name.endswith("-maps.png") and maps.resolve() in path.resolve().parents:
                 continue  # overlays of an earlier call
@@ -269,6 +272,8 @@ def predict_files(
                 name = path.stem + (f"-{named[path.stem]}" if named[path.stem] > 1 else "")
                 file = save_overlays(found, maps / f"{name}-maps.png", threshold)
                 answers[-1]["maps"] = printable(file)
-            for use in take:
-                use(answers[-1])
+            each(answers[-1])
+            for file, add in adders:
+                with naming(file):
+                    add(answers[-1])
     return answers, errors
