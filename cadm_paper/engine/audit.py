@@ -242,4 +242,4 @@ def problems(record: RunRecord, kept: bool = True) -> list[str]:
             found += part(record)
         except (RecordError, ValueError) as error:
             found.append(str(error))
-    return found
+    return list(dict.fromkeys(found))
