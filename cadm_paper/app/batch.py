@@ -306,7 +306,7 @@ def epochs_done(run: Run) -> int:
     """Epochs in a run's last checkpoint; 0 without one."""
     from safetensors import SafetensorError, safe_open
 
-    with contextlib.suppress(OSError, SafetensorError):
+    with contextlib.suppress(OSError, SafetensorError, ValueError, LookupError, TypeError):  # a damaged one
         with safe_open(run.workshop / "checkpoint" / "last.safetensors", framework="numpy") as file:
             return json.loads(file.metadata()["state"])["epoch"]
     return 0

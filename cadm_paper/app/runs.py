@@ -22,7 +22,7 @@ from ..engine.audit import FILES, MODEL, problems
 from ..engine.config import TrainConfig
 from ..engine.record import RecordError, RunRecord, load_runs
 from ..engine.variants import recipe_changes, run_name
-from ..files import folder_lock, known, sha256_file, write_json
+from ..files import folder_lock, known, sha256_file, sync, write_json
 
 
 # %% ../../nbs/app/runs.ipynb #ba03b448
@@ -193,6 +193,7 @@ def put(record: RunRecord, staging: Path, target: Path, by: str) -> None:
         write_json(mark, {"by": by, "run": sha256_file(staging / "run.json")})
         for name in [*record.files, "run.json"]:  # last: now it is a record
             (target / name).parent.mkdir(parents=True, exist_ok=True)
+            sync(staging / name)
             os.replace(staging / name, target / name)
 
 

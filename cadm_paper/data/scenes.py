@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .split import DataError
-from ..files import folder_lock, known, read_json, remove_leftovers, write_json
+from ..files import folder_lock, known, naming, read_json, remove_leftovers, write_json
 
 
 # %% ../../nbs/data/scenes.ipynb #1b63a7ba
@@ -581,7 +581,8 @@ def build_scenes(
         raise ScenesError(f"{wanted}: at least one image each, 64 to 512 px, seed 0 or more")
     with folder_lock(root, wait=True):
         if (info := scenes_info(root)) is None:
-            make_scenes(root, wanted)
+            with naming(root):
+                make_scenes(root, wanted)
         elif info["parameters"] != wanted:
             found = [f"{k}={v}, not {wanted[k]}" for k, v in info["parameters"].items() if v != wanted[k]]
             raise ScenesError(f"{root} holds other scenes ({', '.join(found)}): choose another folder")

@@ -95,7 +95,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def everyone(self, value) -> list:
-        """Every process's value (no tensors of a GPU), in order of rank, on all of them; they wait for each other."""
+        """Every process's value (no GPU tensors), in order of rank, on all of them; they wait for each other."""
         found = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(found, value)
@@ -133,7 +133,7 @@ def rank_and_world(config: TrainConfig) -> tuple[int, int]:
 # %% ../../nbs/engine/processes.ipynb #27c2707c
 @contextlib.contextmanager
 def process_group(config: TrainConfig):
-    """The processes that torchrun started (gloo on CPUs, NCCL on GPUs), or this one alone (`config` resolved)."""
+    """The processes that torchrun started (gloo on CPUs, NCCL on GPUs), or this one alone."""
     (rank, world), cuda = rank_and_world(config), config.device == "cuda"
     local = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -158,7 +158,9 @@ class Stopped(KeyboardInterrupt):
 # %% ../../nbs/engine/processes.ipynb #9fbca241
 @contextlib.contextmanager
 def stop_signals():
-    """Raise `Stopped` on SIGTERM and SIGINT; while `hold` of the yielded object is true, note it in `asked`."""
+    """Raise `Stopped` on SIGTERM, SIGINT and SIGHUP; while `hold` of the yielded object is true, only note
+    it in `asked`.
+    """
     stop = SimpleNamespace(asked="", hold=False)
 
     def came(number, frame):
@@ -169,7 +171,7 @@ def stop_signals():
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # in another one Python takes no handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, came)
     try:

@@ -192,7 +192,7 @@ class NoRuns(RecordError):
 def pick(
     runs: Iterable[RunRecord], variant: Variant, dataset: str | None = None, seed: int | None = None
 ) -> RunRecord:
-    """The run of a variant with the lowest seed (or with `seed`); outdated ones, then rarer recipes, come last.
+    """The run of a variant with the lowest seed (or with `seed`); outdated ones and rarer recipes come last.
 
     Raises:
         NoRuns: there is none; the message names what to train.

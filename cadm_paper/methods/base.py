@@ -7,6 +7,7 @@ __all__ = ["METHODS", "Output", "MethodArgs", "Head", "load_model"]
 
 # %% ../../nbs/methods/base.ipynb #e7f11677
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -113,8 +114,10 @@ def method_arguments(method: str, given: Mapping, shared: Mapping | None = None)
     """The checked parameters of a method: `given`, and those that a run's configuration, `shared`, has."""
     shared, kind = shared or {}, METHODS[known(method, METHODS, "unknown method")].Args
     own = {f.name for f in fields(kind)} - shared.keys()
-    for name in given:
+    for name, value in given.items():
         known(name, own, f"method_args of {method!r}: unknown parameter")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"method_args of {method!r}: {name} = {value}: a finite number is expected")
     try:
         return TypeAdapter(kind).validate_json(json.dumps({**shared, **given}), strict=True)
     except ValidationError as error:
