@@ -108,7 +108,16 @@ def small_png(buffer: io.BytesIO, description: str) -> bytes:
 # %% ../nbs/06_figures.ipynb #43ae9b6b
 @dataclass
 class Picture:
-    """A drawn figure, its name, caption and the records it came from."""
+    """A drawn figure with its caption and the records that it came from; notebooks show it.
+
+    Args:
+        figure: of matplotlib.
+        name, caption: of the files, and under the figure.
+        records: named in the figure's foot.
+
+    Example:
+        >>> figure2(record).save("outputs/figures")["pdf"]
+    """
 
     figure: object
     name: str
@@ -189,9 +198,19 @@ def map_limit(*arrays: np.ndarray) -> float:
 def overlay(
     image: np.ndarray, map_: np.ndarray, limit: float | None = None, signed: bool = False
 ) -> np.ndarray:
-    """A map over its image: uint8 H x W x 3 and h x w -> uint8 H x W x 3.
+    """A map over its image.
 
-    `limit`: the map value of full colour (its largest magnitude if None).
+    Args:
+        image: uint8 H x W x 3.
+        map_: h x w, any size.
+        limit: the map value of full colour; None: its largest magnitude.
+        signed: show negative values, too.
+
+    Returns:
+        uint8 H x W x 3.
+
+    Example:
+        >>> overlay(picture, maps[3], limit=8.0)
     """
     small = np.asarray(map_ if signed else np.maximum(map_, 0), np.float32)
     large = np.asarray(Image.fromarray(small).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
@@ -281,7 +300,19 @@ def colour_bar(fig, axes: list) -> None:
 def figure2(record: RunRecord, images: int | Sequence[int] = 4, positive: bool = False) -> Picture:
     """The maps of all classes of drawn test images, sorted by activation (Figure 2).
 
-    `images`: the first so many, or rows of the draw.
+    Args:
+        record: of a run with maps.
+        images: the first so many of the draw, or rows of it.
+        positive: sort by the positive part of the maps.
+
+    Returns:
+        A `Picture`.
+
+    Raises:
+        RecordError: for a run without maps. ValueError: for rows that are not there.
+
+    Example:
+        >>> figure2(record, images=[0, 5])
     """
     maps, name = read_kept(record, "maps"), record.dataset["name"]
     rows, columns = choose_images(maps, images), 10 if len(maps["classes"]) <= 40 else 12
@@ -398,8 +429,21 @@ def figure4_numbers(record_without: RunRecord, record_with: RunRecord, positive:
 def figure4(
     record_without: RunRecord, record_with: RunRecord, images: int | Sequence[int] = 4, positive: bool = False
 ) -> Picture:
-    """Two labels' maps of several images without (left) and with (right) the embedding loss on one colour
-    scale, with ranks beside (Figure 4).
+    """Maps of two labels of several images without and with the embedding loss, with their ranks (Figure 4).
+
+    Args:
+        record_without, record_with: runs that drew the same test images.
+        images: the first so many of the draw, or rows of it.
+        positive: rank by the positive part of the maps.
+
+    Returns:
+        A `Picture`, all maps on one colour scale.
+
+    Raises:
+        RecordError: for runs without maps or of different draws.
+
+    Example:
+        >>> figure4(*pair_of_runs(load_runs("outputs/runs"), "scenes-coco"))
     """
     pair, records = same_draw(record_without, record_with), [record_without, record_with]
     classes, (left, right) = pair[0]["classes"], map(Variant.of, records)
@@ -431,7 +475,18 @@ def figure4(
 # %% ../nbs/06_figures.ipynb #150fcc3d
 @house_style()
 def overlays(record: RunRecord, image: int = 0) -> Picture:
-    """The maps of the labels of a drawn image over it, or over grey where the record kept no photograph."""
+    """The maps of the labels of a drawn image over it, or over grey where the record has no photograph.
+
+    Args:
+        record: of a run with maps.
+        image: row of the draw.
+
+    Returns:
+        A `Picture`.
+
+    Example:
+        >>> overlays(record, 3)
+    """
     maps, variant = read_kept(record, "maps"), Variant.of(record)
     (row,) = choose_images(maps, [image])
     labels, back = np.flatnonzero(maps["targets"][row] == 1), thumbnail(maps, row)
@@ -479,8 +534,16 @@ def legend_above(fig, ax, columns: int = 5) -> None:
 # %% ../nbs/06_figures.ipynb #521d8a70
 @house_style()
 def curves(runs: Sequence[RunRecord]) -> Picture:
-    """Classification loss, embedding loss and mAP per epoch of runs of one data set and recipe, one colour a
-    variant.
+    """Classification loss, embedding loss and mAP per epoch, one colour a variant.
+
+    Args:
+        runs: of one data set and recipe; a line is the mean over seeds.
+
+    Returns:
+        A `Picture`.
+
+    Example:
+        >>> curves(load_runs("outputs/runs/scenes-coco"))
     """
     import pandas as pd
 
@@ -571,8 +634,19 @@ def class_changes(mine: dict[int, RunRecord], theirs: dict[int, RunRecord]) -> t
 # %% ../nbs/06_figures.ipynb #15e51e1e
 @house_style()
 def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Picture:
-    """Change of each class's average precision from the variant of `against` to that of `runs`, in points,
-    sorted; filled: the interval over seeds leaves out zero.
+    """Change of each class's average precision from one variant to another, in points, sorted.
+
+    Args:
+        runs, against: records of one variant each, paired by seed.
+
+    Returns:
+        A `Picture`; filled marks: the interval over seeds leaves out zero.
+
+    Raises:
+        RecordError: without a common seed, or for other classes or images.
+
+    Example:
+        >>> class_gains(*rows_of_loss(load_runs("outputs/runs"), "scenes-coco"))
     """
     [(this, mine)], [(that, theirs)] = group(runs).items(), group(against).items()
     (seeds, change), name = class_changes(mine, theirs), runs[0].dataset["name"]
@@ -648,8 +722,19 @@ def precision_recall_panel(ax, found: dict[Variant, list[dict]], classes: list[i
 # %% ../nbs/06_figures.ipynb #aeaa17c5
 @house_style()
 def precision_recall_curves(runs: Sequence[RunRecord]) -> Picture:
-    """Precision against recall of every variant: over all labels together, then for the most frequent, a
-    middle and the rarest class.
+    """Precision against recall of every variant: all labels together, then three classes by frequency.
+
+    Args:
+        runs: of one data set and recipe; those whose scores cannot be read are left out, and counted.
+
+    Returns:
+        A `Picture`; dots are the threshold 0.5.
+
+    Raises:
+        RecordError: where no scores can be read.
+
+    Example:
+        >>> precision_recall_curves(load_runs("outputs/runs/scenes-coco"))
     """
     grouped, name = group(runs), runs[0].dataset["name"]
     found, lost = {}, []
@@ -687,7 +772,17 @@ def precision_recall_curves(runs: Sequence[RunRecord]) -> Picture:
 # %% ../nbs/06_figures.ipynb #1605db05
 @house_style()
 def cooccurrence_heatmap(record: RunRecord) -> Picture:
-    """Label co-occurrence of the test split, P(column | row), classes as in the record."""
+    """Label co-occurrence of the test split, P(column | row).
+
+    Args:
+        record: of a run with scores.
+
+    Returns:
+        A `Picture`, classes as in the record.
+
+    Example:
+        >>> cooccurrence_heatmap(record)
+    """
     import seaborn as sns
 
     found, name = read_kept(record, "scores"), record.dataset["name"]

@@ -49,7 +49,9 @@ PLANS = {
 # %% ../nbs/07_tables.ipynb #7d8c27f4
 @dataclass
 class Line:
-    """A line of a table: mean in percent by column (None: a dash), standard deviation over seeds, state, note, records."""
+    """A line of a table: mean in percent by column (None: a dash), standard deviation over seeds, state,
+    note, records.
+    """
 
     label: str
     values: dict[str, float | None] = field(default_factory=dict)
@@ -90,7 +92,9 @@ def measured_line(runs: Sequence[RunRecord], *notes: str) -> Line:
 # %% ../nbs/07_tables.ipynb #fd7d1791
 @dataclass(frozen=True)
 class Status:
-    """What is known about runs beside their records: by data set/folder, why they are\n    unfinished or stale, and which other code made the rest.\n"""
+    """What is known about runs beside their records: by data set/folder, why they are\n    unfinished or
+    stale, and which other code made the rest.\n
+    """
 
     unfinished: dict[str, str] = field(default_factory=dict)
     stale: dict[str, str] = field(default_factory=dict)
@@ -176,7 +180,9 @@ COMPARED = {
 
 # %% ../nbs/07_tables.ipynb #981947bf
 def block_warnings(runs: Sequence[RunRecord]) -> list[str]:
-    """What makes rows of one block hard to compare: other data, code, packages, device or precision; uncommitted changes; missing images."""
+    """What makes rows of one block hard to compare: other data, code, packages, device or precision;
+    uncommitted changes; missing images.
+    """
     warnings = []
     for what, get in COMPARED.items():
         found = Counter(json.dumps(get(r), sort_keys=True, ensure_ascii=False).strip('"') for r in runs)
@@ -221,7 +227,9 @@ class Block:
 
 # %% ../nbs/07_tables.ipynb #beb1dd2b
 def block(runs: Sequence[RunRecord], status: Status = NOTHING) -> Block:
-    """The five rows for runs of one data set, size and backbone: measured, stale, failed or missing; further variants after them."""
+    """The five rows for runs of one data set, size and backbone: measured, stale, failed or missing; further
+    variants after them.
+    """
     dataset, size, backbone = block_key(runs[0])
     usual, groups = next(iter(by_recipe(runs).values()))[0], {}
     for r in runs:
@@ -247,7 +255,9 @@ def block_key(record: RunRecord) -> tuple:
 # %% ../nbs/07_tables.ipynb #04675ce1
 @dataclass(frozen=True)
 class Gain:
-    """λ = 0.5 minus λ = 0 on one data set: differences by metric, paired by seed, and the printed ones in points."""
+    """λ = 0.5 minus λ = 0 on one data set: differences by metric, paired by seed, and the printed ones in
+    points.
+    """
 
     dataset: str
     differences: dict[str, Difference]
@@ -276,7 +286,9 @@ def signed(points: float) -> str:
 
 # %% ../nbs/07_tables.ipynb #0e4781b8
 def image_error(without: RunRecord, with_: RunRecord) -> float:
-    """Standard error of the mAP difference over test images; 0 without scores of the same images, or for very many."""
+    """Standard error of the mAP difference over test images; 0 without scores of the same images, or for very
+    many.
+    """
     try:
         a, b = without.scores(), with_.scores()
     except RecordError:
@@ -334,7 +346,19 @@ def render(name: str, **values) -> str:
 # %% ../nbs/07_tables.ipynb #ad76f726
 @dataclass(repr=False)
 class ResultTable:
-    """The paper's rows and, apart from them, the measured ones; shown in notebooks, and written as HTML, Markdown, CSV and JSON."""
+    """The paper's rows and, apart from them, the measured ones (Tables 1 and 2).
+
+    Notebooks show it; `save(folder)` writes HTML, Markdown, CSV and JSON.
+
+    Args:
+        name, title: as `table1` and "Table 1".
+        printed: the paper's rows; None for data sets that it does not have.
+        blocks: measured rows, a block for each data set, image size and backbone.
+
+    Example:
+        >>> shown = table("table1", load_runs("outputs/runs"))
+        >>> shown.save("outputs/tables")["csv"]
+    """
 
     name: str
     title: str
@@ -420,7 +444,24 @@ class ResultTable:
 def table(
     name: str, runs: Sequence[RunRecord], datasets: Sequence[str] | None = None, status: Status = NOTHING
 ) -> ResultTable:
-    """Table 1 or 2 (`table1`, `table2`): printed rows, and measured rows of `datasets` (None: those that belong to it). Raises `ValueError` for another name."""
+    """Table 1 or 2: printed rows, and measured rows under them.
+
+    Args:
+        name: `table1` (MS-COCO) or `table2` (NUS-WIDE).
+        runs: records; rows are means over seeds of one recipe.
+        datasets: whose rows to show; None: those that belong to the table.
+        status: of runs without a record, from `run_status`.
+
+    Returns:
+        A `ResultTable`. A row that should be there and is not says why.
+
+    Raises:
+        ValueError: for another name.
+
+    Example:
+        >>> shown = table("table1", load_runs("outputs/runs"))
+        >>> print(shown.markdown())
+    """
     if name not in PLANS:
         raise ValueError(f"there is no {name!r}: one of {', '.join(PLANS)}")
     plan = PLANS[name]
@@ -438,7 +479,9 @@ def table(
 def dataset_blocks(
     dataset: str, runs: Sequence[RunRecord], status: Status, asked: bool = False
 ) -> list[Block]:
-    """One block for each image size and backbone; without runs, absent rows if asked for, begun, or of the embedded benchmark."""
+    """One block for each image size and backbone; without runs, absent rows if asked for, begun, or of the
+    embedded benchmark.
+    """
     keys = sorted({block_key(r) for r in runs if r.dataset.get("name") == dataset}, key=str)
     begun = any(key.startswith(f"{dataset}/") for key in status.unfinished)
     if not keys and (asked or begun or dataset.startswith("scenes")):

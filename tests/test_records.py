@@ -258,6 +258,15 @@ def test_labels_have_to_be_those_of_the_other_runs(given):
         submit(given)
 
 
+def test_a_run_under_another_seed_is_not_taken(given):
+    shutil.copytree(given, given.parent / "outputs" / "reference" / "scenes-coco" / "original")
+    content = content_of(given)
+    relabel(content, seed=5)
+    write_json(given / "run.json", content)
+    with pytest.raises(WorkflowError, match="metrics: those of cadm-lam0.5-seed0-.*, in every digit"):
+        submit(given)
+
+
 def test_the_committed_records_pass_their_own_check():
     found = load_runs(ROOT / "outputs" / "reference")
     assert (

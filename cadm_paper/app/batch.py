@@ -79,7 +79,10 @@ class Batch(BaseModel, extra="forbid", frozen=True, strict=True):
 
 # %% ../../nbs/app/batch.ipynb #39bfc8b7
 def parse_batch(content: dict) -> Batch:
-    """Check the content of a config file. Raises `WorkflowError` naming the key or line, with the nearest right name."""
+    """Check the content of a config file.
+
+    Raises `WorkflowError` naming the key or line, with the nearest right name.
+    """
     try:
         batch = Batch.model_validate(content)
         plan(batch), list(map(notebook_path, batch.notebooks))
@@ -90,7 +93,10 @@ def parse_batch(content: dict) -> Batch:
 
 # %% ../../nbs/app/batch.ipynb #af0405fb
 def project_root() -> Path:
-    """The checkout that the caller is in, or that this library is installed from. Raises `WorkflowError` if neither is one."""
+    """The checkout that the caller is in, or that this library is installed from.
+
+    Raises `WorkflowError` if neither is one.
+    """
     if root := checkout_root() or checkout_root(Path(__file__).parent):
         return root
     raise WorkflowError("the workflow executes notebooks of the repository: call it from inside a checkout")
@@ -105,9 +111,21 @@ def notebook_path(name: str) -> Path:
 
 # %% ../../nbs/app/batch.ipynb #7c75bef1
 def load_batch(config: str = "mini", **more) -> Batch:
-    """A batch by the name of a file in `workflow/config/`, or by a path. Raises `WorkflowError` where it cannot be read.
+    """A batch of runs; `plan(batch)` gives the runs that its lines mean.
 
-    `runs` are the lines of the file; `plan(batch)` gives the runs that they mean."""
+    Args:
+        config: name of a file in `workflow/config/`, or a path.
+        more: fields of the batch that override those of the file.
+
+    Returns:
+        A `Batch`.
+
+    Raises:
+        WorkflowError: naming the file, and the key or line that is wrong.
+
+    Example:
+        >>> len(plan(load_batch("paper")))
+    """
     folder = project_root() / "workflow" / "config"
     if not Path(config).suffix:
         config = folder / f"{known(config, [p.stem for p in folder.glob('*.yaml')], 'no config named')}.yaml"
@@ -120,7 +138,9 @@ def load_batch(config: str = "mini", **more) -> Batch:
 # %% ../../nbs/app/batch.ipynb #1e2a096e
 @dataclass(frozen=True)
 class Run:
-    """A run of a batch: what its line gives, the complete configuration, and data set with name of the folder."""
+    """A run of a batch: what its line gives, the complete configuration, and data set with name of the
+    folder.
+    """
 
     batch: Batch
     given: dict
@@ -155,7 +175,9 @@ class Run:
         return self.config.processes if device == "cuda" or device == "auto" and gpus() else 0
 
     def parameters(self) -> dict:
-        """What papermill passes to train.ipynb: the line, the folders, and to go on from a checkpoint if there is one."""
+        """What papermill passes to train.ipynb: the line, the folders, and to go on from a checkpoint if
+        there is one.
+        """
         where = {"data_dir": self.config.data_dir, "out_dir": str(self.workshop), "resume": True}
         return {k: v for k, v in {**self.given, **where}.items() if v is not None}
 
@@ -207,7 +229,9 @@ DATA = ("dataset", "data_dir", "missing", "holdout", "limit", "unlabelled_train"
 
 @functools.cache
 def labels_now(*values) -> dict[str, str]:
-    """Fingerprints of the training and test labels that a configuration with these `DATA` reads; empty where the data is not there."""
+    """Fingerprints of the training and test labels that a configuration with these `DATA` reads; empty where
+    the data is not there.
+    """
     config = TrainConfig(**dict(zip(DATA, values)))
     with contextlib.suppress(ValueError, OSError):
         if data_root(config).is_dir():
@@ -217,7 +241,9 @@ def labels_now(*values) -> dict[str, str]:
 
 # %% ../../nbs/app/batch.ipynb #a7511899
 def made_by(code: dict) -> str:
-    """Which code made a record, if not the present one: made by commit 9e05b3d, clean; resumed under fe4adce, clean."""
+    """Which code made a record, if not the present one: made by commit 9e05b3d, clean; resumed under fe4adce,
+    clean.
+    """
     every = [code, *code.get("resumed", [])]
     spell = lambda c: (
         f"{(c.get('commit') or 'unknown')[:7]}, {'uncommitted changes' if c.get('modified') else 'clean'}"
@@ -240,9 +266,11 @@ State = namedtuple("State", "word reason record", defaults=["", None])
 
 
 def state(folder: Path, config: TrainConfig | None = None, data: str = "") -> State:
-    """How things stand in a run's folder: finished, submitted, stale, failed, interrupted or missing, and why.
+    """How things stand in a run's folder: finished, submitted, stale, failed, interrupted or missing, and
+    why.
 
-    For a finished run the reason is the code that made it, if not the present one; its record comes with it. Without a
+    For a finished run the reason is the code that made it, if not the present one; its record comes with it.
+    Without a
     `config` the record answers its own."""
     try:
         record = RunRecord.load(folder)
@@ -276,7 +304,10 @@ def states(outputs: Path) -> dict[Path, State]:
 
 # %% ../../nbs/app/batch.ipynb #abe07e2d
 def wanted(now: State, batch: Batch) -> bool:
-    """Whether a run in this state is run. With `--force` that includes kept stale runs, and those that other code made."""
+    """Whether a run in this state is run.
+
+    With `--force` that includes kept stale runs, and those that other code made.
+    """
     if now.word in ("finished", "stale"):
         return batch.force and now.reason != "" or now.word == "stale" and not batch.keep
     return now.word != "submitted"
@@ -284,7 +315,9 @@ def wanted(now: State, batch: Batch) -> bool:
 
 # %% ../../nbs/app/batch.ipynb #e5e6fb2f
 def lacks_evidence(run: Run) -> bool:
-    """Whether evidence has to be measured of a run: where the batch asks for it, of a model with maps on the test scenes, never of an exploration (`holdout`)."""
+    """Whether evidence has to be measured of a run: where the batch asks for it, of a model with maps on the
+    test scenes, never of an exploration (`holdout`).
+    """
     config, model = run.config, run.folder / "checkpoint" / "model" / "model.safetensors"
     asked = run.batch.evidence and config.method != "linear_probe" and config.dataset.startswith("scenes-")
     there = model.is_file() and not (run.folder / "evidence.npz").is_file()
@@ -335,7 +368,10 @@ def follow(process: subprocess.Popen, runs: list[Run]) -> None:
 
 # %% ../../nbs/app/batch.ipynb #ef4b81b0
 def engine(batch: Batch, target: str, jobs: int | None = None, profile: str | None = None) -> bool:
-    """Let Snakemake make a target, runs or reports: whether something failed. Stopping or killing this process stops everything."""
+    """Let Snakemake make a target, runs or reports: whether something failed.
+
+    Stopping or killing this process stops everything.
+    """
     root, content = project_root() / "workflow", batch.outputs / "work" / "reproduce.json"
     write_json(content, batch.model_dump(mode="json"))
     runs = [run for run in plan(batch) if run.what == "run" and target == "runs"]
@@ -361,7 +397,9 @@ def engine(batch: Batch, target: str, jobs: int | None = None, profile: str | No
 
 # %% ../../nbs/app/batch.ipynb #62554830
 def check_code(batch: Batch, todo: list) -> None:
-    """Raise `WorkflowError` where the batch wants committed code for what is to do and there are uncommitted changes."""
+    """Raise `WorkflowError` where the batch wants committed code for what is to do and there are uncommitted
+    changes.
+    """
     if todo and batch.clean and not batch.dirty and code_version().get("modified"):
         raise WorkflowError(
             "the checkout has uncommitted changes, and these records have to name the code that made them: commit, "
@@ -379,9 +417,12 @@ def reproduce(
     report_only: bool = False,
     profile: str | None = None,
 ) -> int:
-    """Make everything: data, runs, Tables 1 and 2, Figures 2 and 4, the report. The same call goes on after whatever stopped it.
+    """Make everything: data, runs, Tables 1 and 2, Figures 2 and 4, the report.
 
-    Returns 0, or 1 if something failed. Raises `WorkflowError`, or `FolderLocked` while another workflow is at work.
+    The same call goes on after whatever stopped it.
+
+    Returns 0, or 1 if something failed. Raises `WorkflowError`, or `FolderLocked` while another workflow is
+    at work.
 
     Args:
         config: which batch of runs: mini, voc2007, paper, studies, or a file.

@@ -79,7 +79,10 @@ def image_entry(arrays: Sequence[dict], row: int, step: float) -> dict:
 
 # %% ../../nbs/app/explorer.ipynb #cbbe278c
 def own_image(record: RunRecord, path: str | Path) -> dict[str, np.ndarray]:
-    """An image file through the run's model, as the arrays of `maps.npz`. Raises `FileNotFoundError` for a run without a model, `ImageError` for an unreadable file."""
+    """An image file through the run's model, as the arrays of `maps.npz`.
+
+    Raises `FileNotFoundError` for a run without a model, `ImageError` for an unreadable file.
+    """
     from cadm_paper.app.predict import Predictor
 
     picture, output = Predictor.load(record.folder).output(path)
@@ -95,7 +98,10 @@ def own_image(record: RunRecord, path: str | Path) -> dict[str, np.ndarray]:
 
 # %% ../../nbs/app/explorer.ipynb #874c2423
 def explorer_data(runs: Sequence[RunRecord], image: str | Path | None = None) -> dict:
-    """Everything the page shows of one run, or of two (without and with the loss); JSON-ready. Raises `RecordError` for runs without maps or of different draws."""
+    """Everything the page shows of one run, or of two (without and with the loss); JSON-ready.
+
+    Raises `RecordError` for runs without maps or of different draws.
+    """
     draws = [[own_image(r, image) for r in runs]] if image else []
     if not image or runs[0].maps() is not None:
         draws.append(same_draw(*runs) if len(runs) > 1 else [read_kept(runs[0], "maps")])
@@ -147,11 +153,22 @@ class ExplorerPage:
 
 # %% ../../nbs/app/explorer.ipynb #1e327dec
 def explore(*runs: RunRecord | str | Path, image: str | Path | None = None) -> ExplorerPage:
-    """The explorer of one run, or of two (without and with the loss), given as records or folders; `image`: a file to add as the first image.
+    """The explorer of one run's maps, or of two runs (without and with the loss; Section 3.4).
 
-    Raises `RecordError` for runs without maps or of different draws, and, with `image`, `FileNotFoundError` for a run without a model.
+    Args:
+        runs: one or two records, or their folders.
+        image: a file to add as the first image.
 
-        explore("outputs/runs/scenes-coco/<run>", image="photo.jpg")"""
+    Returns:
+        A page that JupyterLab shows, and `save(path)` writes.
+
+    Raises:
+        RecordError: for runs without maps or of different draws.
+        FileNotFoundError: with `image`, for a run without a model.
+
+    Example:
+        >>> explore("outputs/runs/scenes-coco/<run>", image="photo.jpg")
+    """
     records = [run if isinstance(run, RunRecord) else RunRecord.load(run) for run in runs]
     return ExplorerPage(render("explorer.html", data=explorer_data(records, image)))
 

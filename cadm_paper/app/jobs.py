@@ -56,7 +56,9 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
 # %% ../../nbs/app/jobs.ipynb #c34bf9fe
 @contextlib.contextmanager
 def hold_gpus(count: int, devices: list[str], locks: str):
-    """Lock `count` of the devices while the block runs, and let only these be seen; waits until so many are free."""
+    """Lock `count` of the devices while the block runs, and let only these be seen; waits until so many are
+    free.
+    """
     if count > len(devices):
         raise WorkflowError(f"{count} GPUs asked for, but there are {len(devices)}")
     queue = folder_lock(locks, wait=True, name="queue.lock") if count else contextlib.nullcontext()
@@ -141,7 +143,9 @@ def report_job(batch: Batch, name: str, out: Path) -> None:
 
 # %% ../../nbs/app/jobs.ipynb #66de96ca
 def main() -> None:
-    """`python -m cadm_paper.app.jobs PARENT BATCH KIND NAME OUT`, called by the Snakefile; ends when the process PARENT does."""
+    """`python -m cadm_paper.app.jobs PARENT BATCH KIND NAME OUT`, called by the Snakefile; ends when the
+    process PARENT does.
+    """
     from ipykernel.parentpoller import ParentPollerUnix
 
     parent, content, kind, name, out = sys.argv[1:]

@@ -145,9 +145,22 @@ def all_tables(runs: Sequence[RunRecord], status: Status) -> list[ResultTable]:
 
 # %% ../../nbs/app/report.ipynb #491f15e5
 def build_report(runs_dir=None, out=None, explorers: Mapping[str, str] | None = None) -> Path:
-    """Write out/index.html (outputs/report) from the records below `runs_dir` (outputs/runs), atomically. Raises `NoRuns` without any; returns the path.
+    """Write out/index.html from the records below a folder, atomically.
 
-    `explorers`, from `build_explorers`: by data set, the file beside the page that shows its maps; the page links it."""
+    Args:
+        runs_dir: run folders; by default outputs/runs.
+        out: folder of the page; by default outputs/report.
+        explorers: by data set, the file beside the page that shows its maps, from `build_explorers`.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        NoRuns: without any run.
+
+    Example:
+        >>> build_report("outputs/runs", "outputs/report")
+    """
     folder = Path(runs_dir) if runs_dir else default_folder("outputs") / "runs"
     path = (Path(out) if out else default_folder("outputs") / "report") / "index.html"
     status, runs = run_status(folder), load_runs(folder)

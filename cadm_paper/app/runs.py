@@ -21,13 +21,15 @@ from .batch import DATA, Batch, WorkflowError, labels_now, states
 from ..engine.audit import FILES, MODEL, problems
 from ..engine.config import TrainConfig
 from ..engine.record import RecordError, RunRecord, load_runs
-from ..engine.variants import recipe_changes, run_name
+from ..engine.variants import Variant, recipe_changes, run_name
 from ..files import folder_lock, known, sha256_file, sync, write_json
 
 
 # %% ../../nbs/app/runs.ipynb #ba03b448
 def summary(record: RunRecord) -> dict:
-    """A record in a line: mAP in percent, seconds, device, and what differs from its preset beside the variant."""
+    """A record in a line: mAP in percent, seconds, device, and what differs from its preset beside the
+    variant.
+    """
     usual = TrainConfig(preset=record.config.preset, dataset=record.config.dataset)
     where = {"seconds": record.timing.get("wall_s"), "device": record.environment.get("device")}
     return {"mAP": 100 * record.metrics["mAP"], **where, "differs": recipe_changes(record, usual)}
@@ -50,7 +52,9 @@ def runs_table(outputs: Path | None = None) -> list[dict]:
 def runs_list(
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, outputs: Path | None = None
 ) -> int:
-    """The runs on disk: state and reason; of a finished one mAP, seconds, device and what differs from its preset. Returns 0.
+    """The runs on disk: state and reason; of a finished one mAP, seconds, device and what differs from its preset.
+
+    Returns 0.
 
     Args:
         as_json: as JSON.
@@ -66,7 +70,10 @@ def runs_list(
 
 # %% ../../nbs/app/runs.ipynb #59ac7b78
 def find_run(name: str, outputs: Path | None = None) -> RunRecord:
-    """A finished run by its folder or by a part of its name. Raises `ValueError` where none or several have it."""
+    """A finished run by its folder or by a part of its name.
+
+    Raises `ValueError` where none or several have it.
+    """
     if (Path(name) / "run.json").is_file():
         return RunRecord.load(name)
     folders = {row["run"]: row["folder"] for row in runs_table(outputs) if "mAP" in row}
@@ -109,7 +116,10 @@ def runs_diff(a: Positional[str], b: Positional[str], outputs: Path | None = Non
 
 # %% ../../nbs/app/runs.ipynb #b7b4949a
 def copy_plain(source: Path, name: str, into: Path) -> None:
-    """Copy a file of a record. Raises `WorkflowError` for a link, a device, a folder, or a file that is too large."""
+    """Copy a file of a record.
+
+    Raises `WorkflowError` for a link, a device, a folder, or a file that is too large.
+    """
     path = source
     for part in Path(name).parts:
         path = path / part
@@ -143,22 +153,32 @@ def model_problems(folder: Path, record: RunRecord) -> Iterator[str]:
 
 # %% ../../nbs/app/runs.ipynb #8812767b
 def label_problems(record: RunRecord, outputs: Path) -> Iterator[str]:
-    """Splits whose labels are not those of the data that is here or, without it, of any other run on them."""
-    like = lambda r: [
-        r.dataset["name"],
-        *(getattr(r.config, k) for k in DATA if k not in ("dataset", "data_dir")),
-    ]
+    """Splits whose labels are not those that are here or, without data, of any other run on them."""
+    same = [k for k in DATA if k not in ("dataset", "data_dir")]
+    like = lambda r: [r.dataset["name"], *(getattr(r.config, k) for k in same)]
     others = [r for r in load_runs(outputs / "runs") if like(r) == like(record)]
     here = labels_now(*({**dict(record.config), "data_dir": None}[name] for name in DATA))
+    where = "that are here" if here else "of the other runs on it"
     for split in ("train", "test"):
         known = {here[split]} if here else {r.dataset[split]["fingerprint"] for r in others}
         if known and record.dataset[split]["fingerprint"] not in known:
-            yield f"dataset.{split}: not the images and labels {'that are here' if here else 'of the other runs on it'}"
+            yield f"dataset.{split}: not the images and labels {where}"
+
+
+def copied(record: RunRecord, outputs: Path) -> Iterator[str]:
+    """A run with these very metrics and another seed or method: the record is that run's under another name."""
+    mine = Variant.of(record).fields | {"seed": record.config.seed}
+    for r in [r for place in ("runs", "reference") for r in load_runs(outputs / place)]:
+        if r.metrics == record.metrics and Variant.of(r).fields | {"seed": r.config.seed} != mine:
+            yield f"metrics: those of {r.name}, in every digit"
 
 
 # %% ../../nbs/app/runs.ipynb #eb757a46
 def received(source: Path, into: Path, outputs: Path) -> RunRecord:
-    """Copy a record into a folder, and check it there. Raises `WorkflowError` with everything that is wrong."""
+    """Copy a record into a folder, and check it there.
+
+    Raises `WorkflowError` with everything that is wrong.
+    """
     copy_plain(source, "run.json", into)
     try:
         record = RunRecord.load(into)
@@ -172,7 +192,9 @@ def received(source: Path, into: Path, outputs: Path) -> RunRecord:
         for name in files
         if sha256_file(into / name) != record.files[name]
     ]
-    wrong += [*problems(record), *label_problems(record, outputs), *model_problems(into, record)]
+    wrong += problems(record)
+    for found in (label_problems(record, outputs), copied(record, outputs), model_problems(into, record)):
+        wrong += found
     if wrong:
         raise WorkflowError("\n  ".join([f"{source}: not taken", *wrong]).replace(f"{into}/", ""))
     return record
@@ -180,7 +202,10 @@ def received(source: Path, into: Path, outputs: Path) -> RunRecord:
 
 # %% ../../nbs/app/runs.ipynb #c3d05e2c
 def put(record: RunRecord, staging: Path, target: Path, by: str) -> None:
-    """Move a checked record to its place, marked as handed in. Raises `WorkflowError` where a run is there or begun."""
+    """Move a checked record to its place, marked as handed in.
+
+    Raises `WorkflowError` where a run is there or begun.
+    """
     mark = target / "submitted.json"
     with folder_lock(target):
         if (target / "run.json").exists():
@@ -201,7 +226,8 @@ def put(record: RunRecord, staging: Path, target: Path, by: str) -> None:
 def runs_submit(source: Positional[Path], by: str = "", outputs: Path | None = None) -> int:
     """Check a record made elsewhere, computing again what can be, and put it among the runs. Returns 0.
 
-    Raises `WorkflowError` with everything that is wrong with it, or where there is a run of its configuration.
+    Raises `WorkflowError` with everything that is wrong with it, or where there is a run of its
+    configuration.
 
     Args:
         source: the run's folder.

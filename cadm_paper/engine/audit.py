@@ -202,7 +202,9 @@ def of_scores(record: RunRecord) -> Iterator[str]:
 
 # %% ../../nbs/engine/audit.ipynb #7cdcbc9f
 def of_maps(record: RunRecord) -> Iterator[str]:
-    """What the drawn images' maps contradict: the draw, their scores, and the stream that is made of the maps."""
+    """What the drawn images' maps contradict: the draw, their scores, and the stream that is made of the
+    maps.
+    """
     found, method = record.maps(), record.config.method
     yield from (f"maps.npz: {name}: unknown" for name in sorted(found.keys() - FORMS["maps.npz"].keys()))
     if "indices" not in found:

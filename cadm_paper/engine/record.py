@@ -53,7 +53,9 @@ def package_digest() -> str:
 
 # %% ../../nbs/engine/record.ipynb #828b5ad2
 def code_version() -> dict:
-    """Version of this library, a digest of its modules and, in a checkout, the commit and whether tracked files differ from it."""
+    """Version of this library, a digest of its modules and, in a checkout, the commit and whether tracked
+    files differ from it.
+    """
     found = {"cadm_paper": cadm_paper.__version__, "package": package_digest()}
     root = checkout_root(Path(cadm_paper.__file__).parent)
     if root and (root / ".git").exists():
@@ -76,7 +78,9 @@ def _cpu_name() -> str:
 
 # %% ../../nbs/engine/record.ipynb #27ff8ad8
 def environment(device: str = "cpu", code: dict | None = None) -> dict:
-    """Code (with what else `code` says of it), packages, system and the name of the processor or GPU; no host name, no path."""
+    """Code (with what else `code` says of it), packages, system and the name of the processor or GPU; no host
+    name, no path.
+    """
     import torch
 
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
@@ -221,7 +225,8 @@ _RANGES = dict.fromkeys(STREAMS, (0, 1)) | {"targets": (-1, 1)}
 
 # %% ../../nbs/engine/record.ipynb #05fb2ac1
 def wrong_array(arrays: dict, form: dict[str, str], **sizes: int) -> str:
-    """The first array that is lacking, of another kind or shape, not finite or out of range; empty if all fit.
+    """The first array that is lacking, of another kind or shape, not finite or out of range; empty if all
+    fit.
 
     Args:
         form: kind and shape by name: "f n c" are floats, n x c; `*` is any size, a letter the same one everywhere.
@@ -365,7 +370,8 @@ class RunRecord:
     def arrays(self, file: str) -> dict | None:
         """Arrays of an .npz that the run wrote; None if it wrote none.
 
-        Raises `RecordError` if they were changed or not kept, or `scores.npz` and `maps.npz` do not fit the record.
+        Raises `RecordError` if they were changed or not kept, or `scores.npz` and `maps.npz` do not fit the
+        record.
         """
         if file not in self.files:
             return None
@@ -417,7 +423,9 @@ _RECORD = TypeAdapter(RunRecord)
 
 # %% ../../nbs/engine/record.ipynb #13bd5cf8
 def write_record(folder, name: str, config: TrainConfig, beside: list[str], **parts) -> RunRecord:
-    """Write `run.json` last: checksums of the files `beside` it, the configuration as asked for without paths, and the given parts."""
+    """Write `run.json` last: checksums of the files `beside` it, the configuration as asked for without
+    paths, and the given parts.
+    """
     folder = Path(folder)
     content = {
         "schema": SCHEMA,
