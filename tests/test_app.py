@@ -14,6 +14,7 @@ import papermill
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import ResNet18_Weights
 
 from cadm_paper.app import cli
 from cadm_paper.app.export import export_run, model_card
@@ -54,6 +55,7 @@ def given_to_papermill(**parameters):
 def test_what_is_given_is_never_dropped(monkeypatch, capsys):
     """`None` for weights is none of them, not the preset's; for a number it is refused; "" is not nothing."""
     assert TrainConfig(preset="paper").weights == "imagenet" and TrainConfig(weights=None).weights == "none"
+    assert TrainConfig(weights=ResNet18_Weights.DEFAULT).weights == "IMAGENET1K_V1"
     for word in ("None", "none"):
         assert (
             given_on_the_command_line(monkeypatch, "--preset", "paper", "--weights", word).weights == "none"

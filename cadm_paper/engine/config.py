@@ -6,6 +6,7 @@
 __all__ = ["PRESETS", "ConfigError", "TrainConfig", "learning_rate"]
 
 # %% ../../nbs/engine/config.ipynb #0409142e
+import enum
 import hashlib
 import json
 import math
@@ -52,8 +53,9 @@ def _from_json(value):
     return parse_json(value, "JSON text") if isinstance(value, str) else value
 
 
-def _none_in_words(value):
-    """None, by whichever word, as "none"."""
+def _in_words(value):
+    """None as "none", and torchvision's enum of weights as its member's name."""
+    value = value.name if isinstance(value, enum.Enum) else value
     return "none" if str(value).lower() == "none" else value
 
 
@@ -115,7 +117,7 @@ class ModelFields(create_model("ModelFields", **fields_of(ModelOptions))):
     backbone: str = Field(
         "resnet101", description="name in BACKBONES: torchvision's ResNets, MobileNets ..., narrow_resnet"
     )
-    weights: Annotated[str, BeforeValidator(_none_in_words)] = Field(
+    weights: Annotated[str, BeforeValidator(_in_words)] = Field(
         "imagenet",
         min_length=1,
         description="where the backbone starts: imagenet, imagenet-v2, digits, a file, or none",
