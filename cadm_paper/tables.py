@@ -391,7 +391,7 @@ class ResultTable:
                 "image_size": block.image_size,
                 "backbone": block.backbone,
                 "row": line.label,
-                **asdict(line.variant or Variant("")),
+                **asdict(line.variant or Variant(None)),
                 "state": line.state,
                 "n": len(line.runs) or None,
                 "note": line.note,
