@@ -56,13 +56,15 @@ class CheckpointError(ValueError):
 
 
 # %% ../../nbs/engine/checkpoint.ipynb #559891ba
-def checksum(tensors: dict[str, Tensor], state: str) -> str:
-    """SHA-256 over the state's text and names, formats, shapes and bytes of the tensors."""
-    found = hashlib.sha256(state.encode())
+def header(tensors: dict[str, Tensor], state: str) -> dict[str, str]:
+    """What a checkpoint says of itself: the state's text, and a SHA-256 over it and names, formats, shapes and
+    bytes of the tensors.
+    """
+    found = hashlib.sha256(state.encode(errors="surrogatepass"))
     for name, value in sorted(tensors.items()):
         found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         found.update(value.reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+    return {"format": "pt", "schema": SCHEMA, "state": state, "sha256": found.hexdigest()}
 
 
 # %% ../../nbs/engine/checkpoint.ipynb #3bb7d09b
@@ -70,10 +72,9 @@ def save_checkpoint(path, parts: dict[str, dict[str, Tensor]], state: dict) -> N
     """Write state dicts by name and a state (JSON-ready) to one .safetensors file, atomically."""
     named = ((f"{part}/{name}", value) for part, some in parts.items() for name, value in some.items())
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in named}
-    text = json.dumps(state, allow_nan=False)
-    header = {"format": "pt", "schema": SCHEMA, "state": text, "sha256": checksum(tensors, text)}
+    about = header(tensors, json.dumps(state, allow_nan=False))
     with whole_file(path) as file:
-        file.write(safetensors.torch.save(tensors, metadata=header))
+        file.write(safetensors.torch.save(tensors, metadata=about))
 
 
 # %% ../../nbs/engine/checkpoint.ipynb #007e95eb
@@ -81,18 +82,19 @@ def load_checkpoint(path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """State dicts by name, and the state. Raises `CheckpointError` for anything but a whole checkpoint."""
     try:
         with safetensors.safe_open(regular(path), framework="pt") as file:
-            header = file.metadata() or {}
+            about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
+        state = json.loads(about.get("state", "null"))
+    except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint ({error})") from None
-    if header.get("schema") != SCHEMA:
+    if about.get("schema") != SCHEMA:
         raise CheckpointError(
             f"{path}: not of this version (schema {SCHEMA!r} expected). Remove it to start again"
         )
-    if header.get("sha256") != checksum(tensors, header.get("state", "")):
+    if about != header(tensors, about.get("state", "")):
         raise CheckpointError(f"{path}: damaged, its checksum differs. Remove it to start again")
     parts = {}
     for key, value in tensors.items():
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = value
-    return parts, json.loads(header["state"])
+    return parts, state
