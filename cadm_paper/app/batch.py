@@ -347,7 +347,7 @@ def epochs_done(run: Run) -> int:
 
 # %% ../../nbs/app/batch.ipynb #e4e0c758
 def follow(process: subprocess.Popen, runs: list[Run]) -> None:
-    """Show the epochs that are done, the time left and a line for each finished run, until the process ends."""
+    """Show epochs that are done, time left and a line for each finished run, until the process ends."""
     from tqdm import tqdm
 
     began, left, total = time.time(), list(runs), sum(run.config.epochs for run in runs)
@@ -402,8 +402,8 @@ def check_code(batch: Batch, todo: list) -> None:
     """
     if todo and batch.clean and not batch.dirty and code_version().get("modified"):
         raise WorkflowError(
-            "the checkout has uncommitted changes, and these records have to name the code that made them: commit, "
-            "or give --dirty to try something out"
+            "the checkout has uncommitted changes, and these records have to name the code that made them: "
+            "commit, or give --dirty to try something out"
         )
 
 

@@ -229,7 +229,7 @@ def wrong_array(arrays: dict, form: dict[str, str], **sizes: int) -> str:
     fit.
 
     Args:
-        form: kind and shape by name: "f n c" are floats, n x c; `*` is any size, a letter the same one everywhere.
+        form: kind and shape by name: "f n c" are floats, n x c; `*` is any size, a letter one size.
         sizes: those that are known.
     """
     sizes, largest = {"3": 3, "6": 6, **sizes}, np.finfo(np.float32).max
@@ -413,7 +413,7 @@ class RunRecord:
         return found or None
 
     def keep(self, file: str, **arrays) -> None:
-        """Write arrays made from a finished run into an .npz beside it, bound to its `run.json` by checksum."""
+        """Write arrays made from a finished run into an .npz beside it, bound to it by checksum."""
         save_arrays(self.folder / file, record=np.array(sha256_file(self.folder / "run.json")), **arrays)
 
 
