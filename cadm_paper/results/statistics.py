@@ -47,8 +47,8 @@ def bags(members: np.ndarray, ends: Sequence[int]) -> Callable[[np.ndarray], np.
 
 
 # %% ../../nbs/results/statistics.ipynb #65300313
-# One class, sorted once, best first. Bags: positives in groups of equal score; labelled images in steps that end
-# with these groups, and the rest; the images of each count of `PerClass` from `predicted` on
+# One class, sorted once, best first. Bags: positives in groups of equal score; labelled images in steps that
+# end with these groups, and the rest; the images of each count of `PerClass` from `predicted` on
 ClassPlan = namedtuple("ClassPlan", "groups steps counted")
 
 
