@@ -661,10 +661,10 @@ def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Pict
     ax.scatter(mean[order], range(len(order)), s=11, c=colours, edgecolors=INK, zorder=3)
     spread = f"One seed ({seeds[0]}): the spread over trainings is not known, so no interval is drawn."
     if len(seeds) > 1:
+        neither = len(order) - up.sum() - down.sum()
         spread = (
-            f"Mean of {len(seeds)} seeds with 95 % intervals over seeds (one class at a time); filled where they "
-            f"leave out zero: {up.sum()} classes up, {down.sum()} down, {len(order) - up.sum() - down.sum()} "
-            "not told from zero."
+            f"Mean of {len(seeds)} seeds with 95 % intervals over seeds (one class at a time); filled where "
+            f"they leave out zero: {up.sum()} classes up, {down.sum()} down, {neither} not told from zero."
         )
     gain = f"{np.nanmean(mean):+.1f}".replace("-", "−")
     return Picture(
@@ -806,7 +806,7 @@ def cooccurrence_heatmap(record: RunRecord) -> Picture:
 # %% ../nbs/06_figures.ipynb #f0e57002
 @house_style()
 def forest(entries: Sequence[dict]) -> Picture:
-    """Forest plot of the entries of `verdicts.json` that are in points of mAP, with the paper's values as marks.
+    """Forest plot of the entries of `verdicts.json` in points of mAP, with the paper's values as marks.
 
     Args:
         entries: claims on data sets, as `read_verdicts()["claims"]` has them.

@@ -111,20 +111,21 @@ def notebook_path(name: str) -> Path:
 
 # %% ../../nbs/app/batch.ipynb #7c75bef1
 def load_batch(config: str = "mini", **more) -> Batch:
-    """A batch of runs; `plan(batch)` gives the runs that its lines mean.
+    """A batch of runs from its config file.
 
     Args:
         config: name of a file in `workflow/config/`, or a path.
-        more: fields of the batch that override those of the file.
+        more: fields of the batch that replace those of the file.
 
     Returns:
-        A `Batch`.
+        The batch; `runs` are the lines of the file, `plan(batch)` gives the runs that they mean.
 
     Raises:
-        WorkflowError: naming the file, and the key or line that is wrong.
+        WorkflowError: naming file and line, where it cannot be read.
 
     Example:
-        >>> len(plan(load_batch("paper")))
+        >>> len(plan(load_batch("mini")))
+        10
     """
     folder = project_root() / "workflow" / "config"
     if not Path(config).suffix:
@@ -138,9 +139,7 @@ def load_batch(config: str = "mini", **more) -> Batch:
 # %% ../../nbs/app/batch.ipynb #1e2a096e
 @dataclass(frozen=True)
 class Run:
-    """A run of a batch: what its line gives, the complete configuration, and data set with name of the
-    folder.
-    """
+    """A run of a batch: what its line gives, the complete configuration, and data set with folder name."""
 
     batch: Batch
     given: dict
@@ -175,9 +174,7 @@ class Run:
         return self.config.processes if device == "cuda" or device == "auto" and gpus() else 0
 
     def parameters(self) -> dict:
-        """What papermill passes to train.ipynb: the line, the folders, and to go on from a checkpoint if
-        there is one.
-        """
+        """What papermill passes to train.ipynb: the line, the folders, and to go on from a checkpoint."""
         where = {"data_dir": self.config.data_dir, "out_dir": str(self.workshop), "resume": True}
         return {k: v for k, v in {**self.given, **where}.items() if v is not None}
 
@@ -229,8 +226,9 @@ DATA = ("dataset", "data_dir", "missing", "holdout", "limit", "unlabelled_train"
 
 @functools.cache
 def labels_now(*values) -> dict[str, str]:
-    """Fingerprints of the training and test labels that a configuration with these `DATA` reads; empty where
-    the data is not there.
+    """Fingerprints of the training and test labels that a configuration with these `DATA` reads.
+
+    Empty where the data is not there.
     """
     config = TrainConfig(**dict(zip(DATA, values)))
     with contextlib.suppress(ValueError, OSError):
@@ -241,9 +239,7 @@ def labels_now(*values) -> dict[str, str]:
 
 # %% ../../nbs/app/batch.ipynb #a7511899
 def made_by(code: dict) -> str:
-    """Which code made a record, if not the present one: made by commit 9e05b3d, clean; resumed under fe4adce,
-    clean.
-    """
+    """Which code made a record, if not the present one: `made by commit 9e05b3d, clean`."""
     every = [code, *code.get("resumed", [])]
     spell = lambda c: (
         f"{(c.get('commit') or 'unknown')[:7]}, {'uncommitted changes' if c.get('modified') else 'clean'}"
@@ -266,12 +262,11 @@ State = namedtuple("State", "word reason record", defaults=["", None])
 
 
 def state(folder: Path, config: TrainConfig | None = None, data: str = "") -> State:
-    """How things stand in a run's folder: finished, submitted, stale, failed, interrupted or missing, and
-    why.
+    """How things stand: finished, submitted, stale, failed, interrupted, unreadable or missing, and why.
 
-    For a finished run the reason is the code that made it, if not the present one; its record comes with it.
-    Without a
-    `config` the record answers its own."""
+    For a finished run the reason is the code that made it, if not the present one. A record comes with its
+    state; without a `config` it answers its own.
+    """
     try:
         record = RunRecord.load(folder)
     except RecordError as error:
@@ -315,8 +310,9 @@ def wanted(now: State, batch: Batch) -> bool:
 
 # %% ../../nbs/app/batch.ipynb #e5e6fb2f
 def lacks_evidence(run: Run) -> bool:
-    """Whether evidence has to be measured of a run: where the batch asks for it, of a model with maps on the
-    test scenes, never of an exploration (`holdout`).
+    """Whether evidence has to be measured of a run, once it is finished.
+
+    Where the batch asks for it, of a model with maps on the test scenes, never of an exploration (`holdout`).
     """
     config, model = run.config, run.folder / "checkpoint" / "model" / "model.safetensors"
     asked = run.batch.evidence and config.method != "linear_probe" and config.dataset.startswith("scenes-")
@@ -347,7 +343,7 @@ def epochs_done(run: Run) -> int:
 
 # %% ../../nbs/app/batch.ipynb #e4e0c758
 def follow(process: subprocess.Popen, runs: list[Run]) -> None:
-    """Show epochs that are done, time left and a line for each finished run, until the process ends."""
+    """Show epochs, the time left and a line for each finished run, until the process ends."""
     from tqdm import tqdm
 
     began, left, total = time.time(), list(runs), sum(run.config.epochs for run in runs)
@@ -368,7 +364,7 @@ def follow(process: subprocess.Popen, runs: list[Run]) -> None:
 
 # %% ../../nbs/app/batch.ipynb #ef4b81b0
 def engine(batch: Batch, target: str, jobs: int | None = None, profile: str | None = None) -> bool:
-    """Let Snakemake make a target, runs or reports: whether something failed.
+    """Let Snakemake make a target, runs or reports; returns whether something failed.
 
     Stopping or killing this process stops everything.
     """
@@ -397,9 +393,7 @@ def engine(batch: Batch, target: str, jobs: int | None = None, profile: str | No
 
 # %% ../../nbs/app/batch.ipynb #62554830
 def check_code(batch: Batch, todo: list) -> None:
-    """Raise `WorkflowError` where the batch wants committed code for what is to do and there are uncommitted
-    changes.
-    """
+    """Raise `WorkflowError` for uncommitted changes, where what is to do wants committed code."""
     if todo and batch.clean and not batch.dirty and code_version().get("modified"):
         raise WorkflowError(
             "the checkout has uncommitted changes, and these records have to name the code that made them: "
@@ -421,9 +415,6 @@ def reproduce(
 
     The same call goes on after whatever stopped it.
 
-    Returns 0, or 1 if something failed. Raises `WorkflowError`, or `FolderLocked` while another workflow is
-    at work.
-
     Args:
         config: which batch of runs: mini, voc2007, paper, studies, or a file.
         jobs: runs at the same time; by default what cores and GPUs have room for.
@@ -432,6 +423,16 @@ def reproduce(
         dirty: run although there are uncommitted changes and the config wants none.
         report_only: only tables, figures and report, from the runs that are there.
         profile: a Snakemake profile, for a cluster.
+
+    Returns:
+        0, or 1 if something failed.
+
+    Raises:
+        WorkflowError: where the batch cannot be read or run.
+        FolderLocked: while another workflow is at work.
+
+    Example:
+        >>> reproduce("paper", dry_run=True)  # what would be run for Tables 1 and 2, and why
     """
     batch = load_batch(config, force=force, dirty=dirty, report_only=report_only)
     runs = plan(batch)

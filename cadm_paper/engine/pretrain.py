@@ -125,7 +125,7 @@ def pretrain_record(folder: Path) -> dict | None:
 def pretrained_digits(
     folder=None, backbone: str = "narrow_resnet", config: PretrainConfig | None = None
 ) -> Path:
-    """Weights of a backbone pretrained on single digits: made once, in half a minute of one core, then cached.
+    """Weights of a backbone pretrained on single digits: trained once (half a core-minute), then cached.
 
     Args:
         folder: where they are kept; by default outputs/pretrained.

@@ -55,7 +55,8 @@ ClassPlan = namedtuple("ClassPlan", "groups steps counted")
 # %% ../../nbs/results/statistics.ipynb #3f1a2e05
 def plan_class(scores: np.ndarray, labels: np.ndarray, forced: np.ndarray, threshold: float) -> ClassPlan:
     """Sort one class (1-D arrays); `forced`: the images to which top-k without a threshold gives it."""
-    r, best_first = ranking(scores, labels), np.argsort(-scores, kind="stable")
+    r = ranking(scores, labels)
+    best_first = np.argsort(-scores, kind="stable")
     known, positive = best_first[labels[best_first] >= 0], best_first[labels[best_first] == 1]
     groups, at = np.unique(np.r_[0, r.hits], return_index=True)
     steps = np.r_[np.r_[0, r.seen][at], len(known)]
@@ -69,15 +70,16 @@ def plan_class(scores: np.ndarray, labels: np.ndarray, forced: np.ndarray, thres
 def replicate_class(plan: ClassPlan, weights: np.ndarray) -> list[np.ndarray]:
     """One class under the multiplicities N x B: the fields of `PerClass`, each B numbers."""
     gain = plan.groups(weights).astype(np.float64)
-    hits, seen = gain.cumsum(0), plan.steps(weights).cumsum(0, dtype=np.float64)
-    total, precision = hits[-1], hits / np.maximum(seen[:-1], 1)
+    hits = gain.cumsum(0)
+    seen = plan.steps(weights).cumsum(0, dtype=np.float64)
+    precision = hits / np.maximum(seen[:-1], 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     # where recall reaches 0, 0.1, ..., 1
     first = [np.searchsorted(10 * h, h[-1] * np.arange(11)) for h in hits.T]
     eleven = np.take_along_axis(envelope, np.stack(first, 1), 0).mean(0)
-    area = lambda height: ratio((gain * height).sum(0), total)
-    aps = [np.where(total > 0, value, np.nan) for value in (area(precision), eleven, area(envelope))]
-    return [seen[-1], total, *aps, *plan.counted(weights)]
+    area = lambda height: ratio((gain * height).sum(0), hits[-1])
+    aps = [np.where(hits[-1] > 0, value, np.nan) for value in (area(precision), eleven, area(envelope))]
+    return [seen[-1], hits[-1], *aps, *plan.counted(weights)]
 
 
 # %% ../../nbs/results/statistics.ipynb #08527dd9
