@@ -219,10 +219,16 @@ def read_yaml(path):
     import yaml
 
     class Plain(yaml.SafeLoader):
+        depth = 0
+
         def compose_node(self, parent, index):
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.MarkedYAMLError(problem="no aliases", problem_mark=self.peek_event().start_mark)
-            return super().compose_node(parent, index)
+            self.depth += 1
+            if self.depth > 50 or self.check_event(yaml.AliasEvent):
+                problem = "an alias, or nested too deeply"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
         def construct_mapping(self, node, deep=False):
             found = super().construct_mapping(node, deep)

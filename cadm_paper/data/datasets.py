@@ -223,7 +223,9 @@ def write_missing(path: Path, index: Index, photos: Photographs) -> None:
 def find_photographs(
     data: Dataset, split: str, root: Path, index: Index, cache: bool | str | Path = True
 ) -> Photographs:
-    """Search the photographs of an index; the absent ones are listed in a file in the index's folder."""
+    """Search the photographs of an index; the absent ones are listed in a file in the index's folder.
+
+    Raises `DataError` for two entries of one file."""
     names, why = locate(root, index.names, partial(data.reader.elsewhere, split))
     row = {}
     for i, name in enumerate(names):

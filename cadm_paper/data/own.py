@@ -103,7 +103,9 @@ def class_columns(columns: Sequence[str], where: str) -> list[str]:
         raise DataError(f"{where}: the columns are {forms}, not {', '.join(columns) or 'nothing'}")
     fields = [f.name for f in dataclasses.fields(OwnRow)]
     if "labels" in columns:
-        return [c for c in columns if not known(c, fields, f"{where}: unknown column", DataError)]
+        for c in columns:
+            known(c, fields, f"{where}: unknown column", DataError)
+        return []
     for c in columns:
         if c == "ignored" or c not in fields and c.casefold() in (*fields, "label", "ignore"):
             raise DataError(f"{where}: the column {c!r} is no class; ignored labels are -1 in their columns")
