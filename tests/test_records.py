@@ -111,6 +111,10 @@ FORGED = {
     "classes": (lambda c: c["dataset"]["classes"].reverse(), "scores.npz: other classes"),
     "a file": (lambda c: c["files"].update({"evidence.npz": "0" * 64}), "'evidence.npz' is none of a run's"),
     "a file elsewhere": (lambda c: c["files"].update({"../../secret": "0" * 64}), "is none of a run's"),
+    "too many files": (
+        lambda c: c["files"].update(dict.fromkeys(map(str, range(200)), "0" * 64)),
+        "files = ",
+    ),
     "a checksum": (lambda c: c["files"].update({"maps.npz": "0" * 64}), "maps.npz: not the checksum"),
     "an unknown part": (lambda c: c.update(note="<b>"), "note: unknown"),
     "the code's type": (lambda c: c["environment"].update(code=[]), "environment.code"),

@@ -196,7 +196,8 @@ def received(source: Path, into: Path, outputs: Path) -> RunRecord:
     for found in (label_problems(record, outputs), copied(record, outputs), model_problems(into, record)):
         wrong += found
     if wrong:
-        raise WorkflowError("\n  ".join([f"{source}: not taken", *wrong]).replace(f"{into}/", ""))
+        more = [f"and {len(wrong) - 20} more"] * (len(wrong) > 20)
+        raise WorkflowError("\n  ".join([f"{source}: not taken", *wrong[:20], *more]).replace(f"{into}/", ""))
     return record
 
 

@@ -294,7 +294,7 @@ class RunRecord:
     dataset: DataFacts
     environment: Environment
     timing: dict[str, Finite]
-    files: dict[str, Sha256]
+    files: Annotated[dict[str, Sha256], Field(max_length=100)]
     digest: str
     machine: dict[str, str | int] = field(default_factory=dict)
     submitted: str | None = None
