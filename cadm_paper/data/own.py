@@ -120,7 +120,8 @@ def csv_rows(path) -> tuple[dict[str, OwnRow], list[str]]:
     """
     reader, rows = csv.DictReader(io.StringIO(read_text(path)), restkey="", strict=True), {}
     try:
-        reader.fieldnames = columns = [c.strip() for c in reader.fieldnames or []]
+        named = [clean(c, f"{path}, line 1") if c.strip() else "" for c in reader.fieldnames or []]
+        reader.fieldnames = columns = named
         classes = class_columns(columns, f"{path}, line 1")
         for cells in reader:
             where = f"{path}, line {reader.line_num}"
