@@ -547,6 +547,8 @@ def curves(runs: Sequence[RunRecord]) -> Picture:
     """
     import pandas as pd
 
+    if not runs:
+        raise ValueError("no curves: none of the runs was trained in epochs (a linear probe is fitted)")
     grouped, name = group(runs), runs[0].dataset["name"]
     panels = {
         "loss_cls": ("classification loss (Eq. 4)", 1),
