@@ -103,6 +103,7 @@ def test_runs_of_other_recipes_are_not_averaged_and_say_so():
     assert lines == [[usual, longer, (f"{cadm}, hinge outside", "seed 0")], [(cadm, "seed 0")]]
 
 
+@pytest.mark.filterwarnings("ignore:left out")
 def test_a_changed_record_is_not_drawn_and_the_report_goes_on(runs_copy, tmp_path):
     folder, home = runs_copy
     (home[MAIN[4]] / "maps.npz").write_bytes(b"not what it was")
