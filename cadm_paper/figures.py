@@ -5,6 +5,7 @@
 # %% ../nbs/06_figures.ipynb #90f001cb
 from __future__ import annotations
 
+import contextlib
 import io
 import textwrap
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
-from cadm_paper.data.datasets import DATASETS
+from cadm_paper.data.datasets import DATASETS, load_split
 from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.record import RecordError, RunRecord, source
 from cadm_paper.engine.variants import Variant, group
@@ -167,15 +168,41 @@ class Picture:
         return paths
 
 
+# %% ../nbs/06_figures.ipynb #9407a902
+def photographs(record: RunRecord, maps: dict, data_dir=None, longest: int = 448) -> dict:
+    """The drawn photographs as `thumbnails` (uint8 H x W x 3 at their own aspect, None where one is missing) from a
+    data folder (None: the usual one); empty without the data set.
+    """
+    name, split_name = record.dataset["name"], record.dataset["test"].get("split")
+    try:
+        split = load_split(name, DATASETS[name].root(data_dir), split_name, missing="drop")
+    except (OSError, ValueError, KeyError):
+        return {}
+    paths, images = dict(zip(split.image_ids, split.paths)), []
+    for image_id in map(str, maps["image_ids"]):
+        images.append(None)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            image = Image.open(paths[image_id]).convert("RGB")
+            if record.config.resize == "crop":
+                image = ImageOps.fit(image, (min(image.size),) * 2)
+            image.thumbnail((longest, longest))
+            images[-1] = np.asarray(image)
+    return {"thumbnails": images}
+
+
 # %% ../nbs/06_figures.ipynb #a0decc15
-def read_kept(record: RunRecord, what: str) -> dict[str, np.ndarray]:
-    """The `maps` or `scores` of a record with all that belongs to them, float16 as float32.
+def read_kept(record: RunRecord, what: str, data_dir=None) -> dict[str, np.ndarray]:
+    """The `maps` or `scores` of a record with all that belongs to them, float16 as float32; with maps of
+    photographs the images of the data folder.
 
     Raises `RecordError` for a run that kept none.
     """
     if (found := getattr(record, what)()) is None:
         raise RecordError(f"{record.name}: this run kept no {what}, so there is nothing to draw")
-    return {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in found.items()}
+    found = {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in found.items()}
+    return (
+        found if what == "scores" or "thumbnails" in found else found | photographs(record, found, data_dir)
+    )
 
 
 # %% ../nbs/06_figures.ipynb #56d26334
@@ -227,18 +254,28 @@ def short(name: str, longest: int) -> str:
 
 
 # %% ../nbs/06_figures.ipynb #c16f79f1
+def kept_image(maps: dict, row: int) -> np.ndarray | None:
+    """A drawn image from the record or the data folder, or None."""
+    return maps["thumbnails"][row] if "thumbnails" in maps else None
+
+
 def thumbnail(maps: dict, row: int) -> np.ndarray:
-    """A drawn image as the record kept it, else light grey."""
-    return maps["thumbnails"][row] if "thumbnails" in maps else np.full((64, 64, 3), 237, np.uint8)
+    """A drawn image, or light grey in its place."""
+    image = kept_image(maps, row)
+    return np.full((64, 64, 3), 237, np.uint8) if image is None else image
 
 
 # %% ../nbs/06_figures.ipynb #963ed7b7
 def draw_image(ax, maps: dict, row: int, extent: tuple = (0, 1, 0, 1)) -> None:
-    """The thumbnail of a drawn image, with a note where the record kept no photograph."""
-    ax.imshow(thumbnail(maps, row), extent=extent)
-    if "thumbnails" not in maps:
-        note, x, y = f"photograph\n{maps['image_ids'][row]}\nnot in the record", extent[:2], extent[2:]
-        ax.text(np.mean(x), np.mean(y), note, ha="center", va="center", fontsize=5, color=GREY)
+    """A drawn image at its own aspect within a place, with a note where its photograph is missing."""
+    image, (left, right, low, high) = thumbnail(maps, row), extent
+    height, width = np.array(image.shape[:2]) / max(image.shape[:2])
+    x, y = (left + right) / 2, (low + high) / 2
+    width, height = width * (right - left) / 2, height * (high - low) / 2
+    ax.imshow(image, extent=(x - width, x + width, y - height, y + height))
+    if kept_image(maps, row) is None:
+        note = f"photograph\n{maps['image_ids'][row]}\nnot in the data folder"
+        ax.text(x, y, note, ha="center", va="center", fontsize=5, color=GREY)
 
 
 # %% ../nbs/06_figures.ipynb #0657d4ae
@@ -287,23 +324,26 @@ def choose_images(maps: dict, images: int | Sequence[int]) -> list[int]:
 
 
 # %% ../nbs/06_figures.ipynb #dda9b225
-def colour_bar(fig, axes: list) -> None:
-    """The one colour scale of all maps, thin, under these axes; the last image on them is a map."""
-    shown = [ax.images[-1] for ax in axes if ax.images][-1]
-    bar = fig.colorbar(shown, ax=axes, location="bottom", shrink=0.35, aspect=45, pad=0.01, extend="both")
+def colour_bar(fig, axes: list, limit: float) -> None:
+    """The one colour scale of all maps, thin, under these axes."""
+    scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(-limit, limit), MAP_COLOURS)
+    bar = fig.colorbar(scale, ax=axes, location="bottom", shrink=0.35, aspect=45, pad=0.01, extend="both")
     bar.set_label("map value (logit at a position)", fontsize=6)
     bar.outline.set_linewidth(0.4)
 
 
 # %% ../nbs/06_figures.ipynb #8ac07ccb
 @house_style()
-def figure2(record: RunRecord, images: int | Sequence[int] = 4, positive: bool = False) -> Picture:
+def figure2(
+    record: RunRecord, images: int | Sequence[int] = 4, positive: bool = False, data_dir=None
+) -> Picture:
     """The maps of all classes of drawn test images, sorted by activation (Figure 2).
 
     Args:
         record: of a run with maps.
         images: the first so many of the draw, or rows of it.
         positive: sort by the positive part of the maps.
+        data_dir: folder of the photographs; None: the usual one.
 
     Returns:
         A `Picture`.
@@ -314,14 +354,14 @@ def figure2(record: RunRecord, images: int | Sequence[int] = 4, positive: bool =
     Example:
         >>> figure2(record, images=[0, 5])
     """
-    maps, name = read_kept(record, "maps"), record.dataset["name"]
+    maps, name = read_kept(record, "maps", data_dir), record.dataset["name"]
     rows, columns = choose_images(maps, images), 10 if len(maps["classes"]) <= 40 else 12
     limit, there = map_limit(maps["maps"][rows]), maps["targets"] == 1
     fig, axes = new_figure(PAGE, 1, len(rows))
     for ax, row in zip(axes[:, 0], rows):
         aspect = sorted_maps(ax, maps, row, limit, columns, positive)
     fig.set_figheight((aspect * PAGE + 0.05) * len(rows) + 0.55)
-    colour_bar(fig, list(axes[:, 0]))
+    colour_bar(fig, list(axes[:, 0]), limit)
     leading = (map_ranks(maps["maps"], positive) <= there.sum(1, keepdims=True)) & there
     return Picture(
         fig,
@@ -345,9 +385,9 @@ def choose_labels(maps: dict, row: int, count: int = 2) -> list[int]:
 
 
 # %% ../nbs/06_figures.ipynb #03a29675
-def same_draw(without: RunRecord, with_: RunRecord) -> tuple[dict, dict]:
+def same_draw(without: RunRecord, with_: RunRecord, data_dir=None) -> tuple[dict, dict]:
     """The maps of both runs. Raises `RecordError` unless they are of the same images and classes."""
-    a, b = read_kept(without, "maps"), read_kept(with_, "maps")
+    a, b = (read_kept(run, "maps", data_dir) for run in (without, with_))
     for what in ("image_ids", "classes"):
         if not np.array_equal(a[what], b[what]):
             raise RecordError(
@@ -427,7 +467,11 @@ def figure4_numbers(record_without: RunRecord, record_with: RunRecord, positive:
 # %% ../nbs/06_figures.ipynb #c20163d6
 @house_style()
 def figure4(
-    record_without: RunRecord, record_with: RunRecord, images: int | Sequence[int] = 4, positive: bool = False
+    record_without: RunRecord,
+    record_with: RunRecord,
+    images: int | Sequence[int] = 4,
+    positive: bool = False,
+    data_dir=None,
 ) -> Picture:
     """Maps of two labels of several images without and with the embedding loss, with their ranks (Figure 4).
 
@@ -435,6 +479,7 @@ def figure4(
         record_without, record_with: runs that drew the same test images.
         images: the first so many of the draw, or rows of it.
         positive: rank by the positive part of the maps.
+        data_dir: folder of the photographs; None: the usual one.
 
     Returns:
         A `Picture`, all maps on one colour scale.
@@ -445,7 +490,7 @@ def figure4(
     Example:
         >>> figure4(*pair_of_runs(load_runs("outputs/runs"), "scenes-coco"))
     """
-    pair, records = same_draw(record_without, record_with), [record_without, record_with]
+    pair, records = same_draw(record_without, record_with, data_dir), [record_without, record_with]
     classes, (left, right) = pair[0]["classes"], map(Variant.of, records)
     labels = {row: choose_labels(pair[0], row) for row in choose_images(pair[0], images)}
     limit = map_limit(*(m["maps"][row, labels[row]] for m in pair for row in labels))
@@ -456,7 +501,7 @@ def figure4(
         names = [short(str(classes[c]), 16) for c in chosen]
         rank_panel(line[5], names, ranks, [left.colour, right.colour], len(classes))
     axes[0, 5].set_title("rank of the map, 1 the strongest\n○ without   ● with", fontsize=6)
-    colour_bar(fig, list(axes[:, :5].flat))
+    colour_bar(fig, list(axes[:, :5].flat), limit)
     n = figure4_numbers(*records, positive)
     return Picture(
         fig,
@@ -474,12 +519,13 @@ def figure4(
 
 # %% ../nbs/06_figures.ipynb #150fcc3d
 @house_style()
-def overlays(record: RunRecord, image: int = 0) -> Picture:
-    """The maps of the labels of a drawn image over it, or over grey where the record has no photograph.
+def overlays(record: RunRecord, image: int = 0, data_dir=None) -> Picture:
+    """The maps of the labels of a drawn image over it, or over grey where its photograph is missing.
 
     Args:
         record: of a run with maps.
         image: row of the draw.
+        data_dir: folder of the photographs; None: the usual one.
 
     Returns:
         A `Picture`.
@@ -487,11 +533,11 @@ def overlays(record: RunRecord, image: int = 0) -> Picture:
     Example:
         >>> overlays(record, 3)
     """
-    maps, variant = read_kept(record, "maps"), Variant.of(record)
+    maps, variant = read_kept(record, "maps", data_dir), Variant.of(record)
     (row,) = choose_images(maps, [image])
     labels, back = np.flatnonzero(maps["targets"][row] == 1), thumbnail(maps, row)
     limit = map_limit(maps["maps"][row])  # of all classes: what is weak among them looks weak
-    fig, [axes] = new_figure(min(PAGE, 1.25 * (len(labels) + 1)), 1.75, 1, len(labels) + 1)
+    fig, [axes] = new_figure(min(PAGE, 1.25 * (len(labels) + 1)), 2.1, 1, len(labels) + 1)
     draw_image(axes[0], maps, row)
     for ax, c in zip(axes[1:], labels):
         ax.imshow(overlay(back, maps["maps"][row, c], limit))
@@ -499,6 +545,7 @@ def overlays(record: RunRecord, image: int = 0) -> Picture:
         ax.set_title(f"{short(str(maps['classes'][c]), 16)}\n{maps['scores'][row, c]:.2f}", fontsize=6)
     for ax in axes:
         ax.axis("off")
+    colour_bar(fig, list(axes), limit)
     return Picture(
         fig,
         f"overlay-{record.dataset['name']}-{row}",

@@ -2,16 +2,20 @@
 bytes that repeat.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from PIL import Image
 
 from cadm_paper.data.split import cooccurrence
+from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.record import RecordError
 from cadm_paper.engine.synthetic import synthetic_run
-from cadm_paper.figures import curve_at, figure2, figure4, map_ranks, overlays
+from cadm_paper.figures import curve_at, figure2, figure4, map_ranks, overlays, photographs
 from cadm_paper.metrics import average_precision
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -60,7 +64,7 @@ def test_figures_of_photographs_that_the_record_does_not_hold(tmp_path):
     runs = [synthetic_run(tmp_path / str(lam), lam=lam, **small) for lam in (0, 0.5)]
     for picture in (figure2(runs[1]), figure4(*runs), overlays(runs[1], 1)):
         files = picture.save(tmp_path)
-        for words in ("not in the record", "SYNTHETIC", *(r.name for r in picture.records)):
+        for words in ("not in the data folder", "SYNTHETIC", *(r.name for r in picture.records)):
             assert words in files["svg"].read_text()
         assert files["png"].stat().st_size < 200_000 and files["pdf"].read_bytes()[:4] == b"%PDF"
 
@@ -99,3 +103,24 @@ def test_a_changed_record_is_not_drawn(tmp_path):
     (run.folder / "maps.npz").write_bytes(b"not what it was")
     with pytest.raises(RecordError, match="differs from the checksum"):
         figure2(run)
+
+
+def test_photographs_come_from_the_data_folder(tmp_path):
+    """A record holds none: at their own aspect, the middle where the run cropped, grey where a file is missing."""
+    own = tmp_path / "data"
+    own.mkdir()
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 20:60] = 255
+    for name in ("a", "b"):
+        Image.fromarray(pixels).save(own / f"{name}.png")
+    for split in ("train", "test"):
+        (own / f"{split}.csv").write_text("path,labels\na.png,cat\nb.png,dog\n")
+    (own / "b.png").unlink()
+    record = SimpleNamespace(dataset={"name": "own", "test": {"split": "test"}}, config=TrainConfig())
+    maps = {"image_ids": np.array(["a.png", "b.png"])}
+    shown, missing = photographs(record, maps, own)["thumbnails"]
+    assert shown.shape == (40, 80, 3) and missing is None
+    record.config = TrainConfig(resize="crop")
+    middle, _ = photographs(record, maps, own)["thumbnails"]
+    assert middle.shape == (40, 40, 3) and (middle == 255).all()
+    assert photographs(record, maps, tmp_path / "nowhere") == {}

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..engine.record import RecordError, RunRecord, source
 from ..engine.variants import Variant, pair_of_runs
-from ..figures import MAP_COLOURS, map_limit, map_ranks, read_kept, same_draw
+from ..figures import MAP_COLOURS, kept_image, map_limit, map_ranks, read_kept, same_draw
 from ..files import whole_file
 from ..tables import render
 
@@ -70,7 +70,7 @@ def image_entry(arrays: Sequence[dict], row: int, step: float) -> dict:
     ]
     return {
         "id": str(first["image_ids"][row]),
-        "picture": png_uri(first["thumbnails"][row]) if "thumbnails" in first else None,
+        "picture": None if (image := kept_image(first, row)) is None else png_uri(image),
         "targets": first["targets"][row].tolist() if "targets" in first else None,
         "boxes": boxes,
         "runs": runs,

@@ -63,6 +63,7 @@ class TableParameters(BaseModel):
 class FigureParameters(TableParameters):
     """Parameters of fig2.ipynb and fig4.ipynb."""
 
+    data_dir: Folder = Field(None, description="folder of the photographs; none given: the usual one")
     images: int = Field(4, ge=1, description="how many of the drawn test images")
     seed: int | None = Field(None, ge=0, description="seed of the run; none given: the lowest there is")
     lam: float = Field(0.5, ge=0, description="lambda of the run with the embedding loss")
