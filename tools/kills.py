@@ -69,10 +69,10 @@ def checkpoint(home: Path, new: bool) -> None:
 def fetched(home: Path, new: bool) -> None:
     content = (SHARED / "www" / "toy.zip").read_bytes()
     marks = dict(size=len(content), checksum=f"sha256:{hashlib.sha256(content).hexdigest()}")
-    archive = download.Archive((f"http://127.0.0.1:{PORT}/toy.zip",), ("toy/0",), 10**9, **marks)
+    archive = download.Archive((f"http://127.0.0.1:{PORT}/toy.zip",), ("toy/annotations/0",), 10**9, **marks)
     download.SOURCES["voc2007"] = download.Source((archive,), "a page", "")
     try:
-        download.data_get("voc2007", home, yes=True, quiet=True, keep=False, wait=0.1)
+        download.data_get("voc2007", home, yes=True, quiet=True, wait=0.1)
     except DataError as error:  # the toy is not all of VOC
         assert "is not complete" in str(error), error
 
@@ -148,7 +148,7 @@ def prepare() -> None:
     (SHARED / "www").mkdir()
     with zipfile.ZipFile(SHARED / "www" / "toy.zip", "w") as archive:
         for number in range(200):
-            archive.writestr(f"toy/{number}", os.urandom(50_000))
+            archive.writestr(f"toy/{'annotations/' * (number < 9)}{number}", os.urandom(50_000))
 
 
 def forked(act: Callable[[], object], seconds: float | None = None) -> int:

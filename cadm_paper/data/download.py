@@ -450,6 +450,9 @@ def data_get(
     waiting = lambda: [a for a in source.archives if state_of(a, root)[0] != "in place"]
     if dry_run:
         return root
+    if (root / "archives" / "unpacking").exists():  # of a process that was killed, or is at it
+        with folder_lock(root / "archives", wait=True):
+            shutil.rmtree(root / "archives" / "unpacking", ignore_errors=True)
     if waiting():
         asked = lambda: sys.stdin and sys.stdin.isatty() and input("Fetch this? [y/N] ").strip().lower()
         if not (yes or asked() in ("y", "yes")):
