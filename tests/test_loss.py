@@ -427,6 +427,7 @@ def benchmark(name, folder, *arguments):
     return json.loads((folder / "new" / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_peak_memory_is_linear_in_classes(tmp_path):
     found = benchmark(
         "loss_scaling",
@@ -445,6 +446,7 @@ def test_peak_memory_is_linear_in_classes(tmp_path):
     assert found["naive_over_ours"]["C=60"]["peak"] > 20
 
 
+@pytest.mark.slow
 def test_peak_memory_of_the_head(tmp_path):
     """At 96 pixels and with a small backbone the head weighs more than in the paper's setting; it must be counted and stay small."""
     found = benchmark(

@@ -255,7 +255,7 @@ def test_float64_gradients_of_the_head():
 # ---- compiled and exported -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_no_graph_breaks(method, training):
     """fullgraph=True raises at the first graph break; label vectors at another size than f_embed's are in it, too."""

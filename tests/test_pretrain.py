@@ -36,6 +36,7 @@ def test_training_paints_nothing_else_and_the_caller_notices_nothing(monkeypatch
     assert torch.equal(state, torch.random.get_rng_state()) and threads == torch.get_num_threads()
 
 
+@pytest.mark.slow
 def test_two_callers_train_once_and_others_get_the_same_bytes(tmp_path):
     """Two processes at once on one folder, this one on another folder, with other thread settings."""
     code = f"""

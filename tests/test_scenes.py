@@ -120,6 +120,7 @@ def test_pairs_differ_in_one_label():
         paired_scenes("nus", 1001)
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_finished_by_two_other_processes_at_once(built, tmp_path):
     """Other parameters before, other hash seeds and threads: nothing of the first build may be left."""
     name, root = built

@@ -425,6 +425,7 @@ def test_the_notebook_refuses_wrong_parameters_before_anything_is_computed(name,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_notebook_trains_from_another_folder(tmp_path, scenes):
     """The papermill command from outside, casting the words that papermill hands over."""
     args = '{"heads": 2}'

@@ -212,6 +212,7 @@ def test_a_record_of_other_labels_is_stale(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_batch_is_run_once_and_only_content_counts(site):
     output = site.run()
     assert "[2/2]" in output and "epoch" in output and set(site.table()[0].values()) == {"finished"}
