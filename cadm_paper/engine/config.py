@@ -68,7 +68,7 @@ class TaskFields(BaseModel):
 
     dataset: str = Field(
         "coco2014",
-        description="name in DATASETS: coco2014, nuswide, voc2007, voc2012, scenes-coco, scenes-nus, scenes-spatial, scenes-shuffled, own",
+        description="name in DATASETS: coco2014, coco40k, nuswide, voc2007, scenes-coco, scenes-nus ..., own",
     )
     data_dir: Folder = Field(
         None, description="folder that holds the dataset's official files; none given: data/<its folder>"
