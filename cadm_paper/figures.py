@@ -17,7 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from cadm_paper.data.datasets import DATASETS, load_split
 from cadm_paper.data.split import cooccurrence
@@ -170,39 +170,41 @@ class Picture:
 
 # %% ../nbs/06_figures.ipynb #9407a902
 def photographs(record: RunRecord, maps: dict, data_dir=None, longest: int = 448) -> dict:
-    """The drawn photographs as `thumbnails` (uint8 H x W x 3 at their own aspect, None where one is missing) from a
-    data folder (None: the usual one); empty without the data set.
+    """The drawn photographs as `thumbnails` (uint8 H x W x 3 at their own aspect, None where one cannot be read) from
+    a data folder (None: the usual one); empty where the record holds its images, and without the data set.
     """
-    name, split_name = record.dataset["name"], record.dataset["test"].get("split")
+    from cadm_paper.data.loading import decode_rgb, resized  # needs torch
+    from cadm_paper.data.photograph import read_photograph
+
+    if "thumbnails" in maps:
+        return {}
+    name, config, images = record.dataset["name"], record.config, []
     try:
-        split = load_split(name, DATASETS[name].root(data_dir), split_name, missing="drop")
+        root, part = DATASETS[name].root(data_dir), record.dataset["test"].get("split")
+        split = load_split(name, root, part, missing="drop")
     except (OSError, ValueError, KeyError):
         return {}
-    paths, images = dict(zip(split.image_ids, split.paths)), []
+    paths = dict(zip(split.image_ids, split.paths))
     for image_id in map(str, maps["image_ids"]):
         images.append(None)
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            image = Image.open(paths[image_id]).convert("RGB")
-            if record.config.resize == "crop":
-                image = ImageOps.fit(image, (min(image.size),) * 2)
-            image.thumbnail((longest, longest))
-            images[-1] = np.asarray(image)
+        with contextlib.suppress(ValueError, KeyError):  # one that is missing or cannot be read
+            image = decode_rgb(read_photograph(paths[image_id]), image_id, exif=config.exif)
+            shape = np.array(image.shape[1:])
+            shape = np.repeat(shape.min(), 2) if config.resize == "crop" else shape
+            size = tuple((shape * min(1, longest / shape.max())).round().astype(int).clip(1).tolist())
+            images[-1] = resized(image, size, config.resize).permute(1, 2, 0).numpy()
     return {"thumbnails": images}
 
 
 # %% ../nbs/06_figures.ipynb #a0decc15
-def read_kept(record: RunRecord, what: str, data_dir=None) -> dict[str, np.ndarray]:
-    """The `maps` or `scores` of a record with all that belongs to them, float16 as float32; with maps of
-    photographs the images of the data folder.
+def read_kept(record: RunRecord, what: str) -> dict[str, np.ndarray]:
+    """The `maps` or `scores` of a record with all that belongs to them, float16 as float32.
 
     Raises `RecordError` for a run that kept none.
     """
     if (found := getattr(record, what)()) is None:
         raise RecordError(f"{record.name}: this run kept no {what}, so there is nothing to draw")
-    found = {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in found.items()}
-    return (
-        found if what == "scores" or "thumbnails" in found else found | photographs(record, found, data_dir)
-    )
+    return {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in found.items()}
 
 
 # %% ../nbs/06_figures.ipynb #56d26334
@@ -354,7 +356,8 @@ def figure2(
     Example:
         >>> figure2(record, images=[0, 5])
     """
-    maps, name = read_kept(record, "maps", data_dir), record.dataset["name"]
+    maps, name = read_kept(record, "maps"), record.dataset["name"]
+    maps |= photographs(record, maps, data_dir)
     rows, columns = choose_images(maps, images), 10 if len(maps["classes"]) <= 40 else 12
     limit, there = map_limit(maps["maps"][rows]), maps["targets"] == 1
     fig, axes = new_figure(PAGE, 1, len(rows))
@@ -385,9 +388,9 @@ def choose_labels(maps: dict, row: int, count: int = 2) -> list[int]:
 
 
 # %% ../nbs/06_figures.ipynb #03a29675
-def same_draw(without: RunRecord, with_: RunRecord, data_dir=None) -> tuple[dict, dict]:
+def same_draw(without: RunRecord, with_: RunRecord) -> tuple[dict, dict]:
     """The maps of both runs. Raises `RecordError` unless they are of the same images and classes."""
-    a, b = (read_kept(run, "maps", data_dir) for run in (without, with_))
+    a, b = (read_kept(run, "maps") for run in (without, with_))
     for what in ("image_ids", "classes"):
         if not np.array_equal(a[what], b[what]):
             raise RecordError(
@@ -490,7 +493,8 @@ def figure4(
     Example:
         >>> figure4(*pair_of_runs(load_runs("outputs/runs"), "scenes-coco"))
     """
-    pair, records = same_draw(record_without, record_with, data_dir), [record_without, record_with]
+    pair, records = same_draw(record_without, record_with), [record_without, record_with]
+    pair[0].update(photographs(record_without, pair[0], data_dir))
     classes, (left, right) = pair[0]["classes"], map(Variant.of, records)
     labels = {row: choose_labels(pair[0], row) for row in choose_images(pair[0], images)}
     limit = map_limit(*(m["maps"][row, labels[row]] for m in pair for row in labels))
@@ -533,7 +537,8 @@ def overlays(record: RunRecord, image: int = 0, data_dir=None) -> Picture:
     Example:
         >>> overlays(record, 3)
     """
-    maps, variant = read_kept(record, "maps", data_dir), Variant.of(record)
+    maps, variant = read_kept(record, "maps"), Variant.of(record)
+    maps |= photographs(record, maps, data_dir)
     (row,) = choose_images(maps, [image])
     labels, back = np.flatnonzero(maps["targets"][row] == 1), thumbnail(maps, row)
     limit = map_limit(maps["maps"][row])  # of all classes: what is weak among them looks weak
