@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .data import Split
 from .data.loading import Loader, flip_mask, load_image, prepare
+from .engine.audit import MAPS, STREAMS, ap_by_class, mean_ap, run_metrics
 from cadm_paper.engine.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -58,7 +59,6 @@ from .engine.variants import run_name
 from .files import FolderLocked, default_folder, folder_lock, sha256_file
 from .methods.base import build_network
 from .methods.linear_probe import Probe
-from .metrics import average_precision, multilabel_metrics
 from .model import LAST, SEEN, Network, feature_maps, feature_shapes
 from .weights import weights_file
 
@@ -239,8 +239,6 @@ def end_if_asked(trainer: Trainer) -> None:
 
 
 # %% ../nbs/05_train.ipynb #dc1d7d4b
-STREAMS = ("scores", "scores_fcls", "scores_scls")
-MAPS = {name: name.replace("scores", "mAP") for name in STREAMS}  # how the history names their mAP
 TERMS = ("loss", "loss_cls", "loss_lce")
 
 
@@ -260,13 +258,6 @@ def predict(trainer: Trainer, loader: Loader) -> dict[str, np.ndarray]:
     for indices, values in itertools.chain(*group.everyone(found)):
         scores[:, indices] = values
     return dict(zip(STREAMS, scores))
-
-
-# %% ../nbs/05_train.ipynb #9815e3b3
-def mean_ap(scores, targets) -> float:
-    """Mean of the classes' average precision over those with a positive (0 if there is none)."""
-    ap = average_precision(scores, targets)
-    return float(np.nanmean(ap)) if np.isfinite(ap).any() else 0.0
 
 
 # %% ../nbs/05_train.ipynb #2b9aaeb5
@@ -557,12 +548,6 @@ def finish(
     files = [save_arrays(folder / name, **arrays) or name for name, arrays in kept.items() if arrays]
     saved = model.save_pretrained(folder / "checkpoint" / "model")
     files += [path.relative_to(folder).as_posix() for path in saved.iterdir()]
-    metrics = {name: float(v) for name, v in multilabel_metrics(scores["scores"], test.labels).items()}
-    metrics |= {MAPS[s]: mean_ap(scores[s], test.labels) for s in STREAMS[1:]}
-    if evaluated := [row for row in said["history"] if row["mAP"] is not None]:
-        best = max(evaluated, key=lambda row: row["mAP"])
-        metrics |= {"mAP_best": best["mAP"], "epoch_best": best["epoch"]}
-    ap = average_precision(scores["scores"], test.labels)
     facts = [
         json.loads(json.dumps(s.summary(), default=float)) | {"missing_ids": list(s.missing)} for s in data
     ]
@@ -572,10 +557,10 @@ def finish(
         asked,
         sorted(files),
         machine={name: getattr(config, name) for name in ("device", "precision", "threads")},
-        metrics=metrics,
+        metrics=run_metrics(kept["scores.npz"], said["history"]),
         dataset={"name": config.dataset, "classes": classes.tolist(), "train": facts[0], "test": facts[1]},
         environment=environment(config.device, said.pop("code", None)),
-        per_class_ap=[None if np.isnan(value) else float(value) for value in ap],
+        per_class_ap=ap_by_class(scores["scores"], test.labels),
         weights=model.provenance,
         **said,
     )

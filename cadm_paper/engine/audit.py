@@ -158,11 +158,24 @@ def of_streams(record: RunRecord, found: dict, file: str) -> Iterator[str]:
         yield f"{file}: the scores are not those that {method} makes of its streams (off by {away:.2g})"
 
 
+# %% ../../nbs/engine/audit.ipynb #a9f00001
+def mean_ap(scores, targets) -> float:
+    """Mean of the classes' average precision over those with a positive (0 if there is none)."""
+    ap = average_precision(scores, targets)
+    return float(np.nanmean(ap)) if np.isfinite(ap).any() else 0.0
+
+
+# %% ../../nbs/engine/audit.ipynb #a9f00002
+def ap_by_class(scores, targets) -> list[float | None]:
+    """`per_class_ap` of a record: average precision of each class, None for one without a positive."""
+    return [None if np.isnan(ap) else float(ap) for ap in average_precision(scores, targets)]
+
+
 # %% ../../nbs/engine/audit.ipynb #cc267c8d
 def run_metrics(found: Mapping, history: list[dict]) -> dict[str, float]:
     """The metrics of a record, from its scores and its history."""
     metrics = {name: float(v) for name, v in multilabel_metrics(found["scores"], found["targets"]).items()}
-    metrics |= {MAPS[s]: float(multilabel_metrics(found[s], found["targets"])["mAP"]) for s in STREAMS[1:]}
+    metrics |= {MAPS[s]: mean_ap(found[s], found["targets"]) for s in STREAMS[1:]}
     if scored := [row for row in history if row.get("mAP") is not None]:
         best = max(scored, key=lambda row: row["mAP"])
         metrics |= {"mAP_best": best["mAP"], "epoch_best": best["epoch"]}
@@ -192,7 +205,7 @@ def of_scores(record: RunRecord) -> Iterator[str]:
     final = {name: metrics[name] for name in MAPS.values() if last}
     yield from differences("last epoch", {name: last.get(name) for name in final}, final)
     yield from differences("metrics", record.metrics, metrics)
-    again = [None if np.isnan(ap) else float(ap) for ap in average_precision(found["scores"], labels)]
+    again = ap_by_class(found["scores"], labels)
     names = data["classes"]
     yield from differences(
         "per_class_ap", dict(zip(names, record.extra["per_class_ap"])), dict(zip(names, again))

@@ -15,12 +15,11 @@ from scipy.special import expit, logit
 from .. import __version__
 from ..data.datasets import DATASETS
 from ..data.split import Split
-from .audit import MAPS, loss_row, run_metrics
+from .audit import MAPS, ap_by_class, loss_row, run_metrics
 from .config import TrainConfig
 from .record import RunRecord, save_arrays, write_record
 from .splits import draw_examples
 from .variants import MAIN, Variant, run_name
-from ..metrics import average_precision
 
 
 # %% ../../nbs/engine/synthetic.ipynb #47feb1b7
@@ -129,9 +128,7 @@ def synthetic_run(
         environment={"code": {"cadm_paper": __version__}, "packages": {}, "python": "none", "device": "none"},
         machine={"device": "cpu", "precision": "fp32", "threads": 1},
         timing={"wall_s": 1.0, "cpu_s": 1.0, "training_s": float(bool(history))},
-        per_class_ap=[
-            None if np.isnan(v) else float(v) for v in average_precision(scores["scores"], targets)
-        ],
+        per_class_ap=ap_by_class(scores["scores"], targets),
         synthetic=True,
     )
 
