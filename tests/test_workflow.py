@@ -66,8 +66,6 @@ TABLE = """
 import json
 from pathlib import Path
 from cadm_paper.engine.record import load_runs
-from cadm_paper.engine.synthetic import synthetic_run
-from cadm_paper.engine.variants import MAIN, Variant
 states = {r["run"]: r["state"] for r in json.loads(Path(runs_dir, "status.json").read_text())["runs"]}
 rows = {r.folder.name: r.metrics["mAP"] for r in load_runs(runs_dir)}
 Path(runs_dir, "..", "table.json").write_text(json.dumps([states, rows], sort_keys=True))
@@ -198,6 +196,9 @@ def test_uncommitted_code_is_refused_where_the_batch_wants_none(monkeypatch):
     for allowed in (clean.model_copy(update={"dirty": True}), batch.parse_batch({})):
         batch.check_code(allowed, ["a run"])
     batch.check_code(clean, [])
+    for unknown in ({}, {"modified": None}):  # neither commit nor changes are known: nothing to refuse
+        monkeypatch.setattr(batch, "code_version", lambda: unknown)
+        batch.check_code(clean, ["a run"])
 
 
 def test_a_record_of_other_labels_is_stale(tmp_path, monkeypatch):
