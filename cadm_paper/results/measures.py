@@ -114,18 +114,23 @@ def pmi(labels: np.ndarray) -> np.ndarray:
     return np.log(both / np.outer(single, single))
 
 
+# %% ../../nbs/results/measures.ipynb #5e9a0006
+def pair_correlation(distances: np.ndarray, information: np.ndarray) -> float:
+    """Spearman correlation over pairs of classes of two symmetric tables C x C; NaN distances are left out."""
+    from scipy.stats import spearmanr
+
+    pairs = np.triu_indices(len(distances), 1)
+    known = np.isfinite(distances[pairs])
+    return float(spearmanr(distances[pairs][known], information[pairs][known]).statistic)
+
+
 # %% ../../nbs/results/measures.ipynb #654e096a
 def distance_to_pmi(vectors: np.ndarray, information: np.ndarray) -> float:
     """Spearman correlation over pairs of classes between distance of class vectors (C x k) and PMI (C x C).
 
     Classes without a vector (NaN) are left out.
     """
-    from scipy.stats import spearmanr
-
-    j, k = np.triu_indices(len(vectors), 1)
-    distance = np.linalg.norm(vectors[j] - vectors[k], axis=1)
-    known = np.isfinite(distance)
-    return float(spearmanr(distance[known], information[j, k][known]).statistic)
+    return pair_correlation(np.linalg.norm(vectors[:, None] - vectors, axis=-1), information)
 
 
 # %% ../../nbs/results/measures.ipynb #5e9a0002
@@ -147,15 +152,10 @@ def mantel(distances: np.ndarray, information: np.ndarray, permutations: int = 9
     """Spearman correlation over pairs of classes, and the p of Mantel's test that it is this low or lower by chance:
     classes are permuted, since pairs that share a class are not independent.
     """
-    from scipy.stats import rankdata
-
-    j, k = np.triu_indices(len(distances), 1)
-    known, rng = np.isfinite(distances[j, k]), np.random.default_rng(0)
-    ranks = rankdata(distances[j, k][known])
-    rho = lambda order: np.corrcoef(ranks, rankdata(information[order[j], order[k]][known]))[0, 1]
-    found = rho(np.arange(len(distances)))
-    chance = [rho(rng.permutation(len(distances))) for _ in range(permutations)]
-    return float(found), (1 + sum(c <= found for c in chance)) / (1 + permutations)
+    rng, found = np.random.default_rng(0), pair_correlation(distances, information)
+    orders = (rng.permutation(len(distances)) for _ in range(permutations))
+    chance = [pair_correlation(distances, information[np.ix_(order, order)]) for order in orders]
+    return found, (1 + sum(c <= found for c in chance)) / (1 + permutations)
 
 
 # %% ../../nbs/results/measures.ipynb #73066d89
