@@ -364,9 +364,10 @@ def default_folder(kind: Literal["data", "outputs"]) -> Path:
 
 # %% ../nbs/files.ipynb #daa8ad05
 def known(name, names: Iterable[str], what: str, error: type[ValueError] = ValueError):
-    """The name, if it is one of `names`. Raises `error` with the nearest one."""
+    """The name, if it is one of `names`. Raises `error` with the first that it begins, else the nearest one."""
     if name in (names := sorted(names)):
         return name
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    near = [n for n in names if str(name) and n.startswith(str(name))]
+    near = near or difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names) or 'none'}"
     raise error(f"{what} {name!r}; {hint}")

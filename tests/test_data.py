@@ -392,7 +392,7 @@ def test_voc_mistakes(tmp_path, text, says):
 @pytest.mark.parametrize(
     "name, folder, switches, says",
     [
-        ("coco", ".", {}, "unknown data set 'coco'; did you mean 'coco40k'?"),
+        ("coco", ".", {}, "unknown data set 'coco'; did you mean 'coco2014'?"),
         ("coco2014", "none", {}, "no such folder"),
         ("own", ".", {}, "no table for the split 'train'"),
         ("voc2012", ".", {}, "no VOC2012/ImageSets/Main here"),

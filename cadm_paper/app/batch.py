@@ -182,8 +182,8 @@ class Run:
 # %% ../../nbs/app/batch.ipynb #8d1439ce
 def other_data(dataset: str, data: str) -> str | None:
     """`data_dir` of a data set of a batch on other data; none for the usual folder."""
-    home = DATASETS[dataset].home if dataset in DATASETS else ""
-    return str((default_folder("data") / data / (home or dataset)).resolve()) if data else None
+    folder = DATASETS[dataset].folder if dataset in DATASETS else dataset  # a record may be of another
+    return str((default_folder("data") / data / folder).resolve()) if data else None
 
 
 # %% ../../nbs/app/batch.ipynb #3dac87b8

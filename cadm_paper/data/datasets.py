@@ -55,9 +55,14 @@ class Dataset:
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # split -> images, images with a label
     home: str = ""  # its folder below data/, where that is not its name
 
+    @property
+    def folder(self) -> str:
+        """Name of its folder below data/."""
+        return self.home or self.name
+
     def root(self, given=None) -> Path:
         """Absolute path of its folder: the one given, else its place below data/."""
-        return Path(default_folder("data") / (self.home or self.name) if given is None else given).absolute()
+        return Path(default_folder("data") / self.folder if given is None else given).absolute()
 
 
 # %% ../../nbs/data/datasets.ipynb #4e9f5104
