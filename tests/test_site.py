@@ -1,9 +1,12 @@
 """The documentation: every part of the paper has its place, links resolve, and site, report and explorer work in a real browser."""
 
+import configparser
+import functools
 import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import nbformat
 import pytest
 
+from cadm_paper.app import cli
 from cadm_paper.app.explorer import explore
 from cadm_paper.engine.synthetic import synthetic_run, synthetic_runs
 
@@ -45,20 +49,57 @@ def broken(path: Path, text: str, home: Path) -> list[str]:
     return bad
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, *ROOT.glob("*.md")], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_links_work_where_they_are_read(path):
     assert broken(path, markdown(path), path.parent) == []
 
 
 def test_binder_and_colab_open_notebooks_of_the_repository():
-    found = re.findall(
-        r"(?:\?urlpath=lab/tree|github/[\w/.-]+/blob/\w+)/(nbs/[\w/.]+)", markdown(ROOT / "README.md")
-    )
-    assert len(found) == 2 and all((ROOT / name).is_file() for name in found)
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    repository = settings["DEFAULT"]["git_url"].removeprefix("https://github.com/")
+    text, branch = markdown(ROOT / "docs" / "install.md"), settings["DEFAULT"]["branch"]
+    binder = rf"mybinder.org/v2/gh/{repository}/{branch}\?urlpath=lab/tree/(nbs/[\w/.]+)"
+    colab = rf"colab.research.google.com/github/{repository}/blob/{branch}/(nbs/[\w/.]+)"
+    found = [*re.findall(binder, text), *re.findall(colab, text)]
+    assert len(found) == text.count("mybinder") + text.count("colab.research") == 2
+    assert all((ROOT / name).is_file() for name in found)
+
+
+SHELL = [
+    pytest.param(line, id=line)
+    for name in ("README.md", "docs/install.md")
+    for block in re.findall(r"```sh\n(.*?)```", markdown(ROOT / name), re.S)
+    for line in block.splitlines()
+]
+
+
+def test_the_readme_is_short():
+    assert len(markdown(ROOT / "README.md").split()) <= 700
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_commands_that_are_shown_are_accepted(line, monkeypatch):
+    """Commands of README and install page: `make` has the target, `cadm` takes the words, other files exist."""
+    program, *words = shlex.split(line, comments=True)
+    if program == "make":
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    elif program == ".venv/bin/cadm":
+        for table in (cli.COMMANDS, *cli.GROUPS.values()):
+            for name, function in table.items():
+                monkeypatch.setitem(table, name, functools.wraps(function)(lambda *given, **named: None))
+        with pytest.raises(SystemExit) as end:
+            cli.main(words)
+        assert end.value.code == 0
+    else:
+        assert Path(program).name in ("python3", "python", "papermill", "conda")
+        named = [word for word in words if re.search(r"\.(ipynb|yml)$", word) and word != "out.ipynb"]
+        assert all((ROOT / name).is_file() for name in named)
 
 
 def test_every_part_of_the_paper_has_its_place():
-    assert broken(ROOT / "docs" / "paper-to-here.md", PAPER, ROOT) == []
     equations = [int(n) for row in re.findall(r"^\| Eq\. ([\d, ]+):", PAPER, re.M) for n in row.split(",")]
     assert sorted(equations) == list(range(1, 13))
     sections = ("1", "2.1", "2.2", "2.3", "2.4", "3.1", "3.2", "3.3.1", "3.3.2", "3.4", "4")
@@ -67,10 +108,8 @@ def test_every_part_of_the_paper_has_its_place():
 
 
 def test_its_commands_names_and_files_exist():
-    from cadm_paper.app.cli import COMMANDS, GROUPS
-
     commands = [c.split()[1:3] for c in re.findall(r"`(cadm [^`]+)`", PAPER)]
-    assert len(commands) > 5 and all(c[0] in COMMANDS or c[1] in GROUPS[c[0]] for c in commands)
+    assert len(commands) > 5 and all(c[0] in cli.COMMANDS or c[1] in cli.GROUPS[c[0]] for c in commands)
     files = re.findall(r"`(cadm_paper/[\w/]+\.py|nbs/[\w/]+\.ipynb)`", PAPER)
     assert [file for file in files if not (ROOT / file).is_file()] == []
     rows = re.findall(r"^\| Eq\.[^\n]*\[0\d_(\w+)\][^\n|]*\| ([^\n|]+) \|$", PAPER, re.M)

@@ -6,10 +6,10 @@ nbdev's own `proc_nbs` is not used: it leaves out every exported cell, and here 
 
 import argparse
 import ast
-import configparser
 import functools
 import importlib
 import json
+import posixpath
 import re
 import shutil
 import subprocess
@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from readme import readable  # noqa: E402
 
-PAGES = ("CONTRIBUTING.md", "DEPENDENCIES.md", "CHANGELOG.md")
+PAGES = ("docs/install.md", "docs/paper-to-here.md", "CONTRIBUTING.md", "DEPENDENCIES.md", "CHANGELOG.md")
 
 
 @functools.cache
@@ -46,16 +46,17 @@ def module_of(path: Path) -> str | None:
     return found and "cadm_paper." + found[1].removesuffix(".__init__")
 
 
-def rooted(text: str, depth: int) -> str:
-    """Links to files that are no page of the site lead to their page, or lose their link; pages of the root stay links."""
+def linked(text: str, folder: str) -> str:
+    """Links of a page in `folder`: code leads to its API page; files that are no page of the site lose their link."""
 
     def link(found):
         label, target = found[1], found[2]
-        name = target.removeprefix("../" * depth)
+        name = posixpath.normpath(posixpath.join(folder, target.partition("#")[0]))
         module = re.fullmatch(r"cadm_paper/([\w/]+)\.py", name)
         if module:
-            return f"[{label}]({'../' * depth}api/{'cadm_paper.' + module[1].replace('/', '.')}.rst)"
-        if re.match(r"https?:|#", target) or name.partition("#")[0].endswith(".ipynb") or name in PAGES:
+            up = posixpath.relpath("api", folder or ".")
+            return f"[{label}]({up}/cadm_paper.{module[1].replace('/', '.')}.rst)"
+        if re.match(r"https?:|#", target) or name.endswith(".ipynb") or name in PAGES:
             return found[0]
         return f"`{name}`" if label == target else label
 
@@ -87,7 +88,7 @@ def page(path: Path) -> nbformat.NotebookNode:
         if cell.cell_type == "code" and only_imports(cell.source):
             cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
         if cell.cell_type == "markdown":
-            cell.source = rooted(cell.source, depth)
+            cell.source = linked(cell.source, path.relative_to(ROOT).parent.as_posix())
         cells.append(cell)
     if module and cells and cells[0].cell_type == "markdown":
         note = f"Exports `{module}`: [API]({'../' * depth}api/{module}.rst)."
@@ -208,12 +209,11 @@ def sources(runs, explorers: dict[str, str]) -> dict[str, str]:
     files["api/index.rst"] = api_index(modules)
     for name in PAGES:
         if (ROOT / name).is_file():
-            files[name] = rooted((ROOT / name).read_text(encoding="utf-8"), 0)
+            files[name] = linked((ROOT / name).read_text(encoding="utf-8"), posixpath.dirname(name))
     files |= {
         p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8")
         for p in sorted((ROOT / "assets" / "badges").glob("*.svg"))
     }
-    files["paper-to-here.md"] = (ROOT / "docs" / "paper-to-here.md").read_text(encoding="utf-8")
     pages = [p.relative_to(ROOT).with_suffix("").as_posix() for p in notebooks()]
     order = [
         "reproduce_in_ten_minutes",
@@ -239,7 +239,6 @@ def sources(runs, explorers: dict[str, str]) -> dict[str, str]:
         modules=[p for p in pages if p.count("/") == 1 and p != "nbs/index"],
         rooms=[p for p in pages if p.count("/") > 1 and p.split("/")[1] not in ("experiments", "tutorials")],
     )
-    files["elsewhere.md"] = elsewhere(pages)
     if tutorials:
         files["tutorials.md"] = tutorials_page(tutorials)
     return files
@@ -256,27 +255,6 @@ def write_sources(folder: Path, files: dict[str, str]) -> None:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-
-
-def elsewhere(pages: list[str]) -> str:
-    """How to run the notebooks on Binder and Colab, with links made from settings.ini."""
-    settings = configparser.ConfigParser()
-    settings.read(ROOT / "settings.ini")
-    url, branch = settings["DEFAULT"]["git_url"], settings["DEFAULT"]["branch"]
-    title = lambda name: (
-        nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
-        .cells[0]
-        .source.split("\n")[0]
-        .removeprefix("# ")
-        .replace("|", "\\|")
-    )
-    page = jinja2.Template((ROOT / "docs" / "elsewhere.md.j2").read_text(encoding="utf-8"))
-    return page.render(
-        url=url,
-        branch=branch,
-        repo=url.split("github.com/")[-1],
-        notebooks=[(name, title(name)) for name in pages],
-    )
 
 
 def tutorials_page(tutorials: list[str]) -> str:

@@ -36,7 +36,7 @@ def build() -> dict[str, bytes]:
         notebook, {"output_files_dir": "assets/readme", "unique_key": "index"}
     )
     shown = [o for c in notebook.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})]
-    captions = iter(o.data["text/plain"].partition(". From ")[0].replace("\n", " ") for o in shown)
+    captions = iter(o.data["text/plain"].replace("\n", " ").partition(". ")[0] for o in shown)
     text = re.sub(r"!\[png\]", lambda _: f"![{next(captions)}]", text)
     text = re.sub(r"```python\n\s*```\n", "", text)  # cells whose code is hidden
     text = re.sub(r"\]\((?!https?:|#|assets/)([\w./-]+\.ipynb)", r"](nbs/\1", text)  # links between notebooks
