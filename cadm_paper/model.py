@@ -65,33 +65,35 @@ def narrow_resnet(width: int = 16, strides: Sequence[int] = (1, 2, 2, 1), dilati
     return nn.Sequential(parts)
 
 
-# %% ../nbs/01_model.ipynb #b4cb0002
-def stride16_resnet(name: str) -> nn.Sequential:
-    """A torchvision ResNet whose last stage does not shrink the maps."""
-    if name in ("resnet18", "resnet34"):  # torchvision's BasicBlock takes no dilation
-        backbone = torchvision_resnet(name)
-        block = backbone.layer4[0]
-        block.conv1.stride = block.downsample[0].stride = (1, 1)
-        return backbone
-    return torchvision_resnet(name, replace_stride_with_dilation=(False, False, True))
-
-
 # %% ../nbs/01_model.ipynb #b4cb0004
 def torchvision_features(name: str) -> nn.Sequential:
     """The convolutional part of a torchvision network that calls it `features`, not trained."""
     return torchvision.models.get_model(name, weights=None).features
 
 
+# %% ../nbs/01_model.ipynb #b4cb0002
+def stride16(build: Callable[[], nn.Sequential]) -> nn.Sequential:
+    """A backbone of stride 32 whose last stage does not shrink the maps: stride 1, then dilation 2."""
+    backbone = build()
+    convs = [m for m in backbone.modules() if isinstance(m, nn.Conv2d)]
+    last = max(i for i, m in enumerate(convs) if m.stride == (2, 2) and m.kernel_size != (1, 1))
+    for m in convs[last:]:
+        if m is not convs[last] and m.kernel_size != (1, 1):
+            m.dilation, m.padding = (2, 2), tuple(2 * p for p in m.padding)
+        m.stride = (1, 1)
+    return backbone
+
+
 # %% ../nbs/01_model.ipynb #cc37e0dc
 _named = partial(torchvision.models.list_models, torchvision.models)
-_resnets = _named(include=["resnet*", "resnext*", "wide_resnet*"])
+_TORCHVISION: dict[str, Callable[[], nn.Sequential]] = {
+    **{n: partial(torchvision_resnet, n) for n in _named(include=["resnet*", "resnext*", "wide_resnet*"])},
+    **{n: partial(torchvision_features, n) for n in _named(include=["mobilenet*", "efficientnet*"])},
+}
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
-    **{name: partial(torchvision_resnet, name) for name in _resnets},
-    **{f"{name}_stride16": partial(stride16_resnet, name) for name in _resnets},
-    **{
-        n: partial(torchvision_features, n)
-        for n in _named(include=["mobilenet*", "efficientnet*", "convnext*"])
-    },
+    **_TORCHVISION,
+    **{f"{name}_stride16": partial(stride16, build) for name, build in _TORCHVISION.items()},
+    **{name: partial(torchvision_features, name) for name in _named(include=["convnext*"])},
     "narrow_resnet": narrow_resnet,
     "narrow_resnet_dilated": partial(narrow_resnet, dilation=4),  # sees a whole scene
 }
