@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from cadm_paper.data.split import (
     ABSENT,
@@ -105,6 +106,20 @@ def read_voc_boxes(path) -> list[tuple[int, tuple[float, ...]]]:
         kind = DIFFICULT_BOX if (thing.findtext("difficult") or "0").strip() == "1" else PLAIN_BOX
         boxes.append((kind, (c, x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1)))
     return boxes
+
+
+# %% ../../nbs/data/voc.ipynb #b0c5a002
+def annotated_size(image: Path) -> tuple[int, int]:
+    """(height, width), px, of what the boxes of a photograph refer to: by VOC's annotation, else the file's own."""
+    note = image.parents[1] / "Annotations" / f"{image.stem}.xml"
+    if not note.is_file():
+        return Image.open(image).size[::-1]
+    try:
+        size = ElementTree.parse(note).getroot().find("size")
+        height, width = (int(size.findtext(side)) for side in ("height", "width"))
+    except (ElementTree.ParseError, AttributeError, TypeError, ValueError):
+        raise DataError(f"{note}: no <size> with height and width in whole pixels") from None
+    return height, width
 
 
 # %% ../../nbs/data/voc.ipynb #04c2f6b6

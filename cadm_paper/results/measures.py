@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from cadm_paper.data.scenes import paired_scenes
+from cadm_paper.data.voc import annotated_size
 from cadm_paper.engine.record import RunRecord
 from cadm_paper.loss import center_attraction, distances_to_center, hinged
 from cadm_paper.metrics import multilabel_metrics
@@ -223,8 +223,9 @@ def measure(record: RunRecord, split) -> dict[str, np.ndarray]:
     image = lambda path: load_image(path, seen["image_size"], resize=seen["resize"], exif=seen["exif"])
     images, normalise = torch.stack([image(path) for path in split.paths]), seen["normalise"]
     maps, vectors, logits = model_outputs(model, images, normalise)
-    sizes = [Image.open(path).size[::-1] for path in split.paths]
-    found = measure_maps(maps, split, sizes) | measure_vectors(vectors, split.labels)
+    found = measure_maps(maps, split, [*map(annotated_size, split.paths)]) | measure_vectors(
+        vectors, split.labels
+    )
     pairs = record.dataset["name"] == "scenes-coco"
     return found | (measure_pairs(model, normalise, logits.std()) if pairs else {})
 
