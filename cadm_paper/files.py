@@ -11,6 +11,7 @@ import difflib
 import errno
 import glob
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -164,6 +166,22 @@ def write_json(path, value) -> None:
         file.write(text)
 
 
+# %% ../nbs/files.ipynb #59823d18
+class MissingPackage(ModuleNotFoundError):
+    """A package of one of this library's extras is not installed."""
+
+
+def optional(package: str, extra: str) -> ModuleType:
+    """A package that an extra brings, imported. Raises `MissingPackage` naming the extra."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        how = f"pip install 'cadm-paper[{extra}]'"
+        raise MissingPackage(f"{package} is not installed: {how}", name=package) from None
+
+
 # %% ../nbs/files.ipynb #5a245074
 def regular(path):
     """The path, if it is no pipe or device, which may not end. Raises `OSError`, also where there is nothing."""
@@ -216,7 +234,7 @@ def read_yaml(path):
 
     Raises `OSError` where it cannot be read, `ValueError` naming file and line for keys that occur twice, for
     aliases, and for what YAML alone takes as a number (010 is 8, 1:30 is 90)."""
-    import yaml
+    yaml = optional("yaml", "repro")
 
     class Plain(yaml.SafeLoader):
         depth = 0

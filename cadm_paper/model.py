@@ -6,7 +6,6 @@
 __all__ = ["CADMOutput", "CADMHead", "CADM", "export_onnx"]
 
 # %% ../nbs/01_model.ipynb #3f5bf5a5
-import importlib.util
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from . import __version__
-from .files import known, read_json, sha256_file, whole_file, whole_folder, write_json
+from .files import known, optional, read_json, sha256_file, whole_file, whole_folder, write_json
 from .paper import DECISIONS, ModelOptions, takes
 from .weights import read_state_dict, start_backbone
 
@@ -484,8 +483,7 @@ def export_onnx(model: Network, path: str | Path, image_size: int | Sequence[int
     Example:
         >>> export_onnx(CADM.from_pretrained("model"), "model.onnx")
     """
-    if importlib.util.find_spec("onnxscript") is None:
-        raise ModuleNotFoundError("onnxscript is not installed: pip install 'cadm-paper[onnx]'")
+    optional("onnxscript", "onnx")
     training, like = model.training, next(model.parameters())
     size = model.image_size if image_size is None else pair(image_size)
     example = torch.zeros(2, 3, *size, dtype=like.dtype, device=like.device)

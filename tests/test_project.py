@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -105,7 +106,7 @@ def wheel(tmp_path_factory):
     """The wheel, built from a copy of what git would release."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     shutil.copytree(ROOT / "cadm_paper", source / "cadm_paper", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     done = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", out, source, cwd=out)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -118,8 +119,38 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     files = (p for p in (ROOT / "cadm_paper").rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     assert {n for n in names if ".dist-info/" not in n} == {p.relative_to(ROOT).as_posix() for p in files}
     about = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
+    assert (
+        re.findall(r"\]\((?!https://|#)[^)]+", about) == [] and about.count("](https://") > 20
+    )  # PyPI's page
     needed = re.findall(r"^Requires-Dist: (.+)$", about, re.M)
     assert [r for r in needed if r.startswith((*BARRED, "pytest", "sphinx")) and "extra ==" not in r] == []
+
+
+@pytest.mark.slow
+def test_tests_of_the_source_distribution_are_collected(tmp_path):
+    files = run("git", "ls-files", "-z").stdout.split("\0")[:-1] or pytest.skip("not a git checkout")
+    for name in files:
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "copy" / name)
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    done = run(sys.executable, "-c", build, cwd=tmp_path / "copy")
+    assert done.returncode == 0, done.stderr[-2000:]
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = next(tmp_path.glob("cadm_paper-*/"))
+    env = {**os.environ, "PYTHONPATH": str(source)}
+    done = run(sys.executable, "-m", "pytest", "--collect-only", "-q", "tests", cwd=source, env=env)
+    assert done.returncode == 0 and "tests collected" in done.stdout, done.stdout[-2000:]
+
+
+def test_workflows_pin_every_action_and_ask_for_few_rights():
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert workflow["permissions"] == {} and all(
+            "permissions" in job for job in workflow["jobs"].values()
+        )
+        used = [step["uses"] for job in workflow["jobs"].values() for step in job["steps"] if "uses" in step]
+        assert used and all(re.search(r"@[0-9a-f]{40}$", action) for action in used)
 
 
 USE_IT = """
@@ -150,5 +181,5 @@ def test_the_wheel_works_where_nothing_of_the_checkout_is(wheel, tmp_path):
     python = bare if bare.exists() else sys.executable
     done = run(python, "-c", WITHOUT_NOTEBOOKS + USE_IT, cwd=tmp_path, env=env)
     assert done.returncode == 0 and done.stdout.startswith(str(lib)), done.stdout + done.stderr[-2000:]
-    done = run(python, "-m", "cadm_paper.app.cli", "--help", cwd=tmp_path, env=env)
+    done = run(python, "-m", "cadm_paper", "--help", cwd=tmp_path, env=env)
     assert done.returncode == 0 and "reproduce" in done.stdout, done.stderr[-2000:]

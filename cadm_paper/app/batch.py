@@ -32,6 +32,7 @@ from cadm_paper.files import (
     default_folder,
     folder_lock,
     known,
+    optional,
     read_json,
     read_yaml,
     write_json,
@@ -369,6 +370,7 @@ def engine(batch: Batch, target: str, jobs: int | None = None, profile: str | No
 
     Stopping or killing this process stops everything.
     """
+    optional("snakemake", "repro")
     root, content = project_root() / "workflow", batch.outputs / "work" / "reproduce.json"
     write_json(content, batch.model_dump(mode="json"))
     runs = [run for run in plan(batch) if run.what == "run" and target == "runs"]

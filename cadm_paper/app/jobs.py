@@ -32,7 +32,7 @@ from ..data.scenes import build_scenes, scenes_info
 from ..engine.config import TrainConfig
 from ..engine.record import RunRecord, load_runs
 from ..engine.splits import data_root, prepare_data
-from ..files import FolderLocked, folder_lock, write_json
+from ..files import FolderLocked, folder_lock, optional, write_json
 
 
 # %% ../../nbs/app/jobs.ipynb #ccf836c3
@@ -40,7 +40,7 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     """Execute a notebook; `out` grows with every cell. If this process dies, the kernel ends within a second.
 
     Raises `WorkflowError` with one line on what went wrong in the notebook, or in executing it."""
-    import papermill
+    papermill = optional("papermill", "repro")
     from traitlets.config import Config
 
     out.parent.mkdir(parents=True, exist_ok=True)
