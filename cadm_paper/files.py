@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import shutil
 import stat
 import uuid
@@ -28,21 +27,6 @@ from typing import Literal
 import numpy as np
 from filelock import FileLock, Timeout
 
-if os.name != "nt":
-    import fcntl
-
-
-# %% ../nbs/files.ipynb #8f342f4e
-def locked(path: Path, wait: bool) -> int:
-    """A descriptor that holds the lock of a file or folder until it is closed. Raises `BlockingIOError`."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
 
 # %% ../nbs/files.ipynb #34b426e6
 def remove(path: Path) -> None:
@@ -53,26 +37,22 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# %% ../nbs/files.ipynb #b856de06
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those of the folders, from the innermost on, that nothing was put in."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
 # %% ../nbs/files.ipynb #9f333015
+def tidy(path: Path, lock: Path) -> None:
+    """Remove what is left of writing `path` under a lock; a folder that was moved aside comes back."""
+    old = lock.with_suffix(".old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for left in (old, lock.with_suffix(".part"), lock):
+        remove(left)
+
+
+# %% ../nbs/files.ipynb #9f333016
 def remove_leftovers(path: Path) -> None:
-    """Remove temporaries of `path` that killed processes left; a folder that was moved aside comes back."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.????????.*"):
-        if part.suffix == ".old" and not path.exists():
-            part.rename(path)
-        elif part.suffix in (".old", ".part"):
-            with contextlib.suppress(OSError):  # a living process holds it
-                descriptor = None if os.name == "nt" else locked(part, wait=False)
-                remove(part)
-                if descriptor is not None:
-                    os.close(descriptor)
+    """`tidy` after processes that were killed while they wrote `path`."""
+    for lock in path.parent.glob(f".{glob.escape(path.name)}.????????.lock"):
+        with contextlib.suppress(OSError), FileLock(lock, timeout=0):  # else a living process holds it
+            tidy(path, lock)
 
 
 # %% ../nbs/files.ipynb #e9ac6e8e
@@ -82,18 +62,16 @@ def temporary(path: Path, make: Callable[[Path], None]):
     absent = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    with contextlib.ExitStack() as last:
-        last.callback(remove_empty, absent)
-        while True:
-            make(part := path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part"))
-            last.callback(remove, part)
-            if os.name == "nt":  # where nobody can remove an open file
-                break
-            with contextlib.suppress(OSError):  # a file system without locks
-                last.callback(os.close, locked(part, wait=True))
-            if part.exists():  # else another process took it for a leftover before it was locked
-                break
-        yield part
+    lock = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.lock")
+    try:
+        with FileLock(lock):
+            make(part := lock.with_suffix(".part"))
+            yield part
+    finally:
+        tidy(path, lock)
+        with contextlib.suppress(OSError):  # something else was put into one of the folders
+            for folder in absent:
+                folder.rmdir()
 
 
 # %% ../nbs/files.ipynb #d55b85dd
@@ -115,7 +93,8 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        if error.errno in FULL and (error.filename is None or str(error.filename).endswith(".part")):
+        ours = error.filename is None or str(error.filename).endswith((".part", ".lock"))
+        if error.errno in FULL and ours:
             error.filename = str(path)
         raise
 
@@ -164,6 +143,26 @@ def write_json(path, value) -> None:
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     with whole_file(path, "w") as file:
         file.write(text)
+
+
+# %% ../nbs/files.ipynb #fc4e2f16
+@contextlib.contextmanager
+def whole_folder(folder, known: tuple[str, ...], what: str):
+    """A new, empty folder to fill; it takes the name `folder` if the block ends without an error.
+
+    Raises `FileExistsError` where `folder` holds anything but the `known` names of `what`.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= set(known)):
+        raise FileExistsError(f"{folder} exists and is not {what}: choose another name")
+    with naming(folder), temporary(folder, Path.mkdir) as new:
+        yield new
+        for path in (*new.rglob("*"), new):
+            sync(path)
+        if folder.exists():
+            folder.rename(new.with_suffix(".old"))
+        new.rename(folder)
+    sync(folder.parent)
 
 
 # %% ../nbs/files.ipynb #59823d18
@@ -230,23 +229,23 @@ def read_json(path):
 
 # %% ../nbs/files.ipynb #b5b21800
 def read_yaml(path):
-    """A YAML file as plain values, without YAML's surprises.
+    """A YAML file as plain values: an unquoted word is what JSON takes it for (1e-4, true), else text.
 
-    Raises `OSError` where it cannot be read, `ValueError` naming file and line for keys that occur twice, for
-    aliases, and for what YAML alone takes as a number (010 is 8, 1:30 is 90)."""
+    So nothing is octal (010), sexagesimal (1:30) or a date. Raises `OSError` where it cannot be read,
+    `ValueError` naming file and line for keys that occur twice and for aliases."""
     yaml = optional("yaml", "repro")
 
-    class Plain(yaml.SafeLoader):
-        depth = 0
+    class Plain(yaml.BaseLoader):
+        def construct_scalar(self, node):
+            if node.style is None:
+                with contextlib.suppress(ValueError):
+                    return json.loads(node.value)
+            return super().construct_scalar(node)
 
         def compose_node(self, parent, index):
-            self.depth += 1
-            if self.depth > 50 or self.check_event(yaml.AliasEvent):
-                problem = "an alias, or nested too deeply"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
-            node = super().compose_node(parent, index)
-            self.depth -= 1
-            return node
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.MarkedYAMLError(problem="an alias", problem_mark=self.peek_event().start_mark)
+            return super().compose_node(parent, index)
 
         def construct_mapping(self, node, deep=False):
             found = super().construct_mapping(node, deep)
@@ -254,15 +253,6 @@ def read_yaml(path):
                 raise yaml.MarkedYAMLError(problem="a key occurs twice", problem_mark=node.start_mark)
             return found
 
-        def construct_number(self, node):
-            value = node.value
-            if not re.fullmatch(r"[-+]?(0|[1-9]\d{0,17})(\.\d*)?([eE][-+]?\d{1,3})?|[-+]?\.\d+", value):
-                problem = f"{value!r} is no decimal number; put text in quotes"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-            return int(value) if node.tag.endswith(":int") else float(value)
-
-    for kind in ("int", "float"):
-        Plain.add_constructor(f"tag:yaml.org,2002:{kind}", Plain.construct_number)
     try:
         return yaml.load(read_bytes(path), Plain)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -290,32 +280,6 @@ def read_arrays(path, limit: int = 2**31, start: str = "") -> dict[str, np.ndarr
         if getattr(error, "filename", None):  # of the file, not of a place in the archive
             raise
         raise ValueError(f"{path}: no arrays, or damaged ({error})") from None
-
-
-# %% ../nbs/files.ipynb #fc4e2f16
-@contextlib.contextmanager
-def whole_folder(folder, known: tuple[str, ...], what: str):
-    """A new, empty folder to fill; it takes the name `folder` if the block ends without an error.
-
-    Raises `FileExistsError` where `folder` holds anything but the `known` names of `what`.
-    """
-    folder = Path(folder).expanduser()
-    if folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= set(known)):
-        raise FileExistsError(f"{folder} exists and is not {what}: choose another name")
-    with naming(folder), temporary(folder, Path.mkdir) as new:
-        yield new
-        for path in (*new.rglob("*"), new):
-            sync(path)
-        old = new.with_suffix(".old")
-        try:
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        finally:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            remove(old)
-    sync(folder.parent)
 
 
 # %% ../nbs/files.ipynb #c546ecb4
