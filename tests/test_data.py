@@ -554,3 +554,12 @@ def test_training_refuses_two_splits_with_different_classes(tmp_path):
         place(tmp_path / split, ["a.jpg", "b.jpg"])
     with pytest.raises(ValueError, match="train2014 and val2014 have different classes"):
         prepare_data(TrainConfig(dataset="coco2014", data_dir=str(tmp_path)))
+
+
+def test_training_refuses_a_photograph_of_both_splits(folder):
+    for name, second in (("train", "b.jpg"), ("test", "a.jpg")):
+        (folder / f"{name}.csv").write_text(f"path,labels\n{second},cat\n")
+    prepare_data(TrainConfig(dataset="own", data_dir=str(folder)))
+    (folder / "test.csv").write_text("path,labels\na.jpg,cat\nb.jpg,cat\n")
+    with pytest.raises(ValueError, match="1 photographs are both in train and in test, such as .*b.jpg"):
+        prepare_data(TrainConfig(dataset="own", data_dir=str(folder)))

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/engine/splits.ipynb #6b56cad1
+import os
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def draw_examples(targets: np.ndarray, count: int = 12) -> np.ndarray:
 def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
     """The images to train on and those to evaluate on; makes the embedded benchmark if it is not there.
 
-    Raises `ConfigError` where no image has a label, or the two have different classes."""
+    Raises `ConfigError` where no image has a label, the two have different classes, or share a photograph."""
     root, data = data_root(config), DATASETS[config.dataset]
     if config.dataset.startswith("scenes-"):
         ensure_scenes(config.dataset, root)
@@ -77,5 +78,8 @@ def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
         raise ConfigError(
             f"{root}: {train.split} and {test.split} have different classes, or in another order"
         )
+    if shared := set(map(os.path.normcase, train.paths)) & set(map(os.path.normcase, test.paths)):
+        what = f"{len(shared)} photographs are both in {train.split} and in {test.split}"
+        raise ConfigError(f"{root}: {what}, such as {min(shared)}: take them out of one of the two")
     first = lambda split: split.take(np.arange(min(config.limit, len(split)))) if config.limit else split
     return first(train), first(test)
