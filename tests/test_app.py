@@ -52,6 +52,15 @@ def given_to_papermill(**parameters):
     return TrainConfig(**given_parameters(namespace | parameters, namespace["before"]))
 
 
+def test_a_finished_run_is_reported_as_not_trained(monkeypatch, tmp_path, capsys):
+    record = synthetic_run(tmp_path / "there", images=30, drawn=2)
+    monkeypatch.setattr("cadm_paper.train.train", lambda config, **how: record)
+    for place, said in (("there", True), ("new", False)):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["train", "--out-dir", str(tmp_path / place)])
+        assert end.value.code == 0 and ("nothing was trained" in capsys.readouterr().out) == said
+
+
 def test_what_is_given_is_never_dropped(monkeypatch, capsys):
     """`None` for weights is none of them, not the preset's; for a number it is refused; "" is not nothing."""
     assert TrainConfig(preset="paper").weights == "imagenet" and TrainConfig(weights=None).weights == "none"

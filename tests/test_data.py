@@ -398,7 +398,7 @@ def test_voc_mistakes(tmp_path, text, says):
         ("voc2012", ".", {}, "no VOC2012/ImageSets/Main here"),
         ("own", ".", dict(missing="ignore"), "missing = 'ignore'; known are: drop, error"),
         ("own", ".", dict(unlabelled=True), "unlabelled = True"),
-        ("scenes-coco", "scenes", {}, "`build_scenes(root, 'coco')` makes it"),
+        ("scenes-coco", "scenes", {}, "`cadm data build scenes-coco` generates it"),
     ],
 )
 def test_mistakes_of_the_caller(tmp_path, name, folder, switches, says):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+from cadm_paper.app.cli import usual
 from cadm_paper.engine.config import TrainConfig
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "nbs" / "experiments" / "train.ipynb"
@@ -16,7 +17,7 @@ def line(name: str) -> str:
     kind = field.annotation.__name__ if field.annotation in (bool, int, float) else "str"
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     about = field.description.replace("=", "is")  # papermill reads no line with a second equals sign
-    return f"{name}: {kind} = ...  # {about}{': ' if choices else ''}{', '.join(choices)}\n"
+    return f"{name}: {kind} = ...  # {about}{': ' if choices else ''}{', '.join(choices)} {usual(name)}\n"
 
 
 def cell() -> str:

@@ -15,13 +15,16 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import tyro
 
+from cadm_paper import __version__
 from cadm_paper.app.batch import reproduce
 from cadm_paper.app.runs import runs_diff, runs_list, runs_submit
-from cadm_paper.engine.config import TrainConfig
+from cadm_paper.data.datasets import DATASETS
+from cadm_paper.engine.config import PRESETS, ConfigError, TrainConfig
 from cadm_paper.paper import COLUMNS
 
 # %% ../../nbs/app/cli.ipynb #1a1e959e
 PRESET = "of the preset"  # the very object: an option that was not given
+USUAL = {name: dict(TrainConfig(preset=name)) for name in PRESETS}
 
 
 def metavar(annotation) -> str:
@@ -32,11 +35,20 @@ def metavar(annotation) -> str:
     return annotation.__name__.upper() if annotation in (int, float) else "STR"
 
 
+def usual(name: str) -> str:
+    """The default of an option, or those of the presets where they differ."""
+    word = lambda value: "none" if value in (None, "", {}) else str(value).lower()
+    words = {of: word(config[name]) for of, config in USUAL.items()}
+    if name == "preset" or len(set(words.values())) == 1:
+        return f"(default: {words['mini']})"
+    return f"(default: {', '.join(f'{of} {word}' for of, word in words.items())})"
+
+
 # %% ../../nbs/app/cli.ipynb #9a40e07d
 def option(name: str, field) -> tuple:
     """A field of a configuration as an option."""
-    text = field.description.replace("%", "%%")
-    how = tyro.conf.arg(help=text, metavar=metavar(field.annotation), help_behavior_hint="")
+    text = f"{field.description[0].upper()}{field.description[1:]}.".replace("?.", "?").replace("%", "%%")
+    how = tyro.conf.arg(help=text, metavar=metavar(field.annotation), help_behavior_hint=usual(name))
     return name, Annotated[str, how], dataclasses.field(default=PRESET)
 
 
@@ -46,22 +58,25 @@ TrainOptions = dataclasses.make_dataclass(
 
 
 # %% ../../nbs/app/cli.ipynb #48ab74de
-def train(options: tyro.conf.OmitArgPrefixes[TrainOptions], resume: bool = False) -> None:
+def train(configuration: tyro.conf.OmitArgPrefixes[TrainOptions], resume: bool = False) -> None:
     """Train one run and write its record: the papermill notebook without Jupyter, same parameters.
 
     Args:
-        resume: go on from the run's checkpoint; a finished run is left as it is.
+        resume: Go on from the run's checkpoint; a finished run is left as it is.
     """
-    from cadm_paper import train as training
-
-    given = {name: text for name, text in vars(options).items() if text is not PRESET}
+    given = {name: text for name, text in vars(configuration).items() if text is not PRESET}
     config = TrainConfig(**{name: None if text == "None" else text for name, text in given.items()})
+    print(f"{config.method} on {config.dataset}, {config.epochs} epochs, seed {config.seed}", flush=True)
+    from cadm_paper import train as training  # after the first words: torch takes seconds
+
+    folder = training.run_folder(config)
+    finished = (folder / "run.json").is_file()
     progress = training.TextProgress() if config.processes == 1 else None
     record = training.train(config, resume=resume, progress=progress)
     if record is not None:
         row = (f"{name.replace('_top3', '@3')} {100 * record.metrics[name]:.1f}" for name in COLUMNS)
-        print(f"{record.name}: {'  '.join(row)}")
-        print(f"record: {training.run_folder(config) / 'run.json'}")
+        print("finished before: nothing was trained\n" * finished + f"{record.name}: {'  '.join(row)}")
+        print(f"record: {folder / 'run.json'}")
 
 
 # %% ../../nbs/app/cli.ipynb #df74f5e8
@@ -79,21 +94,21 @@ def evaluate(
     level: float = 0.95,
     seed: int = 0,
 ) -> None:
-    """The paper's numbers for anybody's scores: an .npz with `scores` and `targets`, or a run's folder.
+    """Compute the paper's metrics for any scores: an .npz with `scores` and `targets`, or a run's folder.
 
     Args:
-        scores: the .npz file (scores: N x C, 0..1; targets: N x C of 1, 0, -1) or run folder.
-        against: a second one for the same images: differences with intervals.
-        threshold: a label is predicted when its score is greater.
-        k: for the top-k numbers.
-        array: which array holds the scores (a run also has scores_fcls and scores_scls).
-        unlabelled: whether images without any label count.
-        json: write everything there.
-        csv: write a line per number there.
-        per_class: write a line per class there.
-        replicates: bootstrap replicates for the intervals; 0: none.
-        level: of the intervals.
-        seed: of the bootstrap.
+        scores: An .npz file (scores: N x C, 0..1; targets: N x C of 1, 0, -1) or a run's folder.
+        against: A second one for the same images; differences are shown with intervals.
+        threshold: A label is predicted when its score is greater.
+        k: How many labels an image the top-k metrics take.
+        array: The array that holds the scores (a run also has scores_fcls and scores_scls).
+        unlabelled: Whether images without any label count.
+        json: File for everything, as JSON.
+        csv: File for the metrics, one a line.
+        per_class: File for the classes, one a line.
+        replicates: Bootstrap replicates for the intervals; 0 computes none.
+        level: Level of the intervals.
+        seed: Seed of the bootstrap.
     """
     from cadm_paper.results.evaluation import evaluate_files
 
@@ -125,18 +140,18 @@ def predict(
     normalise: Literal["imagenet", "half"] | None = None,
     exif: bool | None = None,
 ) -> int:
-    """Labels with confidences for images or folders of them, and the maps laid over each image.
+    """Name the labels of images with their confidences, and draw the labels' maps over each image.
 
     Args:
-        images: files, or folders that are searched through.
-        checkpoint: a run's folder, or a saved or exported model.
-        threshold: a label is named when its score is greater.
-        maps: folder for the images with maps; None writes none.
-        json: write labels and all scores there.
-        csv: write labels and all scores there.
-        resize: how an image gets the model's size; by default as in its training.
-        normalise: mean and deviation of pixels; by default as in its training.
-        exif: whether the orientation stored in a file is applied; by default as in its training.
+        images: Files, or folders that are searched recursively.
+        checkpoint: A run's folder, or a saved or exported model.
+        threshold: A label is named when its score is greater.
+        maps: Folder for the images with maps; None writes none.
+        json: File for labels and all scores, as JSON.
+        csv: File for labels and all scores, as CSV.
+        resize: How an image gets the model's size; by default as in its training.
+        normalise: Mean and deviation of pixels; by default as in its training.
+        exif: Whether the orientation stored in a file is applied; by default as in its training.
     """
     from cadm_paper.app.predict import predict_files, sentence
 
@@ -157,9 +172,9 @@ def export(run: tyro.conf.Positional[Path], out: Path, onnx: bool = False) -> No
     """Write a run as a folder that model hubs take: weights, configuration, model card, ONNX on request.
 
     Args:
-        run: the run's folder.
-        out: where the folder goes.
-        onnx: write model.onnx too.
+        run: The run's folder.
+        out: The folder to write.
+        onnx: Write model.onnx, too.
     """
     from cadm_paper.app.export import export_run
 
@@ -167,101 +182,106 @@ def export(run: tyro.conf.Positional[Path], out: Path, onnx: bool = False) -> No
 
 
 # %% ../../nbs/app/cli.ipynb #bc258ce4
-def root_of(name: str, root: Path | None) -> Path:
-    """The dataset's folder: as given, or its place below data/. Raises `ConfigError` for an unknown name."""
+Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+
+
+def folder_of(name: str, data_dir: Path | None) -> Path:
+    """A data set's folder: as given, or its place below data/. Raises `ConfigError` for an unknown name."""
     from cadm_paper.engine.splits import data_root
 
-    return data_root(TrainConfig(dataset=name, data_dir=None if root is None else str(root)))
+    if Path(name).is_dir() and name not in DATASETS:
+        raise ConfigError(
+            f"{name} is a folder, and a data set's name is expected; --data-dir gives its folder"
+        )
+    return data_root(TrainConfig(dataset=name, data_dir=None if data_dir is None else str(data_dir)))
 
 
 # %% ../../nbs/app/cli.ipynb #4f67bec5
 def data_get(
-    name: tyro.conf.Positional[str],
-    root: Path | None = None,
+    name: Name,
+    data_dir: Path | None = None,
     yes: bool = False,
     dry_run: bool = False,
     mirror: str | None = None,
     keep: bool = True,
 ) -> None:
-    """Download a dataset's official archives, check them, unpack them and verify the counts.
+    """Download a data set's official archives, check them, unpack them and verify the counts.
 
     Args:
-        name: coco2014, nuswide, voc2007 or voc2012.
-        root: its folder; by default its place below data/.
-        yes: do not ask before fetching.
-        dry_run: say what would be fetched and how large it is.
-        mirror: address of a folder that holds the same archives.
-        keep: leave the archives beside what was unpacked.
+        name: The data set: coco2014, nuswide, voc2007 or voc2012.
+        data_dir: Its folder; by default its place below data/.
+        yes: Do not ask before fetching.
+        dry_run: Print what would be fetched and how large it is.
+        mirror: Address of a folder that holds the same archives.
+        keep: Leave the archives beside what was unpacked.
     """
     from cadm_paper.data.download import data_get as get
 
-    get(name, root_of(name, root), yes=yes, dry_run=dry_run, mirror=mirror, keep=keep)
+    get(name, folder_of(name, data_dir), yes=yes, dry_run=dry_run, mirror=mirror, keep=keep)
 
 
 # %% ../../nbs/app/cli.ipynb #f8f4acf7
-def data_check(name: tyro.conf.Positional[str], root: Path | None = None, deep: bool = False) -> int:
-    """Say exactly what is wrong or missing in a dataset's folder.
+def data_check(name: Name, data_dir: Path | None = None, deep: bool = False) -> int:
+    """Report what is wrong or missing in a data set's folder.
 
     Args:
-        name: of the dataset.
-        root: its folder; by default its place below data/.
-        deep: decode every photograph too.
+        name: The data set's name, as in `cadm train --dataset`.
+        data_dir: Its folder; by default its place below data/.
+        deep: Decode every image, too.
     """
     from cadm_paper.data.check import data_check as check
 
-    report = check(name, root_of(name, root), deep=deep)
+    report = check(name, folder_of(name, data_dir), deep=deep)
     print(report)
     return 0 if report.ok else 1
 
 
 # %% ../../nbs/app/cli.ipynb #604d4581
-def data_show(name: tyro.conf.Positional[str], root: Path | None = None, out: Path | None = None) -> None:
-    """Images, labels per image, frequencies and co-occurrence of a dataset.
+def data_show(name: Name, data_dir: Path | None = None, out: Path | None = None) -> None:
+    """Print images, labels per image and label frequencies of a data set; DigitScenes is generated if need be.
 
     Args:
-        name: of the dataset.
-        root: its folder; by default its place below data/.
-        out: folder for the pictures (frequencies, labels per image, co-occurrence), one a split.
+        name: The data set's name, as in `cadm train --dataset`.
+        data_dir: Its folder; by default its place below data/.
+        out: Folder for figures (frequencies, labels per image, co-occurrence), one a split.
     """
     from cadm_paper.data.check import data_show as show
+    from cadm_paper.data.scenes import ensure_scenes
 
-    print(show(name, root_of(name, root), out=out))
+    folder = folder_of(name, data_dir)
+    if name.startswith("scenes-") and not folder.exists():
+        print(f"generating {folder}", flush=True)
+        ensure_scenes(name, folder)
+    print(show(name, folder, out=out))
 
 
 # %% ../../nbs/app/cli.ipynb #3934f96b
 def data_build(
-    name: tyro.conf.Positional[Literal["scenes-coco", "scenes-nus", "scenes-spatial", "scenes-shuffled"]],
-    root: Path | None = None,
+    name: Annotated[
+        Literal["scenes-coco", "scenes-nus", "scenes-spatial", "scenes-shuffled"], tyro.conf.Positional
+    ],
+    data_dir: Path | None = None,
     train: int = 2000,
     test: int = 1000,
     size: int = 80,
     seed: int = 0,
     context: bool = True,
 ) -> None:
-    """Make the embedded benchmark.
+    """Generate the embedded benchmark, DigitScenes.
 
     Args:
-        name: in COCO's layout, NUS-WIDE's, with spatial relations, or with shuffled ones.
-        root: its folder; by default its place below data/.
-        train: training images.
-        test: test images.
-        size: side of an image, px.
-        seed: of the generator.
-        context: labels drawn from contexts; without: independently.
+        name: Its form: in COCO's layout, in NUS-WIDE's, with spatial relations, or with shuffled ones.
+        data_dir: Its folder; by default its place below data/.
+        train: Number of training images.
+        test: Number of test images.
+        size: Side of an image, px.
+        seed: Seed of the generator.
+        context: Draw labels from contexts; without, labels are independent.
     """
     from cadm_paper.data import build_scenes
 
-    print(
-        build_scenes(
-            root_of(name, root),
-            name.removeprefix("scenes-"),
-            train=train,
-            test=test,
-            size=size,
-            seed=seed,
-            context=context,
-        )
-    )
+    form, folder = name.removeprefix("scenes-"), folder_of(name, data_dir)
+    print(build_scenes(folder, form, train=train, test=test, size=size, seed=seed, context=context))
 
 
 # %% ../../nbs/app/cli.ipynb #8ac1d84f
@@ -288,11 +308,15 @@ def application() -> tyro.extras.SubcommandApp:
         inner = tyro.extras.SubcommandApp()
         for name, function in functions.items():
             inner.command(function, name=name)
-        program.command(inner, name=group, help=f"{group.capitalize()}: {', '.join(functions)}.")
+        about = {"data": "Fetch, check, sum up or generate data sets", "runs": "List, compare or submit runs"}
+        program.command(inner, name=group, help=f"{about[group]} ({', '.join(functions)}).")
     return program
 
 
 # %% ../../nbs/app/cli.ipynb #5907fa4b
+STOPPED = "stopped; `cadm reproduce` goes on where it was, and so does `cadm train` with --resume"
+
+
 def refused(error: BaseException) -> bool:
     """Whether an error is one of ours (or of a file), meant to be read by the user."""
     return isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("cadm_paper")
@@ -305,6 +329,9 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a letter gets its number
             stream.reconfigure(errors="backslashreplace")
     given = sys.argv[1:] if arguments is None else arguments
+    if given == ["--version"]:
+        print(f"cadm {__version__}")
+        sys.exit(0)
     home = lambda word: re.sub(r"^(--[\w-]+=)?~(?=/|$)", rf"\g<1>{os.path.expanduser('~')}", word)
     try:
         code = application().cli(
@@ -313,7 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
             args=[home(word) for word in given],  # as a shell would, also behind an equals sign
         )
     except KeyboardInterrupt as stopped:
-        print(f"cadm: {str(stopped) or 'stopped'}", file=sys.stderr)
+        print(f"cadm: {str(stopped) or STOPPED}", file=sys.stderr)
         code = 130
     except Exception as error:
         if os.environ.get("CADM_TRACEBACK") or not refused(error):

@@ -129,10 +129,15 @@ DATASETS: dict[str, Dataset] = {
             coco_reader("2014"),
             "train2014",
             "val2014",
-            "`build_scenes(root, 'coco')` makes it",
+            "`cadm data build scenes-coco` generates it",
         ),
         Dataset(
-            "scenes-nus", "DigitScenes-N", NUS_READER, "train", "test", "`build_scenes(root, 'nus')` makes it"
+            "scenes-nus",
+            "DigitScenes-N",
+            NUS_READER,
+            "train",
+            "test",
+            "`cadm data build scenes-nus` generates it",
         ),
         Dataset(
             "scenes-spatial",
@@ -140,7 +145,7 @@ DATASETS: dict[str, Dataset] = {
             coco_reader("2014"),
             "train2014",
             "val2014",
-            "`build_scenes(root, 'spatial')` makes it",
+            "`cadm data build scenes-spatial` generates it",
         ),
         Dataset(
             "scenes-shuffled",
@@ -148,7 +153,7 @@ DATASETS: dict[str, Dataset] = {
             coco_reader("2014"),
             "train2014",
             "val2014",
-            "`build_scenes(root, 'shuffled')` makes it",
+            "`cadm data build scenes-shuffled` generates it",
         ),
         Dataset(
             "own",

@@ -68,24 +68,22 @@ class TaskFields(BaseModel):
 
     dataset: str = Field(
         "coco2014",
-        description="name in DATASETS: coco2014, coco40k, nuswide, voc2007, scenes-coco, scenes-nus ..., own",
+        description="data set: coco2014, coco40k, nuswide, voc2007, scenes-coco, scenes-nus ..., own",
     )
     data_dir: Folder = Field(
-        None, description="folder that holds the dataset's official files; none given: data/<its folder>"
+        None, description="folder of the data set's official files; none is data/<its folder>"
     )
     method: str = Field(
-        "cadm", description="linear_probe, baseline_gap, baseline, cadm, or another name in METHODS (csra)"
+        "cadm", description="method: linear_probe, baseline_gap, baseline, cadm, or another of METHODS (csra)"
     )
     method_args: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(
-        {}, description="parameters of the method's own by name, or JSON text of them"
+        {}, description="parameters of the method alone by name, or JSON text of them"
     )
     lam: float = Field(
         0.5, ge=0, le=1e6, description="trade-off of Eq. 5; 0 leaves the label correlation loss out"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="decides initial weights, image order and flips")
-    out_dir: Folder = Field(
-        None, description="the run's own folder; none given: outputs/runs/<dataset>/<run name>"
-    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initial weights, image order and flips")
+    out_dir: Folder = Field(None, description="folder of the run; none is outputs/runs/<dataset>/<run name>")
 
 
 # %% ../../nbs/engine/config.ipynb #fb36e844
@@ -106,7 +104,7 @@ class DataFields(BaseModel):
         description="fraction of the training images to evaluate on in place of the test images",
     )
     limit: int = Field(
-        0, ge=0, le=10**9, description="only the first so many images of training and of test; 0: all"
+        0, ge=0, le=10**9, description="number of training and of test images to use; 0 is all"
     )
 
 
@@ -115,15 +113,15 @@ class ModelFields(create_model("ModelFields", **fields_of(ModelOptions))):
     """What Eq. 1-3 and 6-8 leave open, and where the backbone starts."""
 
     backbone: str = Field(
-        "resnet101", description="name in BACKBONES: torchvision's ResNets, MobileNets ..., narrow_resnet"
+        "resnet101", description="backbone: a ResNet, MobileNet ... of torchvision, or narrow_resnet"
     )
     weights: Annotated[str, BeforeValidator(_in_words)] = Field(
         "imagenet",
         min_length=1,
-        description="where the backbone starts: imagenet, imagenet-v2, digits, a file, or none",
+        description="start of the backbone: imagenet, imagenet-v2, digits, a file, or none",
     )
     expected_missing: str = Field(
-        "", description="names that a weights file may lack, as patterns with commas (layer4.1.*)"
+        "", description="patterns of names that a weights file may lack, with commas (layer4.1.*)"
     )
 
 
@@ -143,8 +141,8 @@ class RecipeFields(BaseModel):
     )
     lr: float = Field(0.01, gt=0, le=1e3, description="initial learning rate (Sec. 3.2)")
     head_lr_mult: decided("head_lr_mult", gt=0, le=1e6)
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD (Sec. 3.2); AdamW's first beta")
-    weight_decay: float = Field(1e-4, ge=0, le=1e3, description="of all parameters alike (Sec. 3.2)")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD (Sec. 3.2); first beta of AdamW")
+    weight_decay: float = Field(1e-4, ge=0, le=1e3, description="weight decay of all parameters (Sec. 3.2)")
     schedule: Literal["step", "cosine"] = Field(
         "step", description="equal plateaus (Sec. 3.2), or a cosine to zero"
     )
@@ -152,13 +150,13 @@ class RecipeFields(BaseModel):
         3,
         ge=1,
         le=10**6,
-        description="plateaus of the step schedule: 60 epochs in 3 divide every 20 (Sec. 3.2)",
+        description="plateaus of the step schedule; 60 epochs in 3 divide every 20 (Sec. 3.2)",
     )
     lr_gamma: float = Field(0.1, gt=0, le=1, description="factor from one plateau to the next (Sec. 3.2)")
     warmup_epochs: float = Field(0.0, ge=0, le=1e6, description="linear warm-up, in epochs")
     clip_grad: decided("clip_grad", ge=0, le=1e9)
     accumulate: int = Field(
-        1, ge=1, le=10**6, description="micro-batches a step is computed in; their sizes add up to batch_size"
+        1, ge=1, le=10**6, description="micro-batches of a step; their sizes add up to batch_size"
     )
 
 
@@ -166,9 +164,11 @@ class RecipeFields(BaseModel):
 class MachineFields(BaseModel):
     """What the run may use of the machine."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto means cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="device of the run; auto is cuda where there is one"
+    )
     precision: decided("precision")
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of a run; 0: all physical cores")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of a run; 0 is all physical cores")
     workers: int = Field(0, ge=0, le=256, description="processes or threads that read images")
     processes: int = Field(
         1,
