@@ -168,17 +168,18 @@ def predict(
 
 
 # %% ../../nbs/app/cli.ipynb #1ea3d79d
-def export(run: tyro.conf.Positional[Path], out: Path, onnx: bool = False) -> None:
+def export(run: tyro.conf.Positional[Path], out: Path, onnx: bool = False, half: bool = False) -> None:
     """Write a run as a folder that model hubs take: weights, configuration, model card, ONNX on request.
 
     Args:
         run: The run's folder.
         out: The folder to write.
         onnx: Write model.onnx, too.
+        half: Write the weights in half precision.
     """
     from cadm_paper.app.export import export_run
 
-    print(export_run(run, out, onnx))
+    print(export_run(run, out, onnx, half))
 
 
 # %% ../../nbs/app/cli.ipynb #bc258ce4

