@@ -22,7 +22,11 @@ def line(name: str) -> str:
 
 def cell() -> str:
     """The source of the cell: what is given wins over the preset."""
-    text = line("preset") + "resume: bool = ...  # go on from the run's checkpoint if there is one\n"
+    text = (
+        "# fmt: off\n"
+        + line("preset")
+        + "resume: bool = ...  # go on from the run's checkpoint if there is one\n"
+    )
     for group in reversed(TrainConfig.__bases__):
         text += f"# {group.__doc__}\n" + "".join(map(line, group.model_fields))
     return text.rstrip("\n")

@@ -113,12 +113,13 @@ class ModelFields(create_model("ModelFields", **fields_of(ModelOptions))):
     """What Eq. 1-3 and 6-8 leave open, and where the backbone starts."""
 
     backbone: str = Field(
-        "resnet101", description="backbone: a ResNet, MobileNet ... of torchvision, or narrow_resnet"
+        "resnet101",
+        description="backbone (Sec. 3.2): a ResNet, MobileNet ... of torchvision, or narrow_resnet",
     )
     weights: Annotated[str, BeforeValidator(_in_words)] = Field(
         "imagenet",
         min_length=1,
-        description="start of the backbone: imagenet, imagenet-v2, digits, a file, or none",
+        description="start of the backbone (Sec. 3.2): imagenet, imagenet-v2, digits, a file, or none",
     )
     expected_missing: str = Field(
         "", description="patterns of names that a weights file may lack, with commas (layer4.1.*)"
