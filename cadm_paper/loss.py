@@ -246,7 +246,7 @@ class CADMLoss(nn.Module):
     """L = L_cls + lambda L_lce (Eq. 5) of a model's output and targets 1, 0, -1 (ignored).
 
     Args:
-        lam: the weight lambda, >= 0; at 0 no label vectors are needed.
+        lam: the weight lambda, >= 0; at 0 no label vectors are needed: plain logits B x C will do.
         options: the fields of `LossOptions`.
 
     Raises:
@@ -268,12 +268,13 @@ class CADMLoss(nn.Module):
         self, output, targets: Shaped[Tensor, "batch classes"], num_images: int | None = None
     ) -> LossTerms:
         """All of Eq. 5; `num_images` is what the mean is over where `output` holds a part of the images."""
+        logits = getattr(output, "logits", output)
         cls = classification_loss(
-            output.logits, targets, reduction_classes=self.options.reduction_classes, num_images=num_images
+            logits, targets, reduction_classes=self.options.reduction_classes, num_images=num_images
         )
         if self.lam == 0:
             return LossTerms(cls, cls, torch.zeros_like(cls))
-        if output.label_vectors is None:
+        if getattr(output, "label_vectors", None) is None:
             how = "model.train(), or model(images, with_label_vectors=True)"
             raise ValueError(f"lam={self.lam:g} needs label vectors and the output has none: {how}")
         lce = _label_correlation(output.label_vectors, targets, self.options, num_images)

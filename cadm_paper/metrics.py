@@ -6,6 +6,8 @@
 __all__ = ["average_precision", "metric_names", "multilabel_metrics", "MultiLabelMetrics"]
 
 # %% ../nbs/03_metrics.ipynb #b0b2f25d
+import functools
+import importlib.util
 from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
@@ -278,12 +280,21 @@ def multilabel_metrics(scores: Any, targets: Any, threshold: float = 0.5, k: int
     return {name: float(value) for name, value in found.items()}
 
 
+# %% ../nbs/03_metrics.ipynb #ac1722da
+def stacked(name: str, batches: Any) -> np.ndarray:
+    """Batches as one array; of several processes they are one tensor already."""
+    return np.concatenate([as_array(name, b) for b in (batches if isinstance(batches, list) else [batches])])
+
+
 # %% ../nbs/03_metrics.ipynb #d4dd0fc5
 class MultiLabelMetrics:
     """Streaming form of `multilabel_metrics`: `update` with batches, `compute` at any time.
 
+    Where torchmetrics is installed, each is a `torchmetrics.Metric`, too, for collections and several devices.
+
     Args:
         threshold, k: as in `multilabel_metrics`.
+        options: of `torchmetrics.Metric`.
 
     Example:
         >>> meter = MultiLabelMetrics()
@@ -292,26 +303,44 @@ class MultiLabelMetrics:
         1.0
     """
 
-    def __init__(self, threshold: float = 0.5, k: int = 3):
+    def __new__(cls, *args, **options):
+        installed = cls is MultiLabelMetrics and importlib.util.find_spec("torchmetrics")
+        return super().__new__(_torchmetrics_form() if installed else cls)
+
+    def __init__(self, threshold: float = 0.5, k: int = 3, **options):
+        super().__init__(**options)
         checked_rule(threshold, k)
         self.threshold, self.k = threshold, k
         self.reset()
 
+    def __reduce__(self):  # the class is not the same everywhere
+        return MultiLabelMetrics, (self.threshold, self.k), self.__getstate__()
+
     def reset(self) -> None:
         """Forget all images."""
-        self._batches: list[tuple[np.ndarray, np.ndarray]] = []
+        self.scores: list = []  # of each batch, B x C
+        self.targets: list = []
 
     def __len__(self) -> int:
-        return sum(len(s) for s, _ in self._batches)
+        return sum(map(len, self.scores))
+
+    def __call__(self, scores: Any, targets: Any) -> dict[str, float]:
+        """Add a batch; returns its own numbers, none where no label of it is present."""
+        self.update(scores, targets)
+        some = (as_array("targets", targets) == 1).any()
+        return multilabel_metrics(scores, targets, self.threshold, self.k) if some else {}
 
     def update(self, scores: Any, targets: Any) -> None:
         """Add a batch of images, B x C each, checked and copied; ValueError for another C than before."""
         s, y = checked(scores, targets)
-        if self._batches and self._batches[0][0].shape[1] != s.shape[1]:
-            raise ValueError(
-                f"this batch has {s.shape[1]} classes, those before had {self._batches[0][0].shape[1]}"
-            )
-        self._batches.append((s.copy(), y.copy()))
+        if len(self.scores) and self.scores[0].shape[-1] != s.shape[1]:
+            before = self.scores[0].shape[-1]
+            raise ValueError(f"this batch has {s.shape[1]} classes, those before had {before}")
+        self.scores.append(self._kept(s))
+        self.targets.append(self._kept(y))
+
+    def _kept(self, array: np.ndarray) -> Any:
+        return array.copy()
 
     def merge(self, other: "MultiLabelMetrics") -> "MultiLabelMetrics":
         """Add another object's images to this one and return it.
@@ -323,15 +352,43 @@ class MultiLabelMetrics:
                 f"cannot merge threshold {other.threshold}, k {other.k} "
                 f"into threshold {self.threshold}, k {self.k}"
             )
-        widths = {s.shape[1] for s, _ in self._batches + other._batches}
+        widths = {s.shape[1] for s in (*self.scores, *other.scores)}
         if len(widths) > 1:
             raise ValueError(f"cannot merge objects with {' and '.join(map(str, sorted(widths)))} classes")
-        self._batches += list(other._batches)
+        for scores, targets in zip(list(other.scores), list(other.targets)):
+            self.update(scores, targets)
         return self
 
     def compute(self) -> dict[str, float]:
         """The numbers of all images so far, see `multilabel_metrics`; ValueError before the first batch."""
-        if not self._batches:
+        if not len(self.scores):
             raise ValueError("no batch has been added: nothing to evaluate")
-        scores, targets = (np.concatenate(parts) for parts in zip(*self._batches))
-        return multilabel_metrics(scores, targets, self.threshold, self.k)
+        s, y = stacked("scores", self.scores), stacked("targets", self.targets)
+        return multilabel_metrics(s, y, self.threshold, self.k)
+
+
+# %% ../nbs/03_metrics.ipynb #e8cf0897
+@functools.cache
+def _torchmetrics_form() -> type:
+    """`MultiLabelMetrics` as a `torchmetrics.Metric`: the batches are its states, as tensors."""
+    import torch
+    import torchmetrics
+
+    class Streaming(torchmetrics.Metric, MultiLabelMetrics):
+        full_state_update, is_differentiable, higher_is_better = False, False, True
+
+        def __init__(self, threshold: float = 0.5, k: int = 3, **options):
+            super().__init__(**options)
+            checked_rule(threshold, k)
+            self.threshold, self.k = threshold, k
+            self.add_state("scores", [], dist_reduce_fx="cat")
+            self.add_state("targets", [], dist_reduce_fx="cat")
+
+        def _kept(self, array: np.ndarray) -> Any:
+            return torch.from_numpy(array.copy()).to(self.device)
+
+        update = MultiLabelMetrics.update
+        compute = MultiLabelMetrics.compute
+        __call__ = MultiLabelMetrics.__call__
+
+    return Streaming

@@ -14,9 +14,9 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -197,6 +197,24 @@ class Images(Dataset):
         except ImageError as error:
             return error  # not raised: a worker process would put its traceback before the message
         return Batch(images, torch.from_numpy(self.split.labels[rows]), torch.from_numpy(rows))
+
+
+# %% ../../nbs/data/loading.ipynb #778e18dd
+class Pairs(Dataset):
+    """A split's images one by one: `(transform(image), target)`, as `Split.as_dataset` says."""
+
+    def __init__(self, split, transform: Callable | None, exif: bool):
+        self.split, self.transform, self.exif = split, transform, exif
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, i: int) -> tuple[Any, Tensor]:
+        path = self.split.paths[i]
+        pixels = decode_rgb(read_photograph(path), path, exif=self.exif)
+        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        target = torch.from_numpy(self.split.labels[i]).float()
+        return image if self.transform is None else self.transform(image), target
 
 
 # %% ../../nbs/data/loading.ipynb #ff0e83e2

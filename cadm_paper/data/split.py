@@ -124,6 +124,16 @@ class Split:
         ids, paths = ([values[i] for i in rows] for values in (self.image_ids, self.paths))
         return replace(self, image_ids=ids, paths=paths, labels=self.labels[rows])
 
+    def as_dataset(self, transform: Callable | None = None, *, exif: bool = False):
+        """A `torch.utils.data.Dataset` of pairs (image, target) for any loop.
+
+        `transform` gets a PIL image in RGB, as torchvision's do; `exif` applies stored orientations. A target is
+        float32, C, of 1 present, 0 absent, -1 ignored.
+        """
+        from cadm_paper.data.loading import Pairs
+
+        return Pairs(self, transform, exif)
+
     def summary(self) -> dict:
         """What run records keep: counts of images, labels and missing photographs, positives per class."""
         positive = self.labels == 1
