@@ -50,7 +50,7 @@ def record(values: dict, seed: int = 0, **config) -> RunRecord:
         Path("scenes-coco") / f"seed{seed}",
     )
     data = {"name": config.dataset, "classes": []}
-    return RunRecord(where, where.name, config, values, [], data, {}, {}, {}, config_digest(config))
+    return RunRecord(where, where.name, config, values, [], data, {}, {}, {}, config_digest(config), {})
 
 
 def html_rows(text: str) -> list[list[str]]:

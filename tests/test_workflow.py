@@ -56,11 +56,12 @@ with folder_lock(out_dir):
     os.remove(checkpoint)
     code = code_version() | {"package": os.environ.get("STUB_CODE", code_version()["package"])}
     made = {"first": first, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": os.environ["OMP_NUM_THREADS"]}
-    part = {"images": 1, "positives": {"x": 1}}
-    train, test = (part | {"fingerprint": split.fingerprint} for split in prepare_data(config))
+    train, test = (split.summary() | {"missing_ids": []} for split in prepare_data(config))
+    classes, aps = list(test["positives"]), [0.5] * len(test["positives"])
     write_record(out_dir, "stub", config, [], metrics=dict.fromkeys(COLUMNS, int(value[:8], 16) / 16**8), history=[],
-                 dataset={"name": config.dataset, "classes": ["x"], "train": train, "test": test}, per_class_ap=[0.5],
-                 environment={"code": code}, timing={"wall_s": 0.0}, made={**made, "ended": time.time()})
+                 dataset={"name": config.dataset, "classes": classes, "train": train, "test": test}, per_class_ap=aps,
+                 environment={"code": code}, timing=dict.fromkeys(("wall_s", "cpu_s", "training_s"), 0.0),
+                 machine={"device": "cpu", "precision": "fp32", "threads": 1}, made={**made, "ended": time.time()})
 """
 TABLE = """
 import json
@@ -206,7 +207,7 @@ def test_a_record_of_other_labels_is_stale(tmp_path, monkeypatch):
     record = synthetic_run(tmp_path / "run", images=40, drawn=2)
     assert batch.state(record.folder).word == "finished"  # there is no data to compare it with
     build_scenes(tmp_path / "scenes-coco", "coco", train=16, test=8)
-    batch.labels_now.cache_clear()
+    batch._fingerprints.cache_clear()
     assert (
         batch.state(record.folder).reason
         == "made with other train and test images or labels than are there now"

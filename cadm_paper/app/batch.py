@@ -33,7 +33,6 @@ from cadm_paper.files import (
     folder_lock,
     known,
     optional,
-    read_json,
     read_yaml,
     write_json,
 )
@@ -227,16 +226,22 @@ DATA = ("dataset", "data_dir", "missing", "holdout", "limit", "unlabelled_train"
 
 
 @functools.cache
-def labels_now(*values) -> dict[str, str]:
-    """Fingerprints of the training and test labels that a configuration with these `DATA` reads.
-
-    Empty where the data is not there.
-    """
+def _fingerprints(*values) -> dict[str, str]:
     config = TrainConfig(**dict(zip(DATA, values)))
     with contextlib.suppress(ValueError, OSError):
         if data_root(config).is_dir():
             return {s: split.fingerprint for s, split in zip(("train", "test"), prepare_data(config))}
     return {}
+
+
+# %% ../../nbs/app/batch.ipynb #bf113aae
+def labels_now(config: TrainConfig, data: str = "") -> dict[str, str]:
+    """Fingerprints of the training and test labels that a configuration reads in a batch on `data`.
+
+    Empty where the data is not there.
+    """
+    fields = {**dict(config), "data_dir": other_data(config.dataset, data)}
+    return _fingerprints(*(fields[name] for name in DATA))
 
 
 # %% ../../nbs/app/batch.ipynb #a7511899
@@ -248,15 +253,6 @@ def made_by(code: dict) -> str:
     )
     same = all(c.get("package") == package_digest() for c in every)
     return "" if same else "made by commit " + "; resumed under ".join(dict.fromkeys(map(spell, every)))
-
-
-# %% ../../nbs/app/batch.ipynb #6df17fb7
-def failure(folder: Path) -> str:
-    """Why a run failed, from the `failed.json` that its job left."""
-    try:
-        return str(dict(read_json(folder / "failed.json"))["reason"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return "its failed.json cannot be read"
 
 
 # %% ../../nbs/app/batch.ipynb #89bc04c8
@@ -272,8 +268,8 @@ def state(folder: Path, config: TrainConfig | None = None, data: str = "") -> St
     try:
         record = RunRecord.load(folder)
     except RecordError as error:
-        if (folder / "failed.json").is_file():
-            return State("failed", failure(folder))
+        if (folder / "failed.txt").is_file():
+            return State("failed", (folder / "failed.txt").read_text(errors="replace")[:1000])
         if (folder / "checkpoint" / "last.safetensors").is_file():
             return State("interrupted", "goes on from its checkpoint")
         broken = (folder / "run.json").exists()
@@ -283,9 +279,8 @@ def state(folder: Path, config: TrainConfig | None = None, data: str = "") -> St
     asked = config or record.config
     if config_digest(asked) != record.digest:
         return State("stale", "of another configuration", record)
-    fields = {**dict(asked), "data_dir": other_data(asked.dataset, data)}
-    now = labels_now(*(fields[name] for name in DATA))
-    if other := [s for s in now if record.dataset.get(s, {}).get("fingerprint", now[s]) != now[s]]:
+    now = labels_now(asked, data)
+    if other := [split for split in now if record.dataset[split]["fingerprint"] != now[split]]:
         why = f"made with other {' and '.join(other)} images or labels than are there now"
         return State("stale", why, record)
     return State("finished", made_by(record.environment.get("code", {})), record)
@@ -451,8 +446,9 @@ def reproduce(
     failed = bool(todo) and engine(batch, "runs", jobs, profile)
     if batch.notebooks or batch.report:
         failed |= engine(batch.model_copy(update={"report_only": True}), "reports")
-    for run in [run for run in todo if (run.workshop / "failed.json").is_file()]:
-        print(f"failed: {run.key}: {failure(run.workshop)}")
+    for run in todo:
+        if (now := state(run.workshop)).word == "failed":
+            print(f"failed: {run.key}: {now.reason}")
     page = batch.outputs / "report" / "index.html"
     print("not everything was done; the same command goes on" if failed else f"report: {page}" * batch.report)
     return int(failed)

@@ -74,20 +74,20 @@ def hold_gpus(count: int, devices: list[str], locks: str):
 
 # %% ../../nbs/app/jobs.ipynb #99e593cc
 def train_job(batch: Batch, key: str, out: Path) -> None:
-    """Execute a run's notebook. Raises `ValueError` if it fails, and leaves the reason in `failed.json`."""
+    """Execute a run's notebook. Raises `ValueError` if it fails, and leaves the reason in `failed.txt`."""
     (run,) = (run for run in plan(batch) if run.key == key)
     workshop, book = run.workshop, run.folder.with_name(f"{run.folder.name}.ipynb")
     with folder_lock(batch.outputs / "work" / "jobs" / key, wait=True):
         if not wanted(run.state, batch):
             return  # another job finished it while this one waited
         with folder_lock(workshop, wait=True):  # the kernel of a killed job may need a second to end
-            (workshop / "failed.json").unlink(missing_ok=True)
+            (workshop / "failed.txt").unlink(missing_ok=True)
         try:
             with hold_gpus(run.gpus, gpus(), os.environ["CADM_GPU_LOCKS"]):
                 execute(notebook_path("train"), book, run.parameters())
             RunRecord.load(workshop)
         except ValueError as error:
-            write_json(workshop / "failed.json", {"reason": str(error).replace(f"{batch.outputs}/", "")})
+            (workshop / "failed.txt").write_text(str(error).replace(f"{batch.outputs}/", ""))
             raise
         if workshop != run.folder:
             shutil.rmtree(run.folder)

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/app/runs.ipynb #6191c633
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from .batch import DATA, Batch, WorkflowError, labels_now, load_batch, plan, sta
 from ..engine.config import TrainConfig
 from ..engine.record import RecordError, RunRecord, load_runs
 from ..engine.variants import Variant, recipe_changes, run_name
-from ..files import folder_lock, known, sha256_file, sync, write_json
+from ..files import folder_lock, known, read_json, sha256_file, sync, write_json
 from ..paper import COLUMNS
 
 
@@ -32,7 +33,7 @@ def summary(record: RunRecord) -> dict:
     variant.
     """
     usual = TrainConfig(preset=record.config.preset, dataset=record.config.dataset)
-    where = {"seconds": record.timing.get("wall_s"), "device": record.environment.get("device")}
+    where = {"seconds": record.timing["wall_s"], "device": record.environment.get("device")}
     return {"mAP": 100 * record.metrics["mAP"], **where, "differs": recipe_changes(record, usual)}
 
 
@@ -122,10 +123,8 @@ def facts(record: RunRecord) -> dict:
     """
     import pandas as pd
 
-    labels = {s: record.dataset.get(s, {}).get("fingerprint") for s in ("train", "test")}
-    metrics = {
-        k: 100 * record.metrics[k] for k in (*COLUMNS, *record.metrics) if record.metrics[k] is not None
-    }
+    labels = {s: record.dataset[s]["fingerprint"] for s in ("train", "test")}
+    metrics = {k: 100 * record.metrics[k] for k in (*COLUMNS, *record.metrics)}
     parts = {
         "config": record.config.model_dump(exclude={"data_dir", "out_dir"}),
         "labels": labels,
@@ -162,11 +161,9 @@ def copy_plain(source: Path, name: str, into: Path) -> None:
 
     Raises `WorkflowError` for a link, a device, a folder, or a file that is too large.
     """
-    path = source
-    for part in Path(name).parts:
-        path = path / part
-        if path.is_symlink():
-            raise WorkflowError(f"{path}: a link, and a record is taken as plain files only")
+    path = source / name
+    if path.resolve() != source.resolve() / name:
+        raise WorkflowError(f"{path}: a link, and a record is taken as plain files only")
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > 2**30:
@@ -178,37 +175,38 @@ def copy_plain(source: Path, name: str, into: Path) -> None:
 
 
 # %% ../../nbs/app/runs.ipynb #b6c1d6b8
-def model_problems(folder: Path, record: RunRecord) -> Iterator[str]:
-    """What is wrong with the model of a record: it has to load, and to know the record's classes."""
-    from cadm_paper.engine.audit import MODEL
+def of_files(record: RunRecord) -> Iterator[str]:
+    """Files without the checksum of run.json; a model has to load, and to be that of the record."""
+    from cadm_paper.engine.audit import FILES, MODEL, differences
     from cadm_paper.methods import load_model
 
-    if any(name in record.files for name in MODEL):
-        try:
-            model = load_model((folder / MODEL[0]).parent)
-            if list(model.classes) != record.dataset["classes"]:
-                yield "checkpoint/model: other classes than in run.json"
-            if model.config["backbone"] != record.config.backbone:
-                yield "checkpoint/model: another backbone than in run.json"
-        except (OSError, ValueError) as error:
-            yield str(error)
+    files = [name for name in FILES if name in record.files]
+    found = {name: sha256_file(record.folder / name) for name in files}
+    yield from (
+        f"{name}: not the checksum of run.json" for name in files if found[name] != record.files[name]
+    )
+    if record.files.keys() & set(MODEL):
+        model = load_model((record.folder / MODEL[0]).parent)
+        told = {"classes": list(model.classes), "backbone": model.config["backbone"]}
+        asked = {"classes": record.dataset["classes"], "backbone": record.config.backbone}
+        yield from differences("checkpoint/model", told, asked)
 
 
 # %% ../../nbs/app/runs.ipynb #8812767b
-def label_problems(record: RunRecord, outputs: Path) -> Iterator[str]:
+def of_labels(record: RunRecord, outputs: Path) -> Iterator[str]:
     """Splits whose labels are not those that are here or, without data, of any other run on them."""
-    same = [k for k in DATA if k not in ("dataset", "data_dir")]
-    like = lambda r: [r.dataset["name"], *(getattr(r.config, k) for k in same)]
+    like = lambda r: [r.dataset["name"], *(getattr(r.config, k) for k in DATA[2:])]
     others = [r for r in load_runs(outputs / "runs") if like(r) == like(record)]
-    here = labels_now(*({**dict(record.config), "data_dir": None}[name] for name in DATA))
-    where = "that are here" if here else "of the other runs on it"
+    here = labels_now(record.config)
     for split in ("train", "test"):
         known = {here[split]} if here else {r.dataset[split]["fingerprint"] for r in others}
         if known and record.dataset[split]["fingerprint"] not in known:
+            where = "that are here" if here else "of the other runs on it"
             yield f"dataset.{split}: not the images and labels {where}"
 
 
-def copied(record: RunRecord, outputs: Path) -> Iterator[str]:
+# %% ../../nbs/app/runs.ipynb #8812767c
+def of_others(record: RunRecord, outputs: Path) -> Iterator[str]:
     """A run with these very metrics and another seed or method: the record is that run's, renamed."""
     mine = Variant.of(record).fields | {"seed": record.config.seed}
     for r in [r for place in ("runs", "reference") for r in load_runs(outputs / place)]:
@@ -217,7 +215,7 @@ def copied(record: RunRecord, outputs: Path) -> Iterator[str]:
 
 
 # %% ../../nbs/app/runs.ipynb #eb757a46
-def received(source: Path, into: Path, outputs: Path) -> RunRecord:
+def received(source: Path, into: Path, outputs: Path, by: str) -> RunRecord:
     """Copy a record into a folder, and check it there.
 
     Raises `WorkflowError` with everything that is wrong.
@@ -227,45 +225,36 @@ def received(source: Path, into: Path, outputs: Path) -> RunRecord:
     copy_plain(source, "run.json", into)
     try:
         record = RunRecord.load(into)
+        for name in [name for name in FILES if name in record.files]:
+            copy_plain(source, name, into)
+        here = (functools.partial(check, outputs=outputs) for check in (of_labels, of_others))
+        wrong = problems(record, more=[of_files, *here])
     except RecordError as error:
-        raise WorkflowError(f"{source}: not taken\n  {error}".replace(f"{into}/", "")) from None
-    files = [name for name in FILES if name in record.files]
-    for name in files:
-        copy_plain(source, name, into)
-    wrong = [
-        f"{name}: not the checksum of run.json"
-        for name in files
-        if sha256_file(into / name) != record.files[name]
-    ]
-    wrong += problems(record)
-    for found in (label_problems(record, outputs), copied(record, outputs), model_problems(into, record)):
-        wrong += found
+        wrong = [str(error)]
     if wrong:
-        more = [f"and {len(wrong) - 20} more"] * (len(wrong) > 20)
-        raise WorkflowError("\n  ".join([f"{source}: not taken", *wrong[:20], *more]).replace(f"{into}/", ""))
+        more = [f"and {len(wrong) - 40} more"] * (len(wrong) > 40)
+        raise WorkflowError("\n  ".join([f"{source}: not taken", *wrong[:40], *more]).replace(f"{into}/", ""))
+    write_json(into / "run.json", read_json(into / "run.json") | {"submitted": by})
     return record
 
 
 # %% ../../nbs/app/runs.ipynb #c3d05e2c
-def put(record: RunRecord, staging: Path, target: Path, by: str) -> None:
-    """Move a checked record to its place, marked as handed in.
+UNTOUCHED = {
+    "run.json": "there is a record of this configuration; `cadm runs diff` compares them",
+    "checkpoint/last.safetensors": "an unfinished training is there; let it end, or remove it first",
+}
 
-    Raises `WorkflowError` where a run is there or begun.
-    """
-    mark = target / "submitted.json"
+
+def put(record: RunRecord, target: Path) -> None:
+    """Move a checked record to its place. Raises `WorkflowError` where a run is there or begun."""
     with folder_lock(target):
-        if (target / "run.json").exists():
-            raise WorkflowError(
-                f"{target}: there is a record of this configuration; `cadm runs diff` compares them"
-            )
-        killed = mark.exists() and not (target / "checkpoint" / "last.safetensors").exists()
-        if not killed and set(os.listdir(target)) - {".lock"}:
-            raise WorkflowError(f"{target}: an unfinished training is there; let it end, or remove it first")
-        write_json(mark, {"by": by, "run": sha256_file(staging / "run.json")})
+        for file, why in UNTOUCHED.items():
+            if (target / file).exists():
+                raise WorkflowError(f"{target}: {why}")
         for name in [*record.files, "run.json"]:  # last: now it is a record
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            sync(staging / name)
-            os.replace(staging / name, target / name)
+            sync(record.folder / name)
+            os.replace(record.folder / name, target / name)
 
 
 # %% ../../nbs/app/runs.ipynb #268e95b1
@@ -280,14 +269,16 @@ def runs_submit(source: Positional[Path], by: str = "", outputs: Path | None = N
         by: Who made it, for every place that shows it.
         outputs: The folder that it goes to; by default outputs/.
     """
-    outputs, by = outputs or Batch().outputs, " ".join(by.split())[:100]
+    outputs = outputs or Batch().outputs
+    by = "".join(letter if letter.isprintable() else " " for letter in by)
+    by = " ".join(by.split())[:100] or "no name given"
     staging = outputs / "work" / "submitted"
     with folder_lock(outputs / "work", wait=True, name=".submit.lock"):
         shutil.rmtree(staging, ignore_errors=True)  # of a killed one
         try:
-            record = received(source, staging, outputs)
+            record = received(source, staging, outputs, by)
             target = outputs / "runs" / record.config.dataset / run_name(record.config)
-            put(record, staging, target, by)
+            put(record, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     print(f"taken: {target.relative_to(outputs)}; `cadm reproduce` puts it into the tables")

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/engine/audit.ipynb #0bf3c817
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy.special import expit, logit
 from cadm_paper.data.datasets import DATASETS
 from cadm_paper.data.split import Split
 from cadm_paper.engine.config import TrainConfig, config_digest, learning_rate
-from cadm_paper.engine.record import FORMS, STREAMS, RecordError, RunRecord, SplitFacts
+from cadm_paper.engine.record import FORMS, STREAMS, Machine, RunRecord, SplitFacts
 from cadm_paper.engine.splits import draw_examples
 from cadm_paper.engine.variants import Variant, run_name
 from cadm_paper.metrics import average_precision, multilabel_metrics
@@ -42,24 +42,16 @@ def differences(part: str, told: Mapping, found: Mapping, tolerance: float = 1e-
 
 # %% ../../nbs/engine/audit.ipynb #2b097fec
 def of_config(record: RunRecord) -> Iterator[str]:
-    """What contradicts the configuration: names, digest, files, machine."""
-    config, asked = record.config, dict(record.config)
-    yield from differences(
-        "run",
-        {"name": record.name, "digest": record.digest, "dataset": record.dataset["name"]},
-        {"name": run_name(config), "digest": config_digest(config), "dataset": config.dataset},
-    )
+    """What contradicts the configuration: names, digest, machine, files."""
+    config = record.config
+    told = {"name": record.name, "digest": record.digest, "dataset": record.dataset["name"]}
+    found = {"name": run_name(config), "digest": config_digest(config), "dataset": config.dataset}
+    yield from differences("run", told, found)
     if config.dataset not in DATASETS:
         yield f"config.dataset = {config.dataset!r}: not one that DATASETS names"
-    settled = {
-        name: asked[name] for name in ("device", "precision", "threads") if asked[name] not in ("auto", 0)
-    }
+    asked = {name: getattr(config, name) for name in Machine.__annotations__}
+    settled = {name: value for name, value in asked.items() if value not in ("auto", 0)}
     yield from differences("machine", record.machine, record.machine | settled)
-    yield from (
-        f"machine.{name}: lacking"
-        for name in ("device", "precision", "threads")
-        if name not in record.machine
-    )
     yield from (f"files: {name!r} is none of a run's" for name in record.files if name not in FILES)
     known = {"per_class_ap", "weights", "probe_strength", "archive", "digest_v1"}
     yield from (f"{name}: unknown" for name in sorted(record.extra.keys() - known))
@@ -75,71 +67,50 @@ def loss_row(config: TrainConfig, epoch: int, cls: float, lce: float) -> dict[st
 
 
 # %% ../../nbs/engine/audit.ipynb #3e905140
-def of_history(record: RunRecord) -> Iterator[str]:
-    """What is wrong with the history."""
+def of_training(record: RunRecord) -> Iterator[str]:
+    """What is wrong with the history and the times: a training takes some, no more than the run that it is in."""
     config, rows, trains = record.config, record.history, Variant.of(record).with_loss
     epochs = 0 if config.method == "linear_probe" else config.epochs
     if len(rows) != epochs:
         yield f"history: {epochs} epochs are expected, not {len(rows)}"
     for n, row in enumerate(rows):
-        where, terms = f"history, epoch {n + 1}", [row.get(name) for name in ("loss_cls", "loss_lce")]
-        if None in terms or min(terms) < 0 or terms[1] > 0 and not trains:
-            yield f"{where}: two terms of the loss are expected, 0 or more"
-            continue
-        values = {name: row.get(name) for name in MAPS.values()}
-        yield from differences(where, row, loss_row(config, n, *terms) | values, 1e-3)
+        scores = {name: row[name] for name in MAPS.values()}
+        terms = loss_row(config, n, row["loss_cls"], row["loss_lce"] if trains else 0.0)
+        yield from differences(f"history, epoch {n + 1}", row, terms | scores, 1e-3)
         scored = (n + 1) % config.eval_every == 0 or n + 1 == epochs
-        if any((v is not None) != scored or not 0 <= (v or 0) <= 1 for v in values.values()):
-            yield f"{where}: an mAP is a fraction where the epoch was evaluated, else none"
-
-
-# %% ../../nbs/engine/audit.ipynb #69e07bf2
-def of_times(record: RunRecord) -> Iterator[str]:
-    """What is wrong with the times: a training takes some, and no more than the run that it is in."""
-    times, resumed = record.timing, record.environment.get("code", {}).get("resumed")
-    yield from (f"timing.{name}: lacking" for name in ("wall_s", "cpu_s", "training_s") if name not in times)
-    yield from (
-        f"timing.{name} = {value}: 0 or more is expected" for name, value in times.items() if value < 0
-    )
-    wall, training = times.get("wall_s", 0), times.get("training_s", 0)
-    if wall <= 0 or (training > 0) != bool(record.history) or training > wall + 1 and not resumed:
+        if any((value is not None) != scored for value in scores.values()):
+            yield f"history, epoch {n + 1}: mAPs are expected where an epoch was evaluated, else none"
+    wall, training = record.timing["wall_s"], record.timing["training_s"]
+    longer = training > wall + 1 and not record.environment.get("code", {}).get("resumed")
+    if wall == 0 or (training > 0) != bool(rows) or longer:
         yield f"timing: {training:g} s of training in a run of {wall:g} s"
 
 
 # %% ../../nbs/engine/audit.ipynb #d5646a5d
 def of_counts(record: RunRecord) -> Iterator[str]:
     """What contradicts itself among the counts of both splits and the classes' numbers."""
-    data, known = record.dataset, DATASETS.get(record.config.dataset)
-    for split in ("train", "test"):
-        told, classes = data[split], len(data["classes"])
-        n, labels, labelled = told["images"], sum(told["positives"].values()), told.get("labelled", 0)
-        found = {
-            "dataset": data["name"],
-            "images": n,
-            "classes": classes,
-            "labels": labels,
-            "labelled": labelled,
-        }
-        found |= {"unlabelled": n - labelled, "labels_per_image": labels / max(n, 1)}
-        found |= {
-            "labels_per_labelled_image": labels / max(labelled, 1),
-            "missing": len(told.get("missing_ids", ())),
-        }
-        if known:
-            found["split"] = (
-                known.test_split if split == "test" and not record.config.holdout else known.train_split
-            )
-        free = SplitFacts.__annotations__.keys() - found.keys()
-        yield from differences(f"dataset.{split}", told, found | {k: told.get(k) for k in free})
-        if not 0 < n <= (record.config.limit or n) or max(told["positives"].values()) > n or labelled > n:
-            yield f"dataset.{split}: {n} images do not go with its other counts"
+    data, config = record.dataset, record.config
+    splits = {"train": "train_split", "test": "train_split" if config.holdout else "test_split"}
+    for part, name in splits.items():
+        told, found = data[part], {"dataset": data["name"], "classes": len(data["classes"])}
+        images, labels, labelled = told["images"], sum(told["positives"].values()), told["labelled"]
+        found |= {"labels": labels, "unlabelled": images - labelled, "missing": len(told["missing_ids"])}
+        found["labels_per_image"] = labels / max(images, 1)
+        found["labels_per_labelled_image"] = labels / max(labelled, 1)
+        found["split"] = getattr(DATASETS.get(config.dataset), name, told["split"])
+        yield from differences(
+            f"dataset.{part}", told, {k: told[k] for k in SplitFacts.__annotations__} | found
+        )
+        limits = [images <= (config.limit or images), max(told["positives"].values()) <= images]
+        if not (images and labelled <= images and all(limits)):
+            yield f"dataset.{part}: {images} images do not go with its other counts"
     aps = dict(zip(data["classes"], record.extra["per_class_ap"]))
     if wrong := [name for name, ap in aps.items() if (ap is None) != (data["test"]["positives"][name] == 0)]:
         yield f"per_class_ap of {wrong[0]!r}: a number where the class has positives, else none"
     mean = np.mean([ap for ap in aps.values() if ap is not None] or [0.0])
     yield from differences("metrics", {"mAP": record.metrics["mAP"]}, {"mAP": float(mean)})
-    if outside := [name for name, v in record.metrics.items() if name != "epoch_best" and not 0 <= v <= 1]:
-        yield f"metrics.{outside[0]} = {record.metrics[outside[0]]}: a fraction is expected"
+    outside = (f"metrics.{k} = {v}" for k, v in record.metrics.items() if v > 1 and k != "epoch_best")
+    yield from (f"{said}: a fraction is expected" for said in outside)
 
 
 # %% ../../nbs/engine/audit.ipynb #ad7a1f80
@@ -240,21 +211,25 @@ def of_maps(record: RunRecord) -> Iterator[str]:
             yield f"maps.npz: the maps do not give the scores of their stream (off by {away:.2g})"
 
 
+# %% ../../nbs/engine/audit.ipynb #8e4dcc7c
+PARTS = {of_config: None, of_training: None, of_counts: None, of_scores: "scores.npz", of_maps: "maps.npz"}
+
+
 # %% ../../nbs/engine/audit.ipynb #3b93a7ff
-def problems(record: RunRecord, kept: bool = True) -> list[str]:
+def problems(
+    record: RunRecord, kept: bool = True, more: Sequence[Callable[[RunRecord], Iterable[str]]] = ()
+) -> list[str]:
     """Everything in a record that contradicts its configuration, its arrays or itself; empty if nothing does.
 
     Args:
         kept: whether its arrays have to be there; those of a study need not be.
+        more: further checks.
     """
-    parts = [of_config, of_history, of_times, of_counts]
-    for file, part in (("scores.npz", of_scores), ("maps.npz", of_maps)):
-        if file in record.files and (kept or record.holds(file)):
-            parts.append(part)
+    there = lambda file: file is None or file in record.files and (kept or record.holds(file))
     found = []
-    for part in parts:
+    for check in (*(part for part, file in PARTS.items() if there(file)), *more):
         try:
-            found += part(record)
-        except (RecordError, ValueError) as error:
+            found += check(record)
+        except (OSError, ValueError) as error:
             found.append(str(error))
     return list(dict.fromkeys(found))

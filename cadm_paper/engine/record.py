@@ -6,7 +6,6 @@
 __all__ = ["RecordError", "RunRecord", "load_runs"]
 
 # %% ../../nbs/engine/record.ipynb #8e892c69
-import contextlib
 import functools
 import hashlib
 import json
@@ -104,38 +103,43 @@ class RecordError(ValueError):
 
 
 # %% ../../nbs/engine/record.ipynb #a5eb768b
-Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Amount = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$", max_length=200)]
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=200)]
 
 # %% ../../nbs/engine/record.ipynb #a52d31a2
 LARGEST = 2**28  # bytes of a record's arrays in one file; those of NUS-WIDE take half of it
 LONGEST = 2**26  # bytes of a run.json
 
-
 # %% ../../nbs/engine/record.ipynb #c51f7223
-class SplitFacts(TypedDict):
-    """Counts of a split's images and labels (`Split.summary`), and the ids of missing images."""
+EpochFacts = TypedDict(
+    "EpochFacts",
+    dict.fromkeys(("epoch", "lr", "loss", "loss_cls", "loss_lce"), Amount)
+    | dict.fromkeys(("mAP", "mAP_fcls", "mAP_scls"), Fraction | None),  # none where it was not evaluated
+)
+Timing = TypedDict("Timing", dict.fromkeys(("wall_s", "cpu_s", "training_s"), Amount))
 
-    __pydantic_config__ = ConfigDict(extra="allow")
-    images: Count
-    positives: dict[str, Count]
-    fingerprint: str
-    missing_ids: NotRequired[list[str]]
-    dataset: NotRequired[str]
-    split: NotRequired[str]
-    classes: NotRequired[Count]
-    labelled: NotRequired[Count]
-    unlabelled: NotRequired[Count]
-    labels: NotRequired[Count]
-    labels_per_image: NotRequired[Finite]
-    labels_per_labelled_image: NotRequired[Finite]
-    most_labels: NotRequired[Count]
-    ignored: NotRequired[Count]
-    missing: NotRequired[Count]
-    placeholders: NotRequired[Count]
+
+class Machine(TypedDict):
+    """What `auto` was resolved to."""
+
+    device: str
+    precision: str
+    threads: Count
+
+
+# %% ../../nbs/engine/record.ipynb #16299f71
+_COUNTS = "images classes labelled unlabelled labels most_labels ignored missing placeholders".split()
+SplitFacts = TypedDict(  # `Split.summary`, and the ids of missing images
+    "SplitFacts",
+    dict.fromkeys(_COUNTS, Count)
+    | {"positives": dict[str, Count], "labels_per_image": Amount, "labels_per_labelled_image": Amount}
+    | {"dataset": str, "split": str, "fingerprint": str, "missing_ids": list[str]},
+)
 
 
 class DataFacts(TypedDict):
@@ -147,31 +151,22 @@ class DataFacts(TypedDict):
     test: SplitFacts
 
 
-# %% ../../nbs/engine/record.ipynb #16299f71
-class Code(TypedDict, total=False):
-    """Which code made a record, and under which it was resumed."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")
-    cadm_paper: str
-    package: str
-    commit: str | None
-    modified: bool | None
-    resumed: list[dict[str, str | bool | None]]
-
-
-class Environment(TypedDict, total=False):
-    """Code, packages and processor; see `environment`."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")
-    code: Code
-    packages: dict[str, str]
-    python: str
-    device: str
-    system: str
-    cuda: str | None
-
-
 # %% ../../nbs/engine/record.ipynb #0c235575
+Code = TypedDict(
+    "Code",
+    {"cadm_paper": str, "package": str, "commit": str | None, "modified": bool | None}
+    | {"resumed": list[dict[str, str | bool | None]]},
+    total=False,
+)
+Environment = TypedDict(
+    "Environment",
+    {"code": Code, "packages": dict[str, str]}
+    | {"python": str, "system": str, "device": str, "cuda": str | None},
+    total=False,
+)
+
+
+# %% ../../nbs/engine/record.ipynb #0c235576
 class Archive(TypedDict):
     """The .npz of a study that holds a record's arrays."""
 
@@ -182,10 +177,9 @@ class Archive(TypedDict):
 class Extra(TypedDict):
     """What else a record has."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
     per_class_ap: list[Fraction | None]
     weights: NotRequired[dict[str, str | list[str] | None]]
-    probe_strength: NotRequired[Finite]
+    probe_strength: NotRequired[Number]
     synthetic: NotRequired[bool]
     archive: NotRequired[Archive]
 
@@ -196,8 +190,6 @@ def _misfit(record: "RunRecord") -> str:
     classes, data = record.dataset["classes"], record.dataset
     if lacking := [name for name in COLUMNS if name not in record.metrics]:
         return f"metrics: {lacking[0]} is lacking"
-    if not all("epoch" in row for row in record.history):
-        return "history: each entry needs its epoch"
     if len(set(classes)) < len(classes) or len(record.extra["per_class_ap"]) != len(classes):
         return f"per_class_ap: a number for each of {len(classes)} different classes is expected"
     for split in ("train", "test"):
@@ -246,23 +238,6 @@ def wrong_array(arrays: dict, form: dict[str, str], **sizes: int) -> str:
     return ""
 
 
-# %% ../../nbs/engine/record.ipynb #bd14c0d6
-def submission(folder: Path) -> str | None:
-    """Who handed in the record of a folder; None for one that was made here.
-
-    The mark, `submitted.json`, is bound to the record by checksum.
-    """
-    path, mark = folder / "submitted.json", {}
-    if not path.is_file():
-        return None
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        mark = dict(read_json(path))
-    if mark.get("run", "") not in ("", sha256_file(folder / "run.json")):
-        return None
-    by = "".join(c if c.isprintable() else " " for c in str(mark.get("by") or "no name given"))
-    return " ".join(by.split())[:100]
-
-
 # %% ../../nbs/engine/record.ipynb #2a9ab1b8
 @dataclass(repr=False)
 class RunRecord:
@@ -272,12 +247,12 @@ class RunRecord:
         folder, name: where it is, and the run's name.
         config: as it was asked for; `machine`: what `auto` was resolved to.
         metrics: fractions by name, those of `COLUMNS` and their variants.
-        history: a row an epoch: learning rate, losses, mAP.
+        history: a row an epoch: learning rate, loss and its two terms, mAP of the prediction and each stream.
         dataset: name, classes, and the facts of its splits `train` and `test`.
         environment, timing: code, packages and processor; seconds.
         files: SHA-256 by name of each file beside it.
         digest: of the configuration, as it was when the run was made.
-        submitted: who handed it in, where it was not made here.
+        submitted: who handed it in, where it was not made here (`cadm runs submit` writes it).
         extra: all else in run.json, such as `per_class_ap`.
         store: the .npz of a study that keeps the arrays.
 
@@ -286,18 +261,22 @@ class RunRecord:
         >>> record.metrics["mAP"], record.scores()["targets"].shape
     """
 
+    __pydantic_config__ = ConfigDict(
+        extra="allow"
+    )  # in every part, so that later fields keep records readable
+
     folder: Path
     name: Name
     config: TrainConfig
-    metrics: dict[str, Finite]
-    history: list[dict[str, Finite | None]]
+    metrics: dict[str, Amount]
+    history: list[EpochFacts]
     dataset: DataFacts
     environment: Environment
-    timing: dict[str, Finite]
+    timing: Timing
     files: Annotated[dict[str, Sha256], Field(max_length=100)]
     digest: str
-    machine: dict[str, str | int] = field(default_factory=dict)
-    submitted: str | None = None
+    machine: Machine
+    submitted: Line | None = None
     extra: Extra = field(default_factory=dict)
     store: Path | None = None
 
@@ -316,9 +295,7 @@ class RunRecord:
             content = read_json(path)
         except (OSError, ValueError) as error:
             raise RecordError(error) from None
-        record = cls.from_dict(content, folder)
-        record.submitted = submission(Path(folder))
-        return record
+        return cls.from_dict(content, folder)
 
     @classmethod
     def from_dict(cls, content: dict, folder, where=None) -> "RunRecord":
@@ -433,7 +410,6 @@ def write_record(folder, name: str, config: TrainConfig, beside: list[str], **pa
         "digest": config_digest(config),
         "config": portable(config),
         "files": {file: sha256_file(folder / file) for file in beside},
-        "machine": {},
         **parts,
     }
     write_json(folder / "run.json", content)
