@@ -198,14 +198,7 @@ def folder_of(name: str, data_dir: Path | None) -> Path:
 
 
 # %% ../../nbs/app/cli.ipynb #4f67bec5
-def data_get(
-    name: Name,
-    data_dir: Path | None = None,
-    yes: bool = False,
-    dry_run: bool = False,
-    mirror: str | None = None,
-    keep: bool = True,
-) -> None:
+def data_get(name: Name, data_dir: Path | None = None, yes: bool = False, dry_run: bool = False) -> None:
     """Download a data set's official archives, check them, unpack them and verify the counts.
 
     Args:
@@ -213,12 +206,10 @@ def data_get(
         data_dir: Its folder; by default its place below data/.
         yes: Do not ask before fetching.
         dry_run: Print what would be fetched and how large it is.
-        mirror: Address of a folder that holds the same archives.
-        keep: Leave the archives beside what was unpacked.
     """
     from cadm_paper.data.download import data_get as get
 
-    get(name, folder_of(name, data_dir), yes=yes, dry_run=dry_run, mirror=mirror, keep=keep)
+    get(name, folder_of(name, data_dir), yes=yes, dry_run=dry_run)
 
 
 # %% ../../nbs/app/cli.ipynb #f8f4acf7

@@ -19,7 +19,8 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -272,22 +273,21 @@ def download(
 # %% ../../nbs/data/download.ipynb #684153c6
 def mistake(path: Path, archive: Archive) -> str:
     """The checksum of a file where it is not the published one; empty where it is or none is published."""
-    if archive.checksum is None:
-        return ""
-    algorithm = archive.checksum.partition(":")[0]
+    algorithm, _, digits = (archive.checksum or "").partition(":")
     with open(path, "rb") as file:
-        found = f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
-    wrong = f"is {found}, not {archive.checksum} ({archive.published})"
-    return wrong if found != archive.checksum else ""
+        found = hashlib.file_digest(file, algorithm).hexdigest() if algorithm else ""
+    return "" if found == digits else f"is {algorithm}:{found}, not {archive.checksum} ({archive.published})"
 
 
 # %% ../../nbs/data/download.ipynb #5acb5790
 def fetch(archive: Archive, folder: Path, quiet: bool = True, **patience) -> Path:
     """The archive in `folder`, fetched if it is not there, whole and checked. Raises `DataError`."""
     path, part, problems = folder / archive.name, folder / f"{archive.name}.part", []
-    if path.is_file() and (problem := mistake(path, archive)):
-        raise DataError(f"{path} {problem}; remove this file and run the same command again")
-    for address in () if path.is_file() else archive.addresses:
+    if path.is_file():
+        if problem := mistake(path, archive):
+            raise DataError(f"{path} {problem}; remove this file and run the same command again")
+        return path
+    for address in archive.addresses:
         try:
             download(address, part, archive, quiet, **patience)
             if not (problem := mistake(part, archive)):
@@ -296,13 +296,11 @@ def fetch(archive: Archive, folder: Path, quiet: bool = True, **patience) -> Pat
         except (DataError, *NETWORK) as error:
             problem = str(error) or type(error).__name__
         problems.append(f"{address}: {problem}")
-    if problems:
-        known = f"{archive.size} bytes, {archive.checksum}" if archive.checksum else archive.published
-        raise DataError(
-            f"{archive.name} could not be fetched ({'; '.join(problems)}). The same command continues where "
-            f"it stopped. Or put the file at {path} by hand ({known})"
-        )
-    return path
+    known = f"{archive.size} bytes, {archive.checksum}" if archive.checksum else archive.published
+    raise DataError(
+        f"{archive.name} could not be fetched ({'; '.join(problems)}). The same command continues where "
+        f"it stopped. Or put the file at {path} by hand ({known})"
+    )
 
 
 # %% ../../nbs/data/download.ipynb #8869dfbd
@@ -397,28 +395,20 @@ def place(unpacked: Path, root: Path) -> None:
 
 
 # %% ../../nbs/data/download.ipynb #7bdba7b2
-def install(archive: Archive, root: Path, quiet: bool, keep: bool, **patience) -> None:
-    """Fetch, check, unpack and place one archive."""
-    path, unpacked = fetch(archive, root / "archives", quiet, **patience), root / "archives" / "unpacking"
-    shutil.rmtree(unpacked, ignore_errors=True)  # what an earlier process left behind
-    unpack(path, archive, unpacked, quiet)
-    place(unpacked, root)
-    shutil.rmtree(unpacked)
-    if not keep:
-        path.unlink()
+def install(archives: Callable[[], Sequence[Archive]], root: Path, quiet: bool, **patience) -> None:
+    """Fetch, check, unpack and place archives, those that are left once no other process does the same."""
+    folder, unpacked = root / "archives", root / "archives" / "unpacking"
+    with folder_lock(folder, wait=True):
+        shutil.rmtree(unpacked, ignore_errors=True)  # of a process that was killed
+        for archive in archives():
+            unpack(fetch(archive, folder, quiet, **patience), archive, unpacked, quiet)
+            place(unpacked, root)
+            shutil.rmtree(unpacked)
 
 
 # %% ../../nbs/data/download.ipynb #71244f00
 def data_get(
-    name: str,
-    root=None,
-    *,
-    yes: bool = False,
-    dry_run: bool = False,
-    keep: bool = True,
-    mirror: str | None = None,
-    quiet: bool = False,
-    **patience,
+    name: str, root=None, *, yes: bool = False, dry_run: bool = False, quiet: bool = False, **patience
 ) -> Path:
     """Fetch a data set's official archives, check, unpack, count. What is there is not fetched again.
 
@@ -427,8 +417,6 @@ def data_get(
         root: its folder; None: data/<name>.
         yes: do not ask before fetching.
         dry_run: only say what would be fetched.
-        keep: leave each archive beside what was unpacked.
-        mirror: address of a folder that holds the same archives.
         quiet: no progress bars.
         patience: `tries` in a row that bring nothing, `wait` before the next (s), `timeout` (s), and
             `floor`, the least bytes a second over a `timeout`.
@@ -443,25 +431,18 @@ def data_get(
     if name not in SOURCES:
         raise DataError(f"{name}: nothing to fetch; {data.make}. What can be fetched: {', '.join(SOURCES)}")
     source, root = SOURCES[name], data.root(root)
-    if mirror:
-        there = lambda a: replace(a, addresses=(f"{mirror.rstrip('/')}/{a.name}",))
-        source = replace(source, archives=tuple(map(there, source.archives)))
     print(plan_text(data.title, source, root))
     waiting = lambda: [a for a in source.archives if state_of(a, root)[0] != "in place"]
     if dry_run:
         return root
-    if (root / "archives" / "unpacking").exists():  # of a process that was killed, or is at it
-        with folder_lock(root / "archives", wait=True):
-            shutil.rmtree(root / "archives" / "unpacking", ignore_errors=True)
     if waiting():
         asked = lambda: sys.stdin and sys.stdin.isatty() and input("Fetch this? [y/N] ").strip().lower()
         if not (yes or asked() in ("y", "yes")):
             raise DataError("nothing was fetched; answer y, or agree beforehand with --yes (yes=True)")
         make_room(root, sum(state_of(a, root)[1] for a in waiting()))
+    if waiting() or (root / "archives" / "unpacking").exists():
         try:
-            with folder_lock(root / "archives", wait=True):
-                for archive in waiting():  # another process may have been here
-                    install(archive, root, quiet, keep, **patience)
+            install(waiting, root, quiet, **patience)
         except OSError as error:
             raise DataError(
                 f"{error.filename or root}: {error.strerror or error}. What has arrived is kept: mend this, "
