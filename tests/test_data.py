@@ -20,10 +20,14 @@ from cadm_paper.data.split import safe_name
 from cadm_paper.data.voc import VOC_CLASSES
 from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.splits import prepare_data
+from cadm_paper.metrics import multilabel_metrics
+from cadm_paper.paper import FACTS
+from cadm_paper.train import train as train_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("CADM_SHARED_DATA", ROOT.parent / "shared" / "data"))
 VOC, TINY, LABELS80 = SHARED / "VOCdevkit-224", SHARED / "coco-tiny", SHARED / "coco2014_labels80.npz"
+LABELS81 = SHARED / "nuswide_labels81.npz"
 needs = lambda path: pytest.mark.skipif(not path.exists(), reason=f"no {path.name} in CADM_SHARED_DATA")
 
 # ---- the real files
@@ -563,3 +567,24 @@ def test_training_refuses_a_photograph_of_both_splits(folder):
     (folder / "test.csv").write_text("path,labels\na.jpg,cat\nb.jpg,cat\n")
     with pytest.raises(ValueError, match="1 photographs are both in train and in test, such as .*b.jpg"):
         prepare_data(TrainConfig(dataset="own", data_dir=str(folder)))
+
+
+@pytest.mark.slow
+@needs(LABELS81)
+def test_nus_wide_at_its_full_size(tmp_path):
+    """All real label rows in the official layout, but for the lists of the splits, which are not here."""
+    real, in_train = np.load(LABELS81), np.random.default_rng(0).permutation(269_648) < 161_789
+    names, y = [f"{i}_{flickr}.jpg" for i, flickr in enumerate(real["flickr_ids"])], real["labels"]
+    write_nus(tmp_path, [*map(str, real["concepts"])], names, y, "TrainTestLabels", in_train)
+    train, test = prepare_data(TrainConfig(dataset="nuswide", data_dir=str(tmp_path)))
+    assert (train.labels == y[in_train]).all() and (test.labels == y[~in_train]).all()
+    assert [FACTS["nuswide", split].images for split in ("train", "test")] == [len(train), len(test)]
+    assert int(train.labelled.sum() + test.labelled.sum()) == 209_347
+    perfect = multilabel_metrics(0.4 + 0.2 * test.labels, test.labels)
+    assert all(perfect[name] == 1 for name in ("mAP", "CF1", "OF1"))
+    for path in (*train.paths[:4], *test.paths[:4]):
+        Image.new("RGB", (80, 80)).save(path)
+    some = TrainConfig(
+        dataset="nuswide", data_dir=str(tmp_path), out_dir=str(tmp_path / "run"), limit=4, epochs=1
+    )
+    assert train_model(some).dataset["train"]["classes"] == 81
