@@ -146,7 +146,12 @@ class Trainer:
         for settings in self.optimiser.param_groups:
             settings["lr"] = rate * settings["mult"]
         terms = add_gradients(self, batch, global_images) * global_images
-        update_weights(self)
+        if self.config.clip_grad:
+            self.scaler.unscale_(self.optimiser)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
         self.sums += torch.cat([terms, terms.new_tensor([global_images / self.group.world])])
         self.done += 1
 
@@ -188,17 +193,6 @@ def add_gradients(trainer: Trainer, batch, global_images: int) -> Tensor:
         total = total + torch.stack(terms).detach().double()
     statistics.finish()
     return total
-
-
-# %% ../nbs/05_train.ipynb #df8a9dfc
-def update_weights(trainer: Trainer) -> None:
-    """One step of the optimiser along the gradients (clipped if asked)."""
-    if trainer.config.clip_grad:
-        trainer.scaler.unscale_(trainer.optimiser)
-        nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.config.clip_grad)
-    trainer.scaler.step(trainer.optimiser)
-    trainer.scaler.update()
-    trainer.optimiser.zero_grad(set_to_none=True)
 
 
 # %% ../nbs/05_train.ipynb #a7908867
@@ -372,8 +366,8 @@ def refuse_changes(old: TrainConfig, config: TrainConfig, where: Path) -> None:
 
 # %% ../nbs/05_train.ipynb #59fc7af3
 def refuse_others(old: dict, new: dict, where: Path) -> None:
-    """Raise `CheckpointError` naming the fingerprints (of labels, of first weights) that differ."""
-    if other := [what for what, mark in old.items() if new.get(what, mark) != mark]:
+    """Raise `CheckpointError` naming the fingerprints (of labels, of first weights) that are known and differ."""
+    if other := [what for what, mark in old.items() if mark and new.get(what) not in (None, mark)]:
         raise CheckpointError(
             f"{where} was trained from other {' and '.join(other)}: give the old data and weights, or choose "
             "another out_dir"
@@ -398,6 +392,7 @@ def fit(
     config, group, steps, scores = trainer.config, trainer.group, trainer.steps_per_epoch, None
     size = min(config.batch_size, len(train.split))
     trainer.saved, trainer.stop.hold = time.monotonic(), True
+    progress.start(config, config.epochs * steps, trainer.epoch * steps + trainer.done)
     how = dict(seed=config.seed, shuffle=True, rank=group.rank, world=group.world)
     while trainer.epoch < config.epochs:
         trainer.network.train()
@@ -466,69 +461,30 @@ def run_folder(config: TrainConfig) -> Path:
 
 
 # %% ../nbs/05_train.ipynb #b3e81e23
-def origin(train: str | None, test: str | None, weights: str | None) -> dict[str, str]:
-    """What a run is trained from: fingerprints of both splits' labels, checksum of the first weights.
-
-    None is left out.
-    """
-    marks = {"training labels": train, "test labels": test, "first weights": weights}
-    return {what: mark for what, mark in marks.items() if mark}
+ORIGIN = ("training labels", "test labels", "first weights")  # what a run is trained from
 
 
 # %% ../nbs/05_train.ipynb #6e8ec0eb
-def finished_run(folder: Path, config: TrainConfig) -> RunRecord | None:
+def finished_run(folder: Path, config: TrainConfig, resume: bool) -> RunRecord | None:
     """The finished run in a folder, if there is one. Raises `CheckpointError` if it is of another
-    configuration, or of other labels or first weights than are there now.
+    configuration, or of other labels or first weights than are there now, and where an unfinished run would be
+    lost.
     """
-    if not (folder / "run.json").is_file():
+    file, weights = folder / "run.json", weights_file(config.weights)
+    if not file.is_file():
+        if checkpoint_file(folder).is_file() and not resume:
+            how = "go on with resume (--resume), remove it, or choose another out_dir"
+            raise CheckpointError(f"{folder} holds an unfinished run: {how}")
         return None
-    record, weights = RunRecord.load(folder), weights_file(config.weights)
-    refuse_changes(record.config, config, folder / "run.json")
+    record = RunRecord.load(folder)
+    refuse_changes(record.config, config, file)
     if data_root(config).is_dir():
-        marks = (record.dataset.get(split, {}).get("fingerprint") for split in ("train", "test"))
-        made = origin(*marks, record.extra.get("weights", {}).get("sha256"))
-        labels = (split.fingerprint for split in prepare_data(config))
-        now = origin(*labels, sha256_file(weights) if weights.is_file() else None)
-        refuse_others(made, now, folder / "run.json")
+        made = [record.dataset.get(split, {}).get("fingerprint") for split in ("train", "test")]
+        made.append(record.extra.get("weights", {}).get("sha256"))
+        now = [split.fingerprint for split in prepare_data(config)]
+        now.append(sha256_file(weights) if weights.is_file() else None)
+        refuse_others(dict(zip(ORIGIN, made)), dict(zip(ORIGIN, now)), file)
     return record
-
-
-# %% ../nbs/05_train.ipynb #ac133561
-def look_at_folder(folder: Path, config: TrainConfig, resume: bool) -> RunRecord | None:
-    """`finished_run`; raises `CheckpointError` also where an unfinished run would be lost."""
-    finished = finished_run(folder, config)
-    if not finished and not resume and checkpoint_file(folder).is_file():
-        raise CheckpointError(
-            f"{folder} holds an unfinished run: go on with resume (--resume), remove it, or choose another "
-            "out_dir"
-        )
-    return finished
-
-
-# %% ../nbs/05_train.ipynb #3022e3e1
-def read_data(config: TrainConfig, group: ProcessGroup) -> tuple[Split, Split]:
-    """`prepare_data` on every process, first on the main one (generated scenes are written once)."""
-    data = prepare_data(config) if group.main else None
-    group.everyone(None)
-    data = data or prepare_data(config)
-    for part, split in zip(("training", "test"), data):
-        if not (split.labels == 1).any():
-            raise ConfigError(f"{config.dataset}: {len(split)} {part} images and no label that is present")
-    return data
-
-
-# %% ../nbs/05_train.ipynb #175b187c
-def run(
-    trainer: Trainer, train: Loader, test: Loader, resume: bool, progress: Progress, checkpoint_minutes: float
-) -> tuple[dict, dict]:
-    """Train, from the checkpoint if asked; returns the test images' scores, and what the record says."""
-    config, steps = trainer.config, trainer.steps_per_epoch
-    if resume and checkpoint_file(trainer.folder).is_file():
-        load_trainer(trainer)
-    progress.start(config, config.epochs * steps, trainer.epoch * steps + trainer.done)
-    with contextlib.closing(progress):
-        scores = fit(trainer, train, test, progress, checkpoint_minutes)
-    return scores, {name: getattr(trainer, name) for name in ("history", "code", "seconds")}
 
 
 # %% ../nbs/05_train.ipynb #c7640012
@@ -630,7 +586,7 @@ def train(
     """
     folder, (_, world) = run_folder(config), rank_and_world(config)
     resume = resume or world > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if finished := look_at_folder(folder, config, resume):
+    if finished := finished_run(folder, config, resume):
         return finished
     if config.processes > world:
         return launch(config, resume, checkpoint_minutes)
@@ -639,7 +595,9 @@ def train(
         stop = during.enter_context(stoppable(folder))
         group = during.enter_context(process_group(config))
         during.enter_context(machine_settings(config.threads, config.seed))
-        data = read_data(config, group)
+        data = prepare_data(config) if group.main else None  # generated scenes are written once
+        group.everyone(None)
+        data = data or prepare_data(config)
         if config.method != "linear_probe":  # which is not trained
             check_parts(config, len(data[0]))
         how = dict(resize=config.resize, exif=config.exif, workers=config.workers)
@@ -647,16 +605,20 @@ def train(
         model = build_model(config, data[0].classes, data[0].labels, group.device)
         if group.main:
             during.enter_context(folder_lock(folder))
-        finished = look_at_folder(folder, config, resume) if group.main else None
+        finished = finished_run(folder, config, resume) if group.main else None
         if finished := group.everyone(finished)[0]:  # by another process, while this one read the data
             return finished
         if config.method == "linear_probe":
             scores, said = fit_probe(model, config, *loaders)
         else:
             trainer = Trainer(config, model, group, max(len(data[0]) // config.batch_size, 1), folder)
-            trainer.stop, labels = stop, (split.fingerprint for split in data)
-            trainer.origin = origin(*labels, model.provenance.get("sha256"))
-            scores, said = run(trainer, *loaders, resume, progress or Progress(), checkpoint_minutes)
+            marks = [*(split.fingerprint for split in data), model.provenance.get("sha256")]
+            trainer.stop, trainer.origin = stop, dict(zip(ORIGIN, marks))
+            if resume and checkpoint_file(folder).is_file():
+                load_trainer(trainer)
+            with contextlib.closing(progress or Progress()) as shown:
+                scores = fit(trainer, *loaders, shown, checkpoint_minutes)
+            said = {name: getattr(trainer, name) for name in ("history", "code", "seconds")}
         wall, cpu = time.monotonic() - began[0], time.process_time() - began[1]
         said["timing"] = {"wall_s": wall, "cpu_s": cpu, "training_s": said.pop("seconds", 0.0)}
         return finish(asked, config, folder, data, model, scores, said) if group.main else None

@@ -542,12 +542,14 @@ def test_placeholders_written_in_place_are_found_again(nus):
     assert "6 files are no photographs" in str(data_check("nuswide", nus))
 
 
-def test_training_refuses_a_split_without_labels(folder):
-    for name, labels in (("train", "cat"), ("test", "")):
-        (folder / f"{name}.csv").write_text(f"path,labels\na.jpg,{labels}\nb.jpg,\n")
+@pytest.mark.parametrize("rows, limit", [("a.jpg,\nb.jpg,", 0), ("a.jpg,\nb.jpg,\nc.jpg,cat", 2)])
+def test_training_refuses_a_split_without_labels(folder, rows, limit):
+    (folder / "train.csv").write_text("path,labels\na.jpg,cat\nb.jpg,\n")
+    (folder / "test.csv").write_text(f"path,labels\n{rows}\n")
     (folder / "classes.txt").write_text("cat\n")
+    config = TrainConfig(dataset="own", data_dir=str(folder), limit=limit)
     with pytest.raises(ValueError, match="no image of test has a label .2 images are there"):
-        prepare_data(TrainConfig(dataset="own", data_dir=str(folder)))
+        prepare_data(config)
 
 
 def test_training_refuses_two_splits_with_different_classes(tmp_path):

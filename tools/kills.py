@@ -50,7 +50,7 @@ from cadm_paper.train import train
 for slow in ("matplotlib.pyplot", "matplotlib.backends.backend_pdf", "sklearn.linear_model", "torch._dynamo"):
     importlib.import_module(slow)  # kills should hit writers, not imports
 
-VARYING = {"run.json", "pretrain.json", "record.json"}  # they hold times
+VARYING = {"run.json", "record.json"}  # they hold times
 SHARED = Path(tempfile.gettempdir(), f"cadm-kills-{os.getpid()}")  # what writers read
 PORT = 20000 + os.getpid() % 10000
 

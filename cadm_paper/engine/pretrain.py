@@ -6,11 +6,9 @@
 __all__ = ["pretrained_digits"]
 
 # %% ../../nbs/engine/pretrain.ipynb #55af78ec
-import contextlib
 import hashlib
 import json
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,8 +18,7 @@ import torch
 
 from ..data.scenes import TEST, TRAIN, Draws, Scene, draw_background, draw_glyph, paint
 from .processes import machine_settings
-from .record import environment
-from ..files import default_folder, folder_lock, read_json, sha256_file, whole_file, write_json
+from ..files import default_folder, folder_lock, whole_file
 from ..model import BACKBONES, CADM
 
 
@@ -112,15 +109,6 @@ def pretrain_digest(config: PretrainConfig) -> str:
     return hashlib.sha256(text.encode() + pictures.transpose(0, 2, 3, 1).tobytes()).hexdigest()
 
 
-# %% ../../nbs/engine/pretrain.ipynb #37a50bed
-def pretrain_record(folder: Path) -> dict | None:
-    """`pretrain.json` of a finished pretraining whose weights are what it says, or None."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        record = read_json(folder / "pretrain.json")
-        same = sha256_file(folder / record["weights"]) == record["sha256"]
-        return record if same and record["schema"] == SCHEMA else None
-
-
 # %% ../../nbs/engine/pretrain.ipynb #181509d4
 def pretrained_digits(
     folder=None, backbone: str = "narrow_resnet", config: PretrainConfig | None = None
@@ -139,24 +127,12 @@ def pretrained_digits(
         >>> model = CADM(20, "narrow_resnet", weights=pretrained_digits())
     """
     config = config or PretrainConfig(backbone=backbone)
-    digest, start = pretrain_digest(config), time.process_time()
-    home = Path(folder or default_folder("outputs") / "pretrained") / f"{config.backbone}-{digest[:8]}"
+    name = f"{config.backbone}-{pretrain_digest(config)[:8]}"
+    home = Path(folder or default_folder("outputs") / "pretrained") / name
     weights = home / "backbone.safetensors"
     with folder_lock(home, wait=True):
-        if pretrain_record(home) is None:
-            model, accuracy = pretrain(config)
-            state = {k: v.contiguous() for k, v in model.backbone.state_dict().items()}
+        if not weights.is_file():
+            state = pretrain(config)[0].backbone.state_dict()
             with whole_file(weights) as file:
-                file.write(safetensors.torch.save(state))
-            made = dict(
-                schema=SCHEMA,
-                config=asdict(config),
-                digest=digest,
-                weights=weights.name,
-                sha256=sha256_file(weights),
-                training_accuracy=accuracy,
-                environment=environment(),
-                timing={"cpu_s": time.process_time() - start},
-            )
-            write_json(home / "pretrain.json", made)
+                file.write(safetensors.torch.save({k: v.contiguous() for k, v in state.items()}))
     return weights

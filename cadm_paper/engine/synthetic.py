@@ -76,15 +76,11 @@ def random_maps(
 # %% ../../nbs/engine/synthetic.ipynb #b520d5a9
 def random_history(config: TrainConfig, final: dict[str, float]) -> list[dict]:
     """Losses and mAP per epoch; the last epoch has those of `final`, by name."""
-    if config.method == "linear_probe":
-        return []
     rows, loss = [], 3 * Variant.of(config).with_loss
     for n in range(config.epochs):
         left, last = 0.75 ** (n + 1), n + 1 == config.epochs
-        scored = {name: value * (1 - left * (not last)) for name, value in final.items()}
-        if (n + 1) % config.eval_every and not last:
-            scored = dict.fromkeys(final)
-        rows.append(loss_row(config, n, 2 + 4 * left, loss * left) | scored)
+        reached = {name: value * (1 - left * (not last)) for name, value in final.items()}
+        rows.append(loss_row(config, n, 2 + 4 * left, loss * left) | reached)
     return rows
 
 
@@ -98,8 +94,8 @@ def synthetic_run(
     rng = np.random.default_rng([config.seed, *f"{config.dataset} {Variant.of(config).slug}".encode()])
     targets, ids = random_targets(images, classes), [f"{n:05d}" for n in range(images)]
     scores = random_scores(targets, config.method, rng)
-    by_image, kept = {"image_ids": np.array(ids), "targets": targets, **scores}, {}
-    kept["scores.npz"] = by_image
+    by_image = {"image_ids": np.array(ids), "targets": targets, **scores}
+    kept, history, final = {"scores.npz": by_image}, [], run_metrics(by_image, [])
     if config.method != "linear_probe":
         rows = draw_examples(targets, drawn)
         first, pool = {name: values[rows] for name, values in by_image.items()}, np.max
@@ -108,10 +104,9 @@ def synthetic_run(
         found = random_maps(first["targets"], logit(first["scores_scls"]), pool, rng)
         found = found if thumbnails else {"maps": found["maps"]}
         kept["maps.npz"] = {"indices": rows, **first, **found}
+        history = random_history(config, {name: final[name] for name in MAPS.values()})
     for file, arrays in kept.items():
         save_arrays(folder / file, classes=np.array(names), **arrays)
-    final = run_metrics(by_image, [])
-    history = random_history(config, {name: final[name] for name in MAPS.values()})
     split = lambda name: Split(config.dataset, name, folder, names, ids, [folder] * images, targets).summary()
     facts = {
         part: split(name) | {"missing_ids": []}
