@@ -169,31 +169,32 @@ class Picture:
 
 
 # %% ../nbs/06_figures.ipynb #9407a902
-def photographs(record: RunRecord, maps: dict, data_dir=None, longest: int = 448) -> dict:
-    """The drawn photographs as `thumbnails` (uint8 H x W x 3 at their own aspect, None where one cannot be read) from
-    a data folder (None: the usual one); empty where the record holds its images, and without the data set.
+def drawn_images(
+    record: RunRecord, maps: dict, data_dir=None, longest: int = 448
+) -> Sequence[np.ndarray | None]:
+    """The drawn images (uint8 H x W x 3): those in the record, else the photographs at their own aspect from a data
+    folder (None: the usual one); None where one cannot be read.
     """
     from cadm_paper.data.loading import decode_rgb, resized  # needs torch
     from cadm_paper.data.photograph import read_photograph
 
     if "thumbnails" in maps:
-        return {}
-    name, config, images = record.dataset["name"], record.config, []
+        return maps["thumbnails"]
+    name, config, images = record.dataset["name"], record.config, [None] * len(maps["image_ids"])
     try:
         root, part = DATASETS[name].root(data_dir), record.dataset["test"].get("split")
         split = load_split(name, root, part, missing="drop")
     except (OSError, ValueError, KeyError):
-        return {}
+        return images
     paths = dict(zip(split.image_ids, split.paths))
-    for image_id in map(str, maps["image_ids"]):
-        images.append(None)
+    for i, image_id in enumerate(map(str, maps["image_ids"])):
         with contextlib.suppress(ValueError, KeyError):  # one that is missing or cannot be read
             image = decode_rgb(read_photograph(paths[image_id]), image_id, exif=config.exif)
             shape = np.array(image.shape[1:])
             shape = np.repeat(shape.min(), 2) if config.resize == "crop" else shape
             size = tuple((shape * min(1, longest / shape.max())).round().astype(int).clip(1).tolist())
-            images[-1] = resized(image, size, config.resize).permute(1, 2, 0).numpy()
-    return {"thumbnails": images}
+            images[i] = resized(image, size, config.resize).permute(1, 2, 0).numpy()
+    return images
 
 
 # %% ../nbs/06_figures.ipynb #a0decc15
@@ -256,14 +257,9 @@ def short(name: str, longest: int) -> str:
 
 
 # %% ../nbs/06_figures.ipynb #c16f79f1
-def kept_image(maps: dict, row: int) -> np.ndarray | None:
-    """A drawn image from the record or the data folder, or None."""
-    return maps["thumbnails"][row] if "thumbnails" in maps else None
-
-
 def thumbnail(maps: dict, row: int) -> np.ndarray:
     """A drawn image, or light grey in its place."""
-    image = kept_image(maps, row)
+    image = maps["thumbnails"][row]
     return np.full((64, 64, 3), 237, np.uint8) if image is None else image
 
 
@@ -275,7 +271,7 @@ def draw_image(ax, maps: dict, row: int, extent: tuple = (0, 1, 0, 1)) -> None:
     x, y = (left + right) / 2, (low + high) / 2
     width, height = width * (right - left) / 2, height * (high - low) / 2
     ax.imshow(image, extent=(x - width, x + width, y - height, y + height))
-    if kept_image(maps, row) is None:
+    if maps["thumbnails"][row] is None:
         note = f"photograph\n{maps['image_ids'][row]}\nnot in the data folder"
         ax.text(x, y, note, ha="center", va="center", fontsize=5, color=GREY)
 
@@ -357,7 +353,7 @@ def figure2(
         >>> figure2(record, images=[0, 5])
     """
     maps, name = read_kept(record, "maps"), record.dataset["name"]
-    maps |= photographs(record, maps, data_dir)
+    maps["thumbnails"] = drawn_images(record, maps, data_dir)
     rows, columns = choose_images(maps, images), 10 if len(maps["classes"]) <= 40 else 12
     limit, there = map_limit(maps["maps"][rows]), maps["targets"] == 1
     fig, axes = new_figure(PAGE, 1, len(rows))
@@ -494,7 +490,7 @@ def figure4(
         >>> figure4(*pair_of_runs(load_runs("outputs/runs"), "scenes-coco"))
     """
     pair, records = same_draw(record_without, record_with), [record_without, record_with]
-    pair[0].update(photographs(record_without, pair[0], data_dir))
+    pair[0]["thumbnails"] = drawn_images(record_without, pair[0], data_dir)
     classes, (left, right) = pair[0]["classes"], map(Variant.of, records)
     labels = {row: choose_labels(pair[0], row) for row in choose_images(pair[0], images)}
     limit = map_limit(*(m["maps"][row, labels[row]] for m in pair for row in labels))
@@ -538,7 +534,7 @@ def overlays(record: RunRecord, image: int = 0, data_dir=None) -> Picture:
         >>> overlays(record, 3)
     """
     maps, variant = read_kept(record, "maps"), Variant.of(record)
-    maps |= photographs(record, maps, data_dir)
+    maps["thumbnails"] = drawn_images(record, maps, data_dir)
     (row,) = choose_images(maps, [image])
     labels, back = np.flatnonzero(maps["targets"][row] == 1), thumbnail(maps, row)
     limit = map_limit(maps["maps"][row])  # of all classes: what is weak among them looks weak

@@ -15,7 +15,7 @@ from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.record import RecordError
 from cadm_paper.engine.synthetic import synthetic_run
-from cadm_paper.figures import curve_at, figure2, figure4, map_ranks, overlays, photographs
+from cadm_paper.figures import curve_at, drawn_images, figure2, figure4, map_ranks, overlays
 from cadm_paper.metrics import average_precision
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -118,9 +118,9 @@ def test_photographs_come_from_the_data_folder(tmp_path):
     (own / "b.png").unlink()
     record = SimpleNamespace(dataset={"name": "own", "test": {"split": "test"}}, config=TrainConfig())
     maps = {"image_ids": np.array(["a.png", "b.png"])}
-    shown, missing = photographs(record, maps, own)["thumbnails"]
+    shown, missing = drawn_images(record, maps, own)
     assert shown.shape == (40, 80, 3) and missing is None
     record.config = TrainConfig(resize="crop")
-    middle, _ = photographs(record, maps, own)["thumbnails"]
+    middle, _ = drawn_images(record, maps, own)
     assert middle.shape == (40, 40, 3) and (middle == 255).all()
-    assert photographs(record, maps, tmp_path / "nowhere") == {}
+    assert drawn_images(record, maps, tmp_path / "nowhere") == [None, None]

@@ -17,15 +17,7 @@ import numpy as np
 
 from ..engine.record import RecordError, RunRecord, source
 from ..engine.variants import Variant, pair_of_runs
-from cadm_paper.figures import (
-    MAP_COLOURS,
-    kept_image,
-    map_limit,
-    map_ranks,
-    photographs,
-    read_kept,
-    same_draw,
-)
+from cadm_paper.figures import MAP_COLOURS, drawn_images, map_limit, map_ranks, read_kept, same_draw
 from ..files import whole_file
 from ..tables import render
 
@@ -78,7 +70,7 @@ def image_entry(arrays: Sequence[dict], row: int, step: float) -> dict:
     ]
     return {
         "id": str(first["image_ids"][row]),
-        "picture": None if (image := kept_image(first, row)) is None else png_uri(image),
+        "picture": None if (image := first["thumbnails"][row]) is None else png_uri(image),
         "targets": first["targets"][row].tolist() if "targets" in first else None,
         "boxes": boxes,
         "runs": runs,
@@ -113,7 +105,7 @@ def explorer_data(runs: Sequence[RunRecord], image: str | Path | None = None) ->
     draws = [[own_image(r, image) for r in runs]] if image else []
     if not image or runs[0].maps() is not None:
         draws.append(same_draw(*runs) if len(runs) > 1 else [read_kept(runs[0], "maps")])
-        draws[-1][0].update(photographs(runs[0], draws[-1][0]))
+        draws[-1][0]["thumbnails"] = drawn_images(runs[0], draws[-1][0])
     if len({maps["maps"].shape[1:] for arrays in draws for maps in arrays}) > 1:
         raise RecordError(f"{' and '.join(r.name for r in runs)} have maps of different sizes")
     maps = [found["maps"] for arrays in draws for found in arrays]
