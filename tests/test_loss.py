@@ -395,17 +395,6 @@ def test_wrong_switches_of_functions(function, wrong):
         function(torch.zeros(2, 3), torch.zeros(2, 3), **wrong)
 
 
-def test_light_to_import():
-    """The loss for its own sake: neither torchvision nor anything of Jupyter."""
-    code = "import sys, cadm_paper.loss; print([m for m in ('torchvision', 'IPython', 'nbdev', 'fastcore', 'matplotlib') if m in sys.modules])"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
-
-
 # ---- the benchmarks run ----------------------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +18,8 @@ from torch.utils._pytree import tree_flatten
 
 from cadm_paper.methods import METHODS, load_model
 from cadm_paper.methods.base import build_network, method_arguments
-from cadm_paper.model import CADM, CADMHead, class_maps, export_onnx, global_pool, pair
+from cadm_paper.model import BACKBONES, CADM, CADMHead, class_maps, export_onnx, global_pool, pair
 from cadm_paper.weights import UntrainedBackbone, load_backbone_weights, read_state_dict
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def images(n=2, size=64, seed=0):
@@ -147,7 +143,7 @@ def test_pickles_are_not_run(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-SD = torchvision.models.resnet18(weights=None).state_dict()
+SD = BACKBONES["narrow_resnet"]().state_dict()
 UNREADABLE = {
     "module.pth": ({f"module.{k}": v for k, v in SD.items()}, "begin with 'module.': remove this prefix"),
     "lightning.pth": ({"state_dict": {f"net.enc.{k}": v for k, v in SD.items()}}, "with 'net.enc.'"),
@@ -157,7 +153,7 @@ UNREADABLE = {
     "x.ckpt": ({"state_dict": SD}, "rename it"),
     "model.pth": ({"model": SD}, "under 'model'"),
     "list.pth": ([1, 2], "no state dict"),
-    "nan.pth": ({**SD, "fc.bias": SD["fc.bias"] / 0}, "fc.bias is not finite"),
+    "nan.pth": ({**SD, "bn1.bias": SD["bn1.bias"] / 0}, "bn1.bias is not finite"),
     "empty.pth": (b"", "is empty"),
     "empty.npz": (b"", "is empty"),
     "empty.safetensors": (b"", "is empty"),
@@ -174,7 +170,7 @@ def test_a_file_of_another_project_is_refused_with_what_to_do(tmp_path, name):
     else:
         torch.save(content, tmp_path / name)
     with pytest.raises(ValueError) as error:
-        CADM(3, "resnet18", tmp_path / name, image_size=64)
+        CADM(3, "narrow_resnet", tmp_path / name, image_size=64)
     said = str(error.value)
     assert name in said and says in said.replace(str(tmp_path), "") and "\n" not in said and len(said) < 600
 
@@ -182,14 +178,14 @@ def test_a_file_of_another_project_is_refused_with_what_to_do(tmp_path, name):
 def test_words_for_imagenet_and_for_nothing(tmp_path, monkeypatch):
     """torchvision's own words and its enum are taken; the file is never unpickled freely, and checked where cached."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    calls = []
-    fetch = lambda url, **how: calls.append(how) or SD
+    calls, state = [], torchvision.models.resnet18(weights=None).state_dict()
+    fetch = lambda url, **how: calls.append(how) or state
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
     enum = torchvision.models.ResNet18_Weights.DEFAULT
     for word in ("imagenet", "IMAGENET1K_V1", "DEFAULT", enum):
         model = CADM(4, "resnet18", word, image_size=64)
         assert model.provenance["version"] == "IMAGENET1K_V1"
-        assert torch.equal(model.backbone.conv1.weight, SD["conv1.weight"])
+        assert torch.equal(model.backbone.conv1.weight, state["conv1.weight"])
     assert len(calls) == 4 and all(how["weights_only"] and how["check_hash"] for how in calls)
     for word in (None, "none", "None"):
         assert CADM(4, "resnet18", word, image_size=64, quiet=True).provenance == {"source": None}
@@ -255,8 +251,13 @@ def test_float64_gradients_of_the_head():
 # ---- compiled and exported -------------------------------------------------------------------------------------------
 
 
+# the baselines' heads are CADM's, and the probe's is one linear layer: they have their turn in the slow tests
+PLAIN = ("linear_probe", "baseline_gap", "baseline")
+EACH = [pytest.param(method, marks=[pytest.mark.slow] * (method in PLAIN)) for method in METHODS]
+
+
 @pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH)
 def test_no_graph_breaks(method, training):
     """fullgraph=True raises at the first graph break; label vectors at another size than f_embed's are in it, too."""
     model = network(method, image_size=48).train(training)
@@ -268,8 +269,8 @@ def test_no_graph_breaks(method, training):
         assert compiled(images()).logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("method, size", [*((method, 64) for method in METHODS), ("cadm", (64, 96))])
-def test_onnx_file_agrees(tmp_path, method, size):
+@pytest.mark.parametrize("method", EACH)
+def test_onnx_file_agrees(tmp_path, method, size=(64, 96)):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = network(method, size).train()
@@ -339,14 +340,3 @@ def test_a_saved_model_that_is_not_finite_is_refused(small, tmp_path):
         small.head.classifier.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="head.classifier.weight is not finite"):
         CADM.from_pretrained(small.save_pretrained(tmp_path / "m"))
-
-
-# ---- outside processes -------------------------------------------------------------------------------------------------
-
-
-def test_the_import_is_light():
-    """`from cadm_paper.model import CADM` brings in nothing of notebooks, tests, plots or tables."""
-    heavy = "fastcore nbdev IPython papermill pytest hypothesis matplotlib seaborn pandas sklearn pycocotools onnx onnxruntime"
-    code = f"import sys; from cadm_paper.model import CADM; print([m for m in {heavy.split()} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert out.stdout.strip() == "[]"

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from cells import run_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,8 +33,16 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def runs_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("synthetic") / "runs"
-    synthetic_runs(folder, ["scenes-coco"], images=60, drawn=4)
+    synthetic_runs(folder, ["scenes-coco"], images=40, classes=6, drawn=2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def report(runs_dir, tmp_path_factory) -> Path:
+    """The folder of a report with its explorer."""
+    out = tmp_path_factory.mktemp("report")
+    build_report(runs_dir, out, build_explorers(load_runs(runs_dir), out))
+    return out
 
 
 @pytest.fixture
@@ -144,44 +153,35 @@ def test_rows_without_a_current_record_have_a_reason(runs_copy):
     assert "failed: ValueError: &lt;b&gt;" in nus.html()
 
 
-def test_the_report_stands_alone_and_does_not_know_where_it_is(runs_dir, tmp_path):
-    elsewhere, ours = tmp_path / "other place", tmp_path / "one"
-    shutil.copytree(runs_dir, elsewhere / "x")
+def test_the_report_stands_alone(report, runs_dir):
+    page = (report / "index.html").read_text(encoding="utf-8")
+    addresses = set(re.findall(r"""(?:src|href|action|data)=["']([^"']*)""", page))
+    inside = {f"#{name}" for name in re.findall(r'id="([^"]*)"', page)}
+    assert {a for a in addresses - inside if not a.startswith("data:")} == {"explorer.html"}
+    assert not re.search(rf"<script|<iframe|@import|https?://|{ROOT}|{runs_dir.parent}|{report}", page)
+
+
+@pytest.mark.slow
+def test_the_report_does_not_know_where_and_by_whom_it_is_made(report, runs_dir, tmp_path):
+    shutil.copytree(runs_dir, tmp_path / "other place" / "x")
     program = (
         "import sys; from cadm_paper.engine.record import load_runs; from cadm_paper.app.report import build_report\n"
         "from cadm_paper.app.explorer import build_explorers\n"
         "build_report(*sys.argv[1:], build_explorers(load_runs(sys.argv[1]), sys.argv[2]))"
     )
-    build_report(runs_dir, ours, build_explorers(load_runs(runs_dir), ours))
-    env = {**os.environ, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"}
-    subprocess.run([sys.executable, "-c", program, "x", "y"], cwd=elsewhere, check=True, env=env)
-    names, page = {p.name for p in ours.iterdir()}, (ours / "index.html").read_text(encoding="utf-8")
+    env, command = {**os.environ, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"}, [sys.executable, "-c", program]
+    subprocess.run([*command, "x", "y"], cwd=tmp_path / "other place", check=True, env=env)
+    names = {p.name for p in report.iterdir()}
     assert names == {"index.html", "explorer.html"}
-    assert all((ours / name).read_bytes() == (elsewhere / "y" / name).read_bytes() for name in names)
-    addresses = set(re.findall(r"""(?:src|href|action|data)=["']([^"']*)""", page))
-    inside = {f"#{name}" for name in re.findall(r'id="([^"]*)"', page)}
-    assert {a for a in addresses - inside if not a.startswith("data:")} == {"explorer.html"}
-    assert not re.search(rf"<script|<iframe|@import|https?://|{ROOT}|{tmp_path}", page)
+    again = tmp_path / "other place" / "y"
+    assert all((report / name).read_bytes() == (again / name).read_bytes() for name in names)
 
 
-def papermill(notebook: str, cwd: Path, **parameters) -> subprocess.CompletedProcess:
-    """Execute an experiment's notebook as a user does; parameters as text."""
-    pytest.importorskip("papermill")
-    given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "CADM_OUTPUTS")}
-    source = ROOT / "nbs" / "experiments" / f"{notebook}.ipynb"
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        "--no-progress-bar",
-        "-k",
-        "python3",
-        source,
-        "out.ipynb",
-        *given,
-    ]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.delenv("CADM_OUTPUTS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -191,14 +191,13 @@ def papermill(notebook: str, cwd: Path, **parameters) -> subprocess.CompletedPro
         ("fig4", [f"figure4-scenes-coco.{form}" for form in ("pdf", "png", "svg")]),
     ],
 )
-def test_notebooks_run_from_any_folder(notebook, files, runs_dir, tmp_path):
-    done = papermill(notebook, tmp_path, runs_dir=os.path.relpath(runs_dir, tmp_path), out_dir="some folder")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(p.name for p in (tmp_path / "some folder").iterdir()) == files
+def test_notebooks_run_from_any_folder(notebook, files, runs_dir, elsewhere):
+    run_cells(notebook, runs_dir=os.path.relpath(runs_dir), out_dir="some folder")
+    assert sorted(p.name for p in (elsewhere / "some folder").iterdir()) == files
 
 
-@pytest.mark.parametrize("given, said", [({}, "cadm reproduce"), ({"imags": 3}, "did you mean 'images'")])
-def test_notebooks_stop_without_records_and_on_unknown_names(given, said, tmp_path):
-    done = papermill("fig2", tmp_path, **given)
-    assert done.returncode != 0 and said in done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"]
+@pytest.mark.parametrize("given, said", [({}, "cadm reproduce"), ({"imags": "3"}, "did you mean 'images'")])
+def test_notebooks_stop_without_records_and_on_unknown_names(given, said, elsewhere):
+    with pytest.raises(ValueError, match=said):
+        run_cells("fig2", **given)
+    assert not list(elsewhere.iterdir())
