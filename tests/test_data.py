@@ -34,7 +34,9 @@ needs = lambda path: pytest.mark.skipif(not path.exists(), reason=f"no {path.nam
 
 
 @needs(VOC)
-@pytest.mark.parametrize("split", ["train", "val", "trainval", "test"])
+@pytest.mark.parametrize(
+    "split", ["trainval", "test", *(pytest.param(s, marks=pytest.mark.slow) for s in ("train", "val"))]
+)
 def test_voc_reads_to_the_labels_that_the_files_say_and_names_what_is_missing(split, tmp_path):
     got = load_split("voc2007", VOC, split, missing="drop", cache=tmp_path)
     lists = VOC / "VOC2007/ImageSets/Main"

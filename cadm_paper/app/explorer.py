@@ -17,7 +17,7 @@ import numpy as np
 
 from ..engine.record import RecordError, RunRecord, source
 from ..engine.variants import Variant, pair_of_runs
-from cadm_paper.figures import MAP_COLOURS, drawn_images, map_limit, map_ranks, read_kept, same_draw
+from ..figures import MAP_COLOURS, drawn_images, map_limit, map_ranks, read_kept, same_draw
 from ..files import whole_file
 from ..tables import render
 

@@ -146,13 +146,12 @@ def compare_classes(
     Example:
         >>> compare_classes(new, old, targets, names).head()
     """
-
-    arrays = [checked(x, targets) for x in (scores, against)]
-    first, second = (count_classes(*pair) for pair in arrays)
-    mine, theirs = (bootstrap_classes(*pair, replicates, seed).ap for pair in arrays)
-    low, high = interval(mine - theirs, level)
-    table = per_class_metrics(scores, targets, classes)[["positives", "AP"]]
-    table = table.assign(against=second.ap, difference=first.ap - second.ap, low=low, high=high)
+    mine, theirs = (per_class_metrics(x, targets, classes) for x in (scores, against))
+    drawn = [bootstrap_classes(x, targets, replicates, seed).ap for x in (scores, against)]
+    low, high = interval(drawn[0] - drawn[1], level)
+    table = mine[["positives", "AP"]].assign(
+        against=theirs.AP, difference=mine.AP - theirs.AP, low=low, high=high
+    )
     return table[table.positives > 0].sort_values("difference", ascending=False, kind="stable")
 
 
