@@ -269,7 +269,9 @@ def test_no_graph_breaks(method, training):
         assert compiled(images()).logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", EACH)
+@pytest.mark.parametrize(
+    "method", ["cadm", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "cadm")]
+)
 def test_onnx_file_agrees(tmp_path, method, size=(64, 96)):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

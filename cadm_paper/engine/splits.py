@@ -59,15 +59,7 @@ def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
     root, data = data_root(config), DATASETS[config.dataset]
     if config.dataset.startswith("scenes-"):
         ensure_scenes(config.dataset, root)
-
-    def read(name: str, **how) -> Split:
-        split = load_split(config.dataset, root, name, missing=config.missing, **how)
-        if not split.labelled.any():
-            raise ConfigError(
-                f"{root}: no image of {split.split} has a label ({len(split)} images are there)"
-            )
-        return split
-
+    read = lambda name, **how: load_split(config.dataset, root, name, missing=config.missing, **how)
     train = read(data.train_split, unlabelled=unlabelled_in_training(config))
     if config.holdout:
         kept, aside = held_out(len(train), config.holdout)
@@ -81,5 +73,11 @@ def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
     if shared := set(map(os.path.normcase, train.paths)) & set(map(os.path.normcase, test.paths)):
         what = f"{len(shared)} photographs are both in {train.split} and in {test.split}"
         raise ConfigError(f"{root}: {what}, such as {min(shared)}: take them out of one of the two")
-    first = lambda split: split.take(np.arange(min(config.limit, len(split)))) if config.limit else split
-    return first(train), first(test)
+    if config.limit:
+        train, test = train.take(slice(config.limit)), test.take(slice(config.limit))
+    for split in (train, test):
+        if not split.labelled.any():
+            raise ConfigError(
+                f"{root}: no image of {split.split} has a label ({len(split)} images are there)"
+            )
+    return train, test
