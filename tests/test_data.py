@@ -546,7 +546,7 @@ def test_placeholders_written_in_place_are_found_again(nus):
 
 @pytest.mark.parametrize("rows, limit", [("a.jpg,\nb.jpg,", 0), ("a.jpg,\nb.jpg,\nc.jpg,cat", 2)])
 def test_training_refuses_a_split_without_labels(folder, rows, limit):
-    (folder / "train.csv").write_text("path,labels\na.jpg,cat\nb.jpg,\n")
+    (folder / "train.csv").write_text("path,labels\ntrain/d.jpg,cat\n")
     (folder / "test.csv").write_text(f"path,labels\n{rows}\n")
     (folder / "classes.txt").write_text("cat\n")
     config = TrainConfig(dataset="own", data_dir=str(folder), limit=limit)
