@@ -62,19 +62,17 @@ def resolve_machine(config: TrainConfig) -> TrainConfig:
 @contextlib.contextmanager
 def machine_settings(threads: int, seed: int):
     """Threads, TF32 and the random state within the block; all put back afterwards."""
-    usual, kinds = torch.get_num_threads(), (torch.backends.cuda.matmul, torch.backends.cudnn)
-    tf32 = [kind.allow_tf32 for kind in kinds]
+    usual, matmul = torch.get_num_threads(), torch.backends.cuda.matmul
+    tf32 = matmul.allow_tf32
+    matmul.allow_tf32 = True  # cuDNN's convolutions have it by default
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            for kind in kinds:
-                kind.allow_tf32 = True
             yield
     finally:
         torch.set_num_threads(usual)
-        for kind, allowed in zip(kinds, tf32):
-            kind.allow_tf32 = allowed
+        matmul.allow_tf32 = tf32
 
 
 # %% ../../nbs/engine/processes.ipynb #a37ec131
@@ -194,20 +192,15 @@ def end_with_parent(seconds: float = 30) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# %% ../../nbs/engine/processes.ipynb #f2cbf121
-def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The running means and variances of all batch norms, as the tensors themselves."""
-    norms = (m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None)
-    return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
-
-
 # %% ../../nbs/engine/processes.ipynb #c5e0d09a
 class MeanOverParts:
     """Collects running statistics over the parts of a batch and leaves their mean, over processes too."""
 
     def __init__(self, model: nn.Module, parts: int, group: ProcessGroup):
         self.parts, self.group = parts, group
-        self.buffers = running_statistics(model) if parts * group.world > 1 else []
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        averaged = norms if parts * group.world > 1 else []
+        self.buffers = [buffer for norm in averaged for buffer in (norm.running_mean, norm.running_var)]
         self.old = [b.clone() for b in self.buffers]
         self.sums = [torch.zeros_like(b) for b in self.buffers]
 

@@ -216,26 +216,26 @@ _RANGES = dict.fromkeys(STREAMS, (0, 1)) | {"targets": (-1, 1)}
 
 
 # %% ../../nbs/engine/record.ipynb #05fb2ac1
-def wrong_array(arrays: dict, form: dict[str, str], **sizes: int) -> str:
-    """The first array that is lacking, of another kind or shape, not finite or out of range; empty if all
-    fit.
+def check_arrays(arrays: dict, form: dict[str, str], where: Path, **sizes: int) -> None:
+    """Raise `RecordError` with the first array that is lacking, of another kind or shape, not finite or out of
+    range.
 
     Args:
         form: kind and shape by name: "f n c" are floats, n x c; `*` is any size, a letter one size.
+        where: their file.
         sizes: those that are known.
     """
     sizes, largest = {"3": 3, "6": 6, **sizes}, np.finfo(np.float32).max
     for name in [name for name in form if name in arrays or name not in OPTIONAL]:
         kinds, *dims = form[name].split()
         if (a := arrays.get(name)) is None:
-            return f"the array {name!r} is lacking"
+            raise RecordError(f"{where}: the array {name!r} is lacking")
         same = all(d == "*" or m == sizes.setdefault(d, m) for d, m in zip(dims, a.shape))
         if a.dtype.kind not in kinds or len(dims) != a.ndim or not same:
-            return f"{name} is {a.dtype} of {a.shape}, which does not fit the record"
+            raise RecordError(f"{where}: {name} is {a.dtype} of {a.shape}, which does not fit the record")
         least, most = _RANGES.get(name, (-largest, largest))
         if a.dtype.kind in "if" and not ((a >= least) & (a <= most)).all():
-            return f"{name} holds a value that is not finite or out of range"
-    return ""
+            raise RecordError(f"{where}: {name} holds a value that is not finite or out of range")
 
 
 # %% ../../nbs/engine/record.ipynb #2a9ab1b8
@@ -358,14 +358,11 @@ class RunRecord:
             raise RecordError(f"{path}: differs from the checksum in the record")
         if not (found := self._read(file)):
             raise RecordError(f"{self.folder / file}: named by the record but not there")
-        classes, known = self.dataset["classes"], {}
-        if file == "scores.npz":
-            known = {"n": self.dataset["test"]["images"]}
-        problem = wrong_array(found, FORMS.get(file, {}), c=len(classes), **known)
-        if not problem and file in FORMS and found["classes"].tolist() != classes:
-            problem = "other classes than in run.json"
-        if problem:
-            raise RecordError(f"{self.folder / file}: {problem}")
+        classes, place = self.dataset["classes"], self.folder / file
+        images = {"n": self.dataset["test"]["images"]} if file == "scores.npz" else {}
+        check_arrays(found, FORMS.get(file, {}), place, c=len(classes), **images)
+        if file in FORMS and found["classes"].tolist() != classes:
+            raise RecordError(f"{place}: other classes than in run.json")
         return found
 
     def scores(self) -> dict | None:
@@ -418,12 +415,9 @@ def write_record(folder, name: str, config: TrainConfig, beside: list[str], **pa
 
 # %% ../../nbs/engine/record.ipynb #c8f56882
 def _study_run(line: bytes, study: Path, number: int) -> RunRecord:
-    """The record in a line of a `runs.jsonl`. Raises `RecordError` with the line's number."""
+    """The record in a line of a `runs.jsonl`. Raises `ValueError` with the line's number."""
     where = f"{study}, line {number}"
-    try:
-        record = RunRecord.from_dict(parse_json(line, where), study.parent, where)
-    except ValueError as error:
-        raise RecordError(error) from None
+    record = RunRecord.from_dict(parse_json(line, where), study.parent, where)
     record.folder = study.parent / record.dataset["name"] / record.name
     if "archive" in record.extra:
         record.store = study.parent / record.extra["archive"]["file"]
@@ -451,7 +445,7 @@ def load_runs(folder) -> list[RunRecord]:
     for read in readers:
         try:
             found.append(read())
-        except RecordError as error:
+        except ValueError as error:
             warnings.warn(f"left out: {error}", stacklevel=2)
     return sorted(found, key=lambda r: (r.dataset["name"], r.name))
 
