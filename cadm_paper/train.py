@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .data import Split
 from .data.loading import Loader, flip_mask, load_image, prepare
-from .engine.audit import MAPS, STREAMS, ap_by_class, mean_ap, run_metrics
+from .engine.audit import MAPS, STREAMS, ap_by_class, loss_row, mean_ap, run_metrics
 from cadm_paper.engine.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -53,7 +53,14 @@ from cadm_paper.engine.processes import (
     stop_signals,
 )
 from .engine.progress import NotebookProgress, Progress, TextProgress  # noqa: F401
-from .engine.record import RunRecord, code_version, environment, save_arrays, write_record
+from cadm_paper.engine.record import (
+    EpochFacts,
+    RunRecord,
+    code_version,
+    environment,
+    save_arrays,
+    write_record,
+)
 from .engine.splits import data_root, draw_examples, held_out, prepare_data
 from .engine.variants import run_name
 from .files import FolderLocked, default_folder, folder_lock, sha256_file
@@ -232,10 +239,6 @@ def end_if_asked(trainer: Trainer) -> None:
         raise Stopped(asked)
 
 
-# %% ../nbs/05_train.ipynb #dc1d7d4b
-TERMS = ("loss", "loss_cls", "loss_lce")
-
-
 # %% ../nbs/05_train.ipynb #68c8dd2d
 def predict(trainer: Trainer, loader: Loader) -> dict[str, np.ndarray]:
     """Scores of all of the split's images, N x C in 0..1, and of either stream alone, on every process."""
@@ -304,7 +307,7 @@ class State(BaseModel, extra="forbid", strict=True):
     sums: list[Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]]  # by process
     epoch: NonNegativeInt
     done: NonNegativeInt
-    history: list[dict[str, FiniteFloat | None]]
+    history: list[EpochFacts]
     seconds: NonNegativeFloat
     code: dict
     origin: dict[str, str | None]
@@ -378,9 +381,8 @@ def refuse_others(old: dict, new: dict, where: Path) -> None:
 def check_position(state: State, trainer: Trainer) -> None:
     """Raise `ValueError` if a run of this length and this number of processes is never in such a state."""
     there = state.epoch <= trainer.config.epochs and state.done <= trainer.steps_per_epoch
-    epochs = [row.get("epoch") for row in state.history] == list(range(1, state.epoch + 1))
-    named = all(row.keys() == {"epoch", "lr", *TERMS, *MAPS.values()} for row in state.history)
-    if not (there and epochs and named and len(state.sums) == trainer.group.world):
+    epochs = [row["epoch"] for row in state.history] == list(range(1, state.epoch + 1))
+    if not (there and epochs and len(state.sums) == trainer.group.world):
         raise ValueError("position, history and sums do not fit each other or this run")
 
 
@@ -426,8 +428,8 @@ def fit(
 def end_epoch(trainer: Trainer, scores: dict | None, targets: np.ndarray) -> None:
     """Add the epoch's row to the history, and go to the next epoch."""
     *losses, images = np.sum(trainer.group.everyone(trainer.sums.tolist()), 0)
-    row = dict(epoch=trainer.epoch + 1, lr=learning_rate(trainer.config, trainer.epoch))
-    row |= {name: float(loss / images) for name, loss in zip(TERMS, losses)}
+    loss, *terms = (float(value / images) for value in losses)
+    row = loss_row(trainer.config, trainer.epoch, *terms) | {"loss": loss}
     row |= {name: mean_ap(scores[s], targets) if scores else None for s, name in MAPS.items()}
     trainer.history.append(row)
     trainer.sums = torch.zeros_like(trainer.sums)

@@ -172,9 +172,9 @@ def forked(act: Callable[[], object], seconds: float | None = None) -> int:
 
 
 def tree(home: Path) -> dict[str, str]:
-    """Checksums of all files by name; locks stay, and what holds times is only named."""
+    """Checksums of all files by name; locks of folders stay, and what holds times is only named."""
     found = {}
-    for path in (p for p in home.rglob("*") if p.is_file() and not p.name.endswith(".lock")):
+    for path in (p for p in home.rglob("*") if p.is_file() and p.name not in (".lock", ".submit.lock")):
         name = re.sub(r"[0-9a-f]{16}", "*", path.relative_to(home).as_posix())
         found[name] = "" if path.name in VARYING else hashlib.sha256(path.read_bytes()).hexdigest()
     return found

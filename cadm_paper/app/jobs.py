@@ -111,10 +111,6 @@ def data_job(batch: Batch, dataset: str, out: Path) -> None:
     if batch.data == "independent" and dataset.startswith("scenes-") and scenes_info(root) is None:
         build_scenes(root, dataset.removeprefix("scenes-"), context=False)
     write_json(out, {split.split: len(split) for split in prepare_data(config)})
-    if any(run.config.weights == "digits" for run in plan(batch)):
-        from cadm_paper.engine.pretrain import pretrained_digits
-
-        pretrained_digits()
 
 
 # %% ../../nbs/app/jobs.ipynb #d4b3d1c5
