@@ -28,6 +28,7 @@ test: $(STAMP)
 	$(BIN)/ruff check --quiet $(SOURCES)
 	$(BIN)/ruff format --quiet --check $(SOURCES) cadm_paper
 	$(BIN)/lint-imports --no-logo >/dev/null 2>&1 || $(BIN)/lint-imports --no-logo
+	$(BIN)/mypy --no-error-summary
 	$(BIN)/python tools/count.py
 	$(BIN)/python -m pytest -m "not slow" -n 2
 

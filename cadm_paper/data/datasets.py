@@ -237,7 +237,7 @@ def find_photographs(
 
     Raises `DataError` for two entries of one file."""
     names, why = locate(root, index.names, partial(data.reader.elsewhere, split))
-    row = {}
+    row: dict[str, int] = {}
     for i, name in enumerate(names):
         if i not in why and row.setdefault(name, i) != i:
             ids = f"{index.image_ids[row[name]]!r} and {index.image_ids[i]!r}"

@@ -277,7 +277,7 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
             differ = {f.name: v for f in fields(args) if (v := getattr(args, f.name)) != f.default}
             kept = {name: value for name, value in differ.items() if name not in type(self).model_fields}
             object.__setattr__(self, "method_args", kept)
-        if self.backbone not in ("resnet101", "narrow_resnet"):  # else that import is spared, too
+        if self.backbone not in ("resnet101", "narrow_resnet") and not self.backbone.startswith("timm/"):
             from cadm_paper.model import BACKBONES
 
             known(self.backbone, BACKBONES, "backbone =")
