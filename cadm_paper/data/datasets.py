@@ -173,6 +173,12 @@ def dataset(name: str) -> Dataset:
     return DATASETS[known(name, DATASETS, "unknown data set", DataError)]
 
 
+# %% ../../nbs/data/datasets.ipynb #d15b1a7e
+def displayed(name) -> str:
+    """What readers see for a data set: its title, or the name of an unknown one."""
+    return DATASETS[name].title if name in DATASETS else str(name)
+
+
 # %% ../../nbs/data/datasets.ipynb #5e7c6bfc
 def codes_to_labels(codes: np.ndarray, difficult: str = "ignore", crowd: bool = True) -> np.ndarray:
     """N x C codes of an index (ABSENT, PRESENT, CROWD, DIFFICULT = 0, 1, 2, -1) -> labels in {1, 0, -1}."""

@@ -156,6 +156,13 @@ class Split:
             fingerprint=self.fingerprint,
         )
 
+    def _repr_html_(self) -> str:
+        """In a notebook: the counts of `summary`."""
+        import pandas as pd
+
+        found = {k: v for k, v in self.summary().items() if k not in ("dataset", "split", "positives")}
+        return pd.Series(found, dtype=object).to_frame(f"{self.dataset}, {self.split}").to_html()
+
     def __repr__(self):
         size = f"{len(self)} images, {len(self.classes)} classes"
         return f"Split({self.dataset}, {self.split}: {size}, {self.fingerprint[:8]})"

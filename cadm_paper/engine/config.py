@@ -261,6 +261,14 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
 
         return method_arguments(self.method, self.method_args, self.model_dump(exclude={"method_args"}))
 
+    def _repr_html_(self) -> str:
+        """In a notebook: the fields that differ from the literal paper."""
+        import pandas as pd
+
+        usual = {name: field.default for name, field in type(self).model_fields.items()}
+        differ = pd.Series({k: v for k, v in self if v != usual[k]}, dtype=object)
+        return differ.to_frame(f"{self.method} on {self.dataset}").to_html()
+
     @model_validator(mode="before")
     @classmethod
     def _no_truth_values_as_numbers(cls, values):
