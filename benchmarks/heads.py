@@ -1,0 +1,98 @@
+"""What each method's head costs over a plain ResNet: parameters, time and peak memory of a training step, and of a prediction.
+
+Plain: backbone, global average pooling, one linear layer, Eq. 4. All methods' steps are taken in turn, plain's in each turn, and a ratio is that of
+one turn (median, quartiles, extremes): whole steps scatter by more than some heads cost. Peak memory as in `head_overhead.py`, which measures CADM's
+head alone and more sharply. Graphs and label orders are those of drawn labels.
+
+    python benchmarks/heads.py                                # ResNet-101, 448 px, batch 2 on a CPU, 16 on a GPU
+    python benchmarks/heads.py --backbone narrow_resnet --size 80 --classes 20 --batch 32 --out benchmarks/results/heads-scenes-cpu.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from measure import in_turn, peak_bytes, setting, spread, write
+
+from cadm_paper.methods import METHODS, Head, Output
+from cadm_paper.methods.base import build_network, method_arguments
+
+
+class Plain(Head, method="plain"):
+    """Average pooling and a linear layer."""
+
+    def __init__(self, shapes, num_classes, args):
+        super().__init__()
+        self.classifier = torch.nn.Linear(shapes["layer4"][0], num_classes)
+
+    def forward(self, features):
+        return Output(self.classifier(features["layer4"].mean((2, 3))))
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--backbone", default="resnet101")
+    p.add_argument("--size", type=int, default=448, help="side of the images, pixels")
+    p.add_argument("--classes", type=int, default=80)
+    p.add_argument("--batch", type=int, help="images (default: 2 on a CPU, 16 on a GPU)")
+    p.add_argument("--repeats", type=int, default=5, help="turns")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads")
+    p.add_argument("--out", type=Path, help="write the result there, as JSON")
+    return p.parse_args()
+
+
+def make_steps(a: argparse.Namespace, method: str) -> tuple[dict, int]:
+    """A training step and a prediction of a method's network, and the parameters of its head."""
+    torch.manual_seed(0)
+    lam = {"lam": 0.5} if method == "cadm" else {}
+    args = method_arguments(method, lam)
+    model = build_network(method, a.classes, a.backbone, None, args, image_size=a.size, quiet=True)
+    targets = (torch.rand(a.batch, a.classes) < 2.9 / a.classes).long()  # COCO's labels an image
+    model.head.start(targets.numpy(), [str(c) for c in range(a.classes)])
+    model, targets = model.to(a.device), targets.to(a.device)
+    images = torch.randn(a.batch, 3, a.size, a.size, device=a.device)
+
+    def step():
+        model.train().zero_grad(set_to_none=True)
+        model.head.loss(model(images), targets).total.backward()
+
+    def predict():
+        with torch.inference_mode():
+            model.eval()(images)
+
+    return {"step": step, "predict": predict}, sum(p.numel() for p in model.head.parameters())
+
+
+def main() -> None:
+    a = arguments()
+    a.batch = a.batch or (16 if a.device.startswith("cuda") else 2)
+    torch.set_num_threads(a.threads)
+    methods, result = [m for m in METHODS if m not in ("plain", "linear_probe")], {}
+    plain, few = make_steps(a, "plain")
+    plain["step"]()
+    base = peak_bytes(plain["step"], a.device)
+    for method in methods:
+        steps, parameters = make_steps(a, method)
+        steps["step"]()  # warms up
+        result[method] = {"parameters": parameters, "more_parameters": parameters - few}
+        result[method]["peak_memory_ratio"] = peak_bytes(steps["step"], a.device) / base
+        for name, run in steps.items():
+            times = in_turn({"plain": plain[name], method: run}, a.repeats, a.device)
+            result[method][f"{name}_ratio"] = spread([m / p for p, m in zip(times["plain"], times[method])])
+        print(method, json.dumps(result[method]), flush=True)
+    write(
+        {
+            "what": "heads of all methods over a plain ResNet: training step and prediction",
+            "settings": {k: v for k, v in vars(a).items() if k != "out"},
+            "plain_parameters": few,
+            "methods": result,
+            "environment": setting(a.device, "float32", a.threads),
+        },
+        a.out,
+    )
+
+
+if __name__ == "__main__":
+    main()
