@@ -98,6 +98,7 @@ def asymmetric_loss(
     gamma_neg: float = 4.0,
     gamma_pos: float = 0.0,
     clip: float = 0.05,
+    constant_weight: bool = False,
     reduction_classes: str = LossOptions.reduction_classes,
     num_images: int | None = None,
 ) -> Float[Tensor, ""]:
@@ -107,6 +108,7 @@ def asymmetric_loss(
         logits, targets, reduction_classes, num_images: as in `classification_loss`.
         gamma_neg, gamma_pos: focusing of absent and of present labels, >= 0.
         clip: their m, the score below which an absent label costs nothing.
+        constant_weight: no gradient through the focusing weights, as in the released code.
 
     Returns:
         A scalar: summed over classes, mean over images.
@@ -126,9 +128,10 @@ def asymmetric_loss(
             raise ValueError(f"{name}={gamma!r}: it must be >= 0 and finite")
     x = full_precision(logits)
     least = torch.finfo(x.dtype).tiny  # at 0 a power below 1 is infinitely steep
-    present = -F.logsigmoid(x) * torch.sigmoid(-x).clamp(min=least) ** gamma_pos
+    weight = lambda p, gamma: (p.detach() if constant_weight else p).clamp(min=least) ** gamma
+    present = -F.logsigmoid(x) * weight(torch.sigmoid(-x), gamma_pos)
     shifted = F.relu(torch.sigmoid(x) - clip)
-    absent = (-torch.log1p(-shifted) if clip else -F.logsigmoid(-x)) * shifted.clamp(min=least) ** gamma_neg
+    absent = (-torch.log1p(-shifted) if clip else -F.logsigmoid(-x)) * weight(shifted, gamma_neg)
     total = torch.where(targets == 1, present, torch.where(targets == 0, absent, 0)).sum(1)
     return mean_over_images(reduce_classes(total, targets, reduction_classes), num_images)
 

@@ -149,6 +149,8 @@ class Trainer:
 
     def step(self, batch, global_images: int) -> None:
         """One update from this process's share of a global batch."""
+        place = (self.config.seed, self.epoch, self.done, self.group.rank)  # of dropout, also after a resume
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         rate = learning_rate(self.config, self.epoch + self.done / self.steps_per_epoch)
         for settings in self.optimiser.param_groups:
             settings["lr"] = rate * settings["mult"]

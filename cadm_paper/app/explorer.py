@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.datasets import displayed
 from ..engine.record import RecordError, RunRecord, source
 from ..engine.variants import Variant, pair_of_runs
 from ..figures import MAP_COLOURS, drawn_images, map_limit, map_ranks, read_kept, same_draw
@@ -114,7 +113,7 @@ def explorer_data(runs: Sequence[RunRecord], image: str | Path | None = None) ->
     words, labels = ["without", "with"] if len(runs) > 1 else [""], [Variant.of(r).label for r in runs]
     titles = [": ".join(filter(None, pair)) for pair in zip(words, labels)]
     return {
-        "dataset": displayed(runs[0].dataset.get("name")),
+        "dataset": str(runs[0].dataset.get("name")),
         "synthetic": any(r.extra.get("synthetic", False) for r in runs),
         "classes": [str(c) for c in runs[0].dataset["classes"]],
         "streams": list(STREAMS.values()),

@@ -120,10 +120,12 @@ def of_streams(record: RunRecord, found: dict, file: str) -> Iterator[str]:
     for rounding in (1 - 1e-7, 1 + 1e-7):  # float32 knows little of a logit where the confidence is almost 1
         p = (np.clip(found[name].astype(float) * rounding, 1e-30, 1 - 1e-12) for name in STREAMS[1:])
         fcls, scls = (logit(x) for x in p)
-        made = {"cadm": (fcls + scls) / 2, "baseline": fcls, "baseline_gap": fcls}
+        mean = (fcls + scls) / 2
+        made = dict.fromkeys(("cadm", "srn", "avg_max"), mean)
+        made |= dict.fromkeys(("baseline", "baseline_gap", "asl", "cnn_rnn", "order_free_rnn"), fcls)
         bounds.append(expit(made.get(method, scls)))
     away = np.maximum(bounds[0] - final, final - bounds[1]).max(initial=0)
-    if method in ("linear_probe", "csra"):  # of one stream
+    if method not in made:  # of one stream
         away = max(away, abs(found["scores_fcls"] - found["scores_scls"]).max(initial=0))
     if away > 0.02:
         yield f"{file}: the scores are not those that {method} makes of its streams (off by {away:.2g})"

@@ -48,7 +48,15 @@ LABELS = {  # in the order of the tables
     "baseline_gap": "Baseline, average pooling",
     "baseline": "Baseline, max pooling",
     "cadm": "CADM",
+    "cnn_rnn": "CNN-RNN",  # borrowed rows, as printed
+    "order_free_rnn": "Order-Free RNN",
+    "ml_zsl": "ML-ZSL (adapted)",
+    "srn": "SRN",
+    "avg_max": "Average + max pooling",  # controls and later methods
+    "asl": "ASL, max pooling",
+    "ml_gcn": "ML-GCN",
     "csra": "CSRA",
+    "query2label": "Query2Label",
 }
 COLOURS = {
     "linear_probe": "#000000",
