@@ -2,6 +2,7 @@
 #   make reproduce    the embedded benchmark: trains, then writes Tables 1-2, Figures 2 and 4 and the report
 #   make test         the test suite
 #   make docs         the documentation site, in site/
+#   make article      the article as a page and a PDF, in outputs/report/
 # Each makes its own virtual environment (.venv) when there is none. PYTHON=... chooses the interpreter.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,11 +10,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SOURCES := nbs tests tools benchmarks docs
 
-.PHONY: help reproduce test test-slow docs sync lock clean
+.PHONY: help reproduce test test-slow docs article sync lock clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '2,5p' Makefile | sed 's/^# *//'
+	@sed -n '2,6p' Makefile | sed 's/^# *//'
 
 $(STAMP): pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +29,7 @@ test: $(STAMP)
 	$(BIN)/ruff check --quiet $(SOURCES)
 	$(BIN)/ruff format --quiet --check $(SOURCES) cadm_paper
 	$(BIN)/lint-imports --no-logo >/dev/null 2>&1 || $(BIN)/lint-imports --no-logo
+	$(BIN)/mypy --no-error-summary
 	$(BIN)/python tools/count.py
 	$(BIN)/python -m pytest -m "not slow" -n 2
 
@@ -45,6 +47,10 @@ docs: $(VENV)/.installed-docs
 $(VENV)/.installed-docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[repro,dev,docs]'
 	touch $@
+
+# the PDF is printed by a Chromium on the machine (CADM_CHROMIUM names one)
+article: $(VENV)/.installed-slow
+	$(BIN)/python tools/article.py
 
 # notebooks -> cadm_paper/, README.md, badges
 sync: $(STAMP)

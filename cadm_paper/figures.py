@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image, PngImagePlugin
 
-from cadm_paper.data.datasets import DATASETS, load_split
+from cadm_paper.data.datasets import DATASETS, displayed, load_split
 from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.record import RecordError, RunRecord, source
 from cadm_paper.engine.variants import Variant, group
@@ -365,7 +365,7 @@ def figure2(
     return Picture(
         fig,
         f"figure2-{name}",
-        f"Class-aware maps of {len(rows)} test images ({name}, {Variant.of(record).label}), drawn by seed "
+        f"Class-aware maps of {len(rows)} test images ({displayed(name)}, {Variant.of(record).label}), drawn by seed "
         "before training, all classes sorted by summed activation "
         f"({'positive part of the maps' if positive else 'signed maps'}), descending. Framed and dotted: "
         f"labels that are present; numbers: confidence. R-precision over all {len(there)} images of the "
@@ -614,7 +614,10 @@ def curves(runs: Sequence[RunRecord]) -> Picture:
         ax.xaxis.get_major_locator().set_params(integer=True)
     legend_above(fig, ax)
     return Picture(
-        fig, f"curves-{name}", f"Training on {name}: losses and mAP per epoch, {seeds_drawn(grouped)}.", runs
+        fig,
+        f"curves-{name}",
+        f"Training on {displayed(name)}: losses and mAP per epoch, {seeds_drawn(grouped)}.",
+        runs,
     )
 
 
@@ -660,7 +663,7 @@ def per_class(runs: Sequence[RunRecord]) -> Picture:
     return Picture(
         fig,
         f"per-class-{name}",
-        f"Average precision by class on {name}, the most frequent class on top; beside the names the share "
+        f"Average precision by class on {displayed(name)}, the most frequent class on top; beside the names the share "
         "of test images.",
         runs,
     )
@@ -720,7 +723,7 @@ def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Pict
     return Picture(
         fig,
         f"class-gains-{name}",
-        f"{this.label} minus {that.label} on {name}: change of average precision by class, beside the names "
+        f"{this.label} minus {that.label} on {displayed(name)}: change of average precision by class, beside the names "
         f"the share of test images; mean over classes {gain} points. {spread}",
         [*runs, *against],
     )
@@ -812,7 +815,7 @@ def precision_recall_curves(runs: Sequence[RunRecord]) -> Picture:
     return Picture(
         fig,
         f"precision-recall-{name}",
-        f"Precision and recall on the test split of {name}: all labels of all images together, and the most "
+        f"Precision and recall on the test split of {displayed(name)}: all labels of all images together, and the most "
         "frequent, a middle and the rarest class with their share of test images. Dots: the threshold 0.5 "
         f"of the tables; thin lines: equal F1. Lines: {seeds_drawn(grouped)}.{left_out}",
         runs,
@@ -847,7 +850,7 @@ def cooccurrence_heatmap(record: RunRecord) -> Picture:
     return Picture(
         fig,
         f"cooccurrence-{name}",
-        f"Label co-occurrence in the test split of {name}: share of images with the column's label among "
+        f"Label co-occurrence in the test split of {displayed(name)}: share of images with the column's label among "
         "those with the row's.",
         [record],
     )

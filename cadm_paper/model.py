@@ -6,12 +6,14 @@
 __all__ = ["CADMOutput", "CADMHead", "CADM", "export_onnx"]
 
 # %% ../nbs/01_model.ipynb #3f5bf5a5
+import copy
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # %% ../nbs/01_model.ipynb #5374c4c4
 import safetensors.torch
@@ -59,8 +61,9 @@ def narrow_resnet(width: int = 16, strides: Sequence[int] = (1, 2, 2, 1), dilati
         inner = width * factor
     for m in (m for part in parts.values() for m in part.modules() if isinstance(m, nn.Conv2d)):
         nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")  # torchvision's own rule
-    for m in (m for m in parts["layer4"].modules() if getattr(m, "kernel_size", 0) == (3, 3)):
-        m.dilation = m.padding = (dilation, dilation)  # torchvision's BasicBlock takes none
+    for layer in parts["layer4"].modules():
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+            layer.dilation = layer.padding = (dilation, dilation)  # torchvision's BasicBlock takes none
     return nn.Sequential(parts)
 
 
@@ -78,7 +81,7 @@ def stride16(build: Callable[[], nn.Sequential]) -> nn.Sequential:
     last = max(i for i, m in enumerate(convs) if m.stride == (2, 2) and m.kernel_size != (1, 1))
     for m in convs[last:]:
         if m is not convs[last] and m.kernel_size != (1, 1):
-            m.dilation, m.padding = (2, 2), tuple(2 * p for p in m.padding)
+            m.dilation, m.padding = (2, 2), tuple(2 * p for p in m.padding)  # type: ignore[misc]
         m.stride = (1, 1)
     return backbone
 
@@ -96,6 +99,21 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "narrow_resnet": narrow_resnet,
     "narrow_resnet_dilated": partial(narrow_resnet, dilation=4),  # sees a whole scene
 }
+
+
+# %% ../nbs/01_model.ipynb #e0b10985
+def build_backbone(backbone: str | nn.Module) -> nn.Module:
+    """A backbone by name, not trained, or the module that is given; `ValueError` for an unknown name."""
+    if isinstance(backbone, nn.Module):
+        return backbone
+    if backbone.startswith("timm/"):
+        timm, name = optional("timm", "timm"), backbone.removeprefix("timm/")
+        if not timm.is_model(name):
+            raise ValueError(f"timm has no {name!r}")
+        return timm.create_model(name, features_only=True)
+    if backbone not in BACKBONES:
+        raise ValueError(f"unknown backbone {backbone!r}: one of {', '.join(sorted(BACKBONES))}")
+    return BACKBONES[backbone]()
 
 
 # %% ../nbs/01_model.ipynb #cd8fb367
@@ -116,10 +134,16 @@ def feature_maps(
     backbone: nn.Module, images: Float[Tensor, "batch 3 H W"], layers: Sequence[str] | None = (LAST,)
 ) -> dict[str, Tensor]:
     """The maps of these stages of a backbone (None: of all), each B x d x h x w; `KeyError` for others."""
-    x, found = images, {}
+    x: Any = images
+    found: dict[str, Tensor] = {}
     stages = backbone.named_children() if isinstance(backbone, nn.Sequential) else [(LAST, backbone)]
     for name, stage in stages:
         x = stage(x)
+        if isinstance(x, (list, tuple)):
+            x = {str(i): maps for i, maps in enumerate(x)}
+        if isinstance(x, Mapping):
+            found.update(x)
+            x = [*x.values()][-1]
         if layers is None or name in layers:
             found[name] = x
     found[LAST] = x
@@ -127,13 +151,16 @@ def feature_maps(
 
 
 # %% ../nbs/01_model.ipynb #0c2fb622
-def feature_shapes(backbone: str, image_size: int | Sequence[int]) -> dict[str, tuple[int, int, int]]:
+def feature_shapes(
+    backbone: str | nn.Module, image_size: int | Sequence[int]
+) -> dict[str, tuple[int, int, int]]:
     """(d, h, w) of a backbone's maps of an image (pixels), by stage, found without computing anything."""
-    if backbone not in BACKBONES:
-        raise ValueError(f"unknown backbone {backbone!r}: one of {', '.join(sorted(BACKBONES))}")
     with torch.device("meta"):
-        maps = feature_maps(BACKBONES[backbone]().eval(), torch.empty(1, 3, *pair(image_size)), None)
-    return {name: tuple(x.shape[1:]) for name, x in maps.items()}
+        module = copy.deepcopy(build_backbone(backbone)).to("meta").eval()
+        maps = feature_maps(module, torch.empty(1, 3, *pair(image_size)), None)
+    if wrong := [tuple(x.shape) for x in maps.values() if x.ndim != 4]:
+        raise ValueError(f"a backbone gives maps B x d x h x w, and this one {wrong[0]} of one image")
+    return {name: (x.shape[1], x.shape[2], x.shape[3]) for name, x in maps.items()}
 
 
 # %% ../nbs/01_model.ipynb #d403328b
@@ -275,7 +302,7 @@ class CADMHead(nn.Module):
         if isinstance(features, Mapping):
             features = features[LAST]
         if with_label_vectors is None:
-            with_label_vectors = self.training and self.embed[0].weight.requires_grad
+            with_label_vectors = self.training and next(self.embed.parameters()).requires_grad
         choose = self.options
         weights = self.classifier.weight if choose.share_weights else self.map_weight
         logits_fcls = self.classifier(global_pool(features, choose.pool))
@@ -307,10 +334,12 @@ class Network(nn.Module):
     an input: `resize`, `normalise` and `exif`; None in a loaded model that does not say.
     """
 
+    head: Any  # a method's, or CADMHead
+
     def __init__(
         self,
         num_classes: int,
-        backbone: str,
+        backbone: str | nn.Module,
         weights: str | Path | None,
         build_head: Callable[[dict, int], nn.Module],
         *,
@@ -325,15 +354,17 @@ class Network(nn.Module):
         if num_classes < 1 or (self.classes is not None and len({*self.classes}) != num_classes):
             names = f" with {len({*self.classes})} class names" if self.classes else " must be 1 or more"
             raise ValueError(f"num_classes={num_classes}{names}")
-        usual = 80 if backbone.startswith("narrow_resnet") else 448
+        self.num_classes = num_classes
+        self.backbone_name = backbone if isinstance(backbone, str) else type(backbone).__name__
+        usual = 80 if self.backbone_name.startswith("narrow_resnet") else 448
         self.image_size = pair(usual if image_size is None else image_size)
-        self.num_classes, self.backbone_name = num_classes, backbone
-        self.seen = SEEN | seen
+        self.seen: dict[str, Any] | None = SEEN | seen
         for name, value in self.seen.items():
             DECISIONS[known(name, SEEN, "unknown keyword")].check(value)
         shapes = feature_shapes(backbone, self.image_size)
-        self.backbone = BACKBONES[backbone]()
-        self.provenance = start_backbone(self.backbone, backbone, weights, expected_missing, quiet)
+        self.backbone = build_backbone(backbone)
+        start = None if backbone is self.backbone and weights == "imagenet" else weights  # it has weights
+        self.provenance = start_backbone(self.backbone, self.backbone_name, start, expected_missing, quiet)
         self.head = build_head(shapes, num_classes)
 
     def forward(self, images: Float[Tensor, "batch 3 H W"], *args):
@@ -359,21 +390,48 @@ class Network(nn.Module):
             "weights": self.provenance,
         }
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `model.safetensors` and `config.json` into a folder, both or neither."""
+    def save_pretrained(self, folder: str | Path, **hub) -> Path:
+        """Write `model.safetensors` and `config.json` into a folder, both or neither.
+
+        `PyTorchModelHubMixin` reads them, too, and what it passes as `hub` is theirs alone.
+        """
         with whole_folder(folder, MODEL_FILES, "a saved model") as new:
             state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
             with whole_file(new / "model.safetensors") as file:
                 file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
             about = {"schema": SCHEMA, "cadm_paper": __version__, **self.config}
+            about |= {"weights": None, "provenance": self.provenance, "quiet": True}  # keywords of CADM
             write_json(new / "config.json", about | {"sha256": sha256_file(new / "model.safetensors")})
         return Path(folder)
 
+    def push_to_hub(self, repo_id: str, **how) -> str:
+        """Save the model and upload it to the Hugging Face hub; `how` as in `PyTorchModelHubMixin`.
+
+        Returns the address of the commit. Raises `MissingPackage` without the extra `hub`.
+        """
+        return optional("huggingface_hub", "hub").PyTorchModelHubMixin.push_to_hub(self, repo_id, **how)
+
+
+# %% ../nbs/01_model.ipynb #7e973e87
+def saved_folder(folder: str | Path, **hub) -> Path:
+    """A saved model's folder: on this machine, or else fetched from the hub if its name is like `user/name`."""
+    path = Path(folder).expanduser()
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        return path
+    try:
+        fetch = optional("huggingface_hub", "hub").snapshot_download
+        return Path(fetch(str(folder), allow_patterns=list(MODEL_FILES), **hub))
+    except Exception as error:  # no network, no such repository, no package
+        why = f"{error}".strip().partition("\n")[0]
+        raise FileNotFoundError(f"there is no folder {folder}, and none from the hub: {why}") from error
+
 
 # %% ../nbs/01_model.ipynb #9c59ea5b
-def load_network(folder: str | Path, build: Callable[..., Network]) -> Network:
+def load_network(
+    folder: str | Path, build: Callable[..., Network], backbone: nn.Module | None = None, **hub
+) -> Any:
     """The model of a saved folder, on the CPU, to evaluate: `build(**config)` with the checked weights."""
-    path, file = (Path(folder).expanduser() / name for name in MODEL_FILES)
+    path, file = (saved_folder(folder, **hub) / name for name in MODEL_FILES)
     if missing := [name for name in MODEL_FILES if not (path.parent / name).is_file()]:
         raise FileNotFoundError(f"{folder} is no saved model: there is no {missing[0]} in it")
     config = read_json(path)
@@ -383,10 +441,11 @@ def load_network(folder: str | Path, build: Callable[..., Network]) -> Network:
         why = "(checksum differs): damaged, or of another run"
         raise ValueError(f"{file} is not the file that config.json describes {why}")
     config.pop("cadm_paper", None)
-    provenance = config.pop("weights", {"source": None})
+    provenance = config.pop("provenance", None) or config.get("weights") or {"source": None}
+    config |= {"weights": None, "quiet": True} | ({} if backbone is None else {"backbone": backbone})
     try:
         with torch.device("meta"):  # shapes without numbers: no time or random numbers for an initialisation
-            model = build(**config, weights=None, quiet=True)
+            model = build(**config)
         state = read_state_dict(file)
         model.load_state_dict(state, assign=True)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -404,9 +463,10 @@ class CADM(Network):
 
     Args:
         num_classes: C.
-        backbone: any torchvision ResNet by name, or "narrow_resnet".
-        weights: where the backbone starts: "imagenet", "imagenet-v2", torchvision's words, a file or a saved
-            model's folder; None: random numbers.
+        backbone: a name in `BACKBONES` (torchvision's ResNets, "narrow_resnet"), one of timm's as "timm/NAME", or a
+            module from images to maps.
+        weights: where the backbone starts: "imagenet", "imagenet-v2", torchvision's words and names, a file or
+            a saved model's folder; None: random numbers. A module starts as it is, unless a file is given.
         image_size: pixels (or height, width) that f_embed is made for; 448, the narrow ResNet 80.
         map_size: (h, w) of the maps that f_embed is made for; None: those of `image_size`.
         classes: C different names.
@@ -428,7 +488,7 @@ class CADM(Network):
     def __init__(
         self,
         num_classes: int,
-        backbone: str = "resnet101",
+        backbone: str | nn.Module = "resnet101",
         weights: str | Path | None = "imagenet",
         *,
         image_size: int | Sequence[int] | None = None,
@@ -445,7 +505,9 @@ class CADM(Network):
             d, *size = shapes[LAST]
             return CADMHead(d, num_classes, size if map_size is None else map_size, **options)
 
-        how = dict(image_size=image_size, classes=classes, expected_missing=expected_missing, quiet=quiet)
+        how: dict[str, Any] = dict(
+            image_size=image_size, classes=classes, expected_missing=expected_missing, quiet=quiet
+        )
         how |= dict(resize=resize, normalise=normalise, exif=exif)
         super().__init__(num_classes, backbone, weights, build_head, **how)
 
@@ -456,12 +518,18 @@ class CADM(Network):
         return super().forward(images, with_label_vectors)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "CADM":
+    def from_pretrained(cls, folder: str | Path, *, backbone: nn.Module | None = None, **hub) -> "CADM":
         """The model that `save_pretrained` wrote, on the CPU and in evaluation mode; draws no random numbers.
 
-        Raises `FileNotFoundError` or `ValueError` with the file that is missing, damaged or of another model.
+        Args:
+            folder: a folder, or `user/name` on the Hugging Face hub (extra `hub`).
+            backbone: a module of the kind that the model was made with, where that has no name.
+            hub: revision, token, cache_dir ... as in `huggingface_hub.snapshot_download`.
+
+        Raises:
+            FileNotFoundError, ValueError: the file that is missing, damaged or of another model.
         """
-        return load_network(folder, cls)
+        return load_network(folder, cls, backbone, **hub)
 
 
 # %% ../nbs/01_model.ipynb #4ea41192
@@ -488,7 +556,7 @@ def export_onnx(model: Network, path: str | Path, image_size: int | Sequence[int
     size = model.image_size if image_size is None else pair(image_size)
     example = torch.zeros(2, 3, *size, dtype=like.dtype, device=like.device)
     try:
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             TupleOutput(model).eval(),
             (example,),
             dynamo=True,

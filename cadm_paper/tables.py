@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from .data.datasets import displayed
 from .engine.record import RecordError, RunRecord, outdated, source
 from .engine.variants import MAIN, Variant, by_recipe, recipe, recipe_changes
 from .files import read_json, whole_file
@@ -215,12 +216,17 @@ class Block:
         """Image size and backbone, in words; empty when nothing was run."""
         return f"{self.image_size} × {self.image_size} px, {self.backbone}" if self.image_size else ""
 
+    def best(self, column: str) -> str:
+        """The highest number of a column, as the table shows it."""
+        shown = [line.number(column) for line in self.lines if line.values.get(column) is not None]
+        return max(shown, key=float, default="")
+
     @property
     def title(self) -> str:
         """What was measured, on what; synthetic records are named so."""
         synthetic = any(r.extra.get("synthetic") for line in self.lines for r in line.runs)
         return (
-            ", ".join(filter(None, [self.dataset, self.size]))
+            ", ".join(filter(None, [displayed(self.dataset), self.size]))
             + " — SYNTHETIC records, not a result" * synthetic
         )
 
@@ -274,7 +280,7 @@ class Gain:
             error = f"{100 * d.se_images:.1f}"
             sure += f" Standard error of mAP over test images: {error}; training variation is not in it."
         return (
-            f"Embedding loss (λ = 0.5 minus λ = 0), measured on {self.dataset}: {listed(points)} points. "
+            f"Embedding loss (λ = 0.5 minus λ = 0), measured on {displayed(self.dataset)}: {listed(points)} points. "
             f"{sure} The paper prints {listed(self.printed)} for {self.printed_on}."
         )
 
@@ -330,6 +336,7 @@ def _templates():
         undefined=jinja2.StrictUndefined,
     )
     environment.globals["columns"] = COLUMNS
+    environment.filters["displayed"] = displayed
     plain = lambda text: html.escape(" ".join(str(text).split()), quote=False)
     environment.filters["cell"] = lambda text: re.sub(r"[|`\[]", r"\\\g<0>", plain(text))
     kinds = {"csv": "text/csv", "md": "text/markdown", "json": "application/json"}
@@ -374,7 +381,9 @@ class ResultTable:
     @property
     def warnings(self) -> list[str]:
         """Everything that makes measured rows hard to compare."""
-        return [f"{block.dataset}: {warning}" for block in self.blocks for warning in block.warnings]
+        return [
+            f"{displayed(block.dataset)}: {warning}" for block in self.blocks for warning in block.warnings
+        ]
 
     @functools.cached_property
     def gains(self) -> list[Gain]:

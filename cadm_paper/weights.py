@@ -20,7 +20,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from .files import read_arrays, sha256_file
+from .files import optional, read_arrays, sha256_file
 
 
 # %% ../nbs/weights.ipynb #ac81d8af
@@ -101,6 +101,8 @@ def imagenet_weights(backbone: str, wanted: str | WeightsEnum) -> WeightsEnum:
     if backbone not in torchvision.models.list_models(torchvision.models):
         raise ValueError(f"there are no ImageNet weights for {backbone!r}: give a file, or weights=None")
     versions = torchvision.models.get_model_weights(backbone).__members__
+    if "_Weights." in str(wanted) and not isinstance(wanted, WeightsEnum):
+        wanted = torchvision.models.get_weight(str(wanted))
     version = wanted.name if isinstance(wanted, WeightsEnum) else IMAGENET.get(wanted, wanted)
     if version not in versions or isinstance(wanted, WeightsEnum) and wanted is not versions[version]:
         raise ValueError(f"torchvision has no {wanted} weights for {backbone}: it has {', '.join(versions)}")
@@ -121,6 +123,16 @@ def imagenet_state_dict(entry: WeightsEnum) -> dict[str, Tensor]:
     except Exception as error:  # no network, a time-out, a wrong checksum, a full disk
         how = "fetch it elsewhere and pass its path as weights"
         raise WeightsUnavailable(f"could not get {entry.url} ({error}): {how}") from error
+
+
+# %% ../nbs/weights.ipynb #66908f1e
+def timm_state_dict(name: str) -> dict[str, Tensor]:
+    """The weights that timm has for this name, fetched once into its cache."""
+    timm = optional("timm", "timm")
+    try:
+        return timm.create_model(name, pretrained=True, features_only=True).state_dict()
+    except Exception as error:  # no network, no such weights
+        raise WeightsUnavailable(f"could not get timm's weights of {name}: {error}") from error
 
 
 # %% ../nbs/weights.ipynb #4f96ac75
@@ -181,7 +193,14 @@ def start_backbone(
             told = f"{name} starts from random weights. {what}: {how}"
             warnings.warn(told, UntrainedBackbone, stacklevel=4)  # the line that builds the CADM
         return {"source": None}
-    if isinstance(weights, WeightsEnum) or weights in WORDS:
+    if name.startswith("timm/") and weights in WORDS:
+        state = timm_state_dict(name.removeprefix("timm/"))
+        origin = {"source": "imagenet", "version": name}
+    elif (
+        isinstance(weights, WeightsEnum)
+        or weights in WORDS
+        or re.fullmatch(r"\w+_Weights\.[A-Z\d_]+", str(weights))
+    ):
         entry = imagenet_weights(name, weights)
         state = imagenet_state_dict(entry)
         origin = {"source": weights if weights in IMAGENET else "imagenet", "version": entry.name}

@@ -1,6 +1,7 @@
 """Sphinx's settings. `make docs` writes the sources (notebooks, API pages, data) to _proc/ first: see tools/docs.py."""
 
 import ast
+import configparser
 import inspect
 import re
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+SETTINGS = configparser.ConfigParser()
+SETTINGS.read(ROOT / "settings.ini")
+SETTINGS = SETTINGS["DEFAULT"]
 
 from docutils import nodes  # noqa: E402
 from sphinx.transforms.post_transforms import SphinxPostTransform  # noqa: E402
@@ -48,7 +52,7 @@ myst_dmath_double_inline = True
 sys.path.insert(0, str(Path(__file__).parent))
 
 html_theme = "furo"
-html_title = "CADM, reproduced"
+html_title = f"CADM, reproduced {cadm_paper.__version__}"
 html_static_path = [str(Path(__file__).parent / "_static")]
 html_css_files = ["cadm.css"]
 html_favicon = str(Path(__file__).parent / "_static" / "icon.svg")
@@ -61,11 +65,14 @@ html_last_updated_fmt = None
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0550ae", "color-brand-content": "#0550ae"},
     "dark_css_variables": {"color-brand-primary": "#79b8ff", "color-brand-content": "#79b8ff"},
-    "top_of_page_buttons": [],
+    "top_of_page_buttons": ["edit"],
+    "source_repository": SETTINGS["git_url"],
+    "source_branch": SETTINGS["branch"],
+    "source_directory": "",
 }
 pygments_style, pygments_dark_style = "tango", "github-dark"
 html_domain_indices = False
-nb_code_prompt_show = "imports"
+nb_code_prompt_show = nb_code_prompt_hide = "code"
 mathjax3_config = {"options": {"enableMenu": False}}
 
 autodoc_member_order = "bysource"
@@ -159,7 +166,14 @@ class LinkSymbols(SphinxPostTransform):
             literal.replace_self(link)
 
 
+def editable(app, page, template, context, doctree):
+    """Pages that are written anew for the site have no file to edit."""
+    if not (ROOT / f"{page}{context.get('page_source_suffix', '')}").is_file():
+        context["page_source_suffix"] = ""
+
+
 def setup(app):
+    app.connect("html-page-context", editable)
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", docstring, priority=900)
     app.connect("autodoc-skip-member", skip)

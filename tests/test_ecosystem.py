@@ -1,6 +1,8 @@
 """A user of other projects: their data loaders, metrics, loops, hubs and compilers with this library's parts."""
 
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cadm_paper.data import Split
+from cadm_paper.engine.config import TrainConfig
 from cadm_paper.loss import CADMLoss
+from cadm_paper.methods import load_model
 from cadm_paper.metrics import MultiLabelMetrics, multilabel_metrics
+from cadm_paper.model import CADM
 
+ROOT = Path(__file__).resolve().parents[1]
 g = torch.Generator().manual_seed(0)
 SCORES, TARGETS = torch.rand(60, 4, generator=g), (torch.rand(60, 4, generator=g) < 0.4).to(torch.int8)
 
@@ -75,3 +81,95 @@ def test_the_loss_takes_plain_logits():
     logits = SCORES.logit().requires_grad_()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, TARGETS.float(), reduction="sum")
     torch.testing.assert_close(CADMLoss(lam=0)(logits, TARGETS), expected / 60)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_a_backbone_of_timm(name, tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    model = CADM(3, f"timm/{name}", None, image_size=224).eval()
+    image, theirs = torch.rand(1, 3, 224, 224), timm.create_model(name, features_only=True).eval()
+    theirs.load_state_dict(model.backbone.state_dict())
+    torch.testing.assert_close(model(image).maps, model.head(theirs(image)[-1]).maps)
+    again = CADM.from_pretrained(model.save_pretrained(tmp_path / "m"))
+    assert torch.equal(again(image).logits, model(image).logits)
+    assert TrainConfig(backbone=f"timm/{name}").backbone == f"timm/{name}"
+    with pytest.raises(ValueError, match="timm has no 'resnet10u'"):
+        CADM(3, "timm/resnet10u", None)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **how: create(name, **how))
+    assert CADM(3, f"timm/{name}", image_size=224).provenance["source"] == "imagenet"
+
+
+def test_weights_by_the_names_of_torchvision(monkeypatch):
+    fetched = []
+    monkeypatch.setattr("cadm_paper.weights.imagenet_state_dict", lambda entry: fetched.append(entry) or {})
+    for name in ("ResNet18_Weights.IMAGENET1K_V1", "ResNet18_Weights.DEFAULT"):
+        with pytest.raises(ValueError, match="missing"):
+            CADM(3, "resnet18", name)
+    assert [str(entry) for entry in fetched] == ["ResNet18_Weights.IMAGENET1K_V1"] * 2
+    with pytest.raises(ValueError, match="ResNet50_Weights"):
+        CADM(3, "resnet18", "ResNet50_Weights.DEFAULT")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder that plays the hub: what is uploaded to user/name can be downloaded from there."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    class Api(huggingface_hub.HfApi):
+        def create_repo(self, repo_id, **how):
+            (tmp_path / repo_id).mkdir(parents=True, exist_ok=True)
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, *, repo_id, folder_path, **how):
+            for path in Path(folder_path).iterdir():
+                path.rename(tmp_path / repo_id / path.name)
+            return f"https://huggingface.co/{repo_id}/commit/1"
+
+    def download(repo_id, allow_patterns=None, **how):
+        if not (tmp_path / repo_id).is_dir():
+            raise huggingface_hub.errors.HFValidationError(f"404: no {repo_id}")
+        return str(tmp_path / repo_id)
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return tmp_path
+
+
+def test_to_the_hub_and_back(hub):
+    """By our own functions, and by the mixin of a class of the user's, which reads the same config.json."""
+    from huggingface_hub import PyTorchModelHubMixin
+
+    model = CADM(2, "narrow_resnet", None, image_size=64, classes=["a", "b"], pool="avg").eval()
+    assert model.push_to_hub("user/cadm").endswith("user/cadm/commit/1")
+    image = torch.rand(1, 3, 64, 64)
+    theirs = type("Mine", (PyTorchModelHubMixin, CADM), {}).from_pretrained(hub / "user" / "cadm")
+    for again in (CADM.from_pretrained("user/cadm", revision="main"), load_model("user/cadm"), theirs):
+        assert torch.equal(again(image).logits, model(image).logits) and again.classes == ["a", "b"]
+    with pytest.raises(FileNotFoundError, match="no folder user/other, and none from the hub: 404"):
+        CADM.from_pretrained("user/other")
+
+
+def test_a_model_saved_by_an_earlier_version(tmp_path):
+    model = CADM(2, "narrow_resnet", None, image_size=64).eval()
+    config = json.loads((model.save_pretrained(tmp_path / "m") / "config.json").read_text())
+    config["weights"] = config.pop("provenance") | {"source": "digits"}
+    del config["quiet"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert CADM.from_pretrained(tmp_path / "m").provenance == {"source": "digits"}
+
+
+def test_torch_hub(tmp_path):
+    model = torch.hub.load(
+        str(ROOT),
+        "cadm",
+        source="local",
+        num_classes=2,
+        backbone="narrow_resnet",
+        weights=None,
+        image_size=64,
+    )
+    again = torch.hub.load(
+        str(ROOT), "load_model", str(model.save_pretrained(tmp_path / "m")), source="local"
+    )
+    assert type(again) is type(model) and again.num_classes == 2

@@ -245,16 +245,16 @@ def test_the_landing_page_leads_to_the_report_and_to_the_explorers_of_its_record
     page = opened(site / "index.html", 1280, 860)
     box, text = page.locator(".cards").bounding_box(), page.locator(".cards").inner_text()
     assert box["y"] + box["height"] <= 860 and all(
-        t in text for t in ("82.3", "make reproduce", "scenes-coco")
+        t in text for t in ("82.3", "make reproduce", "DigitScenes-C")
     )
-    for dataset, address in (("scenes-coco", "explorer.html"), ("scenes-nus", "explorer-scenes-nus.html")):
+    for title, address in (("DigitScenes-C", "explorer.html"), ("DigitScenes-N", "explorer-scenes-nus.html")):
         page = opened(site / "index.html")
         page.locator('.cards a[href="report/index.html"]').click()
         assert "Synthetic records" in page.locator("body").inner_text()
         assert page.locator(f'a[href="{address}"]').count() == 2
         page.locator(f'a[href="{address}"]').first.click()
         page.wait_for_selector("body[data-ready]")
-        assert page.locator("#about").inner_text().startswith(f"{dataset}:")
+        assert page.locator("#about").inner_text().startswith(f"{title}:")
 
 
 @pytest.mark.slow

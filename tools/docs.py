@@ -6,7 +6,9 @@ nbdev's own `proc_nbs` is not used: it leaves out every exported cell, and here 
 
 import argparse
 import ast
+import fnmatch
 import functools
+import html
 import importlib
 import json
 import posixpath
@@ -23,7 +25,11 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from article import chromium, print_pdf  # noqa: E402
 from readme import readable  # noqa: E402
+
+from cadm_paper import __version__  # noqa: E402
+from cadm_paper.data.datasets import displayed  # noqa: E402
 
 PAGES = ("docs/install.md", "docs/paper-to-here.md", "CONTRIBUTING.md", "DEPENDENCIES.md", "CHANGELOG.md")
 
@@ -72,9 +78,21 @@ def only_imports(source: str) -> bool:
     return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
 
 
+def checks(cell) -> bool:
+    """Whether a cell of code only checks: it exports and shows nothing. It is folded away."""
+    code = (
+        cell.cell_type == "code" and not cell.outputs and not re.search(r"^#\|\s*export", cell.source, re.M)
+    )
+    return bool(code and re.search(r"^\s*assert |^\s*test_\w+\(", cell.source, re.M))
+
+
 def page(path: Path) -> nbformat.NotebookNode:
-    """A notebook as its page: no hidden cells, no directives, the API named under the title."""
-    notebook = readable(nbformat.read(path, as_version=4))
+    """A notebook as its page: no hidden cells, no directives, checks folded, the API named under the title."""
+    read = nbformat.read(path, as_version=4)
+    for cell in filter(checks, read.cells):
+        cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
+        cell.metadata.mystnb = {"code_prompt_show": "checks", "code_prompt_hide": "checks"}
+    notebook = readable(read)
     depth, module = len(path.relative_to(ROOT).parts) - 1, module_of(path)
     cells = []
     for cell in notebook.cells:
@@ -154,7 +172,7 @@ def measured(runs) -> dict | None:
     blocks = [block for t in tables for block in t.blocks]
     found = [{line.variant: line.cell("mAP") for line in b.lines if line.state == "measured"} for b in blocks]
     return {
-        "heads": [block.dataset for block in blocks],
+        "heads": [displayed(block.dataset) for block in blocks],
         "rows": [(variant.label, [of.get(variant, "not run") for of in found]) for variant in MAIN],
         "gains": "; ".join(short(gain) for t in tables for gain in t.gains),
         "synthetic": any(r.extra.get("synthetic") for r in runs),
@@ -170,7 +188,7 @@ def short(gain) -> str:
     if d.n == 1 and d.se_images:
         seeds += f", standard error over test images {100 * d.se_images:.1f}"
     printed = f"printed {signed(gain.printed['mAP'])} on {gain.printed_on}"
-    return f"{gain.dataset} {signed(100 * d.mean)} ({seeds}; {printed})"
+    return f"{displayed(gain.dataset)} {signed(100 * d.mean)} ({seeds}; {printed})"
 
 
 def verdict_counts() -> str:
@@ -182,7 +200,7 @@ def verdict_counts() -> str:
         return ""
     counts = ", ".join(f"{verdict} {n}" for verdict, n in found["counts"].items())
     gains = "; ".join(
-        f"{e['dataset']} {e['mean']:+.1f} points [{e['low']:+.1f}, {e['high']:+.1f}] (n = {e['n']})"
+        f"{displayed(e['dataset'])} {e['mean']:+.1f} points [{e['low']:+.1f}, {e['high']:+.1f}] (n = {e['n']})"
         for e in found["claims"]
         if e["id"].startswith("loss-") and e["n"] > 1
     )
@@ -215,32 +233,17 @@ def sources(runs, explorers: dict[str, str]) -> dict[str, str]:
         for p in sorted((ROOT / "assets" / "badges").glob("*.svg"))
     }
     pages = [p.relative_to(ROOT).with_suffix("").as_posix() for p in notebooks()]
-    order = [
-        "reproduce_in_ten_minutes",
-        "own_photographs",
-        "loss_in_your_loop",
-        "evaluate_scores",
-        "add_a_row",
-        "on_a_cluster",
-    ]
-    tutorials = sorted(
-        (p for p in pages if p.startswith("nbs/tutorials/")),
-        key=lambda p: order.index(Path(p).name) if Path(p).name in order else len(order),
-    )
     landing = jinja2.Template((ROOT / "docs" / "index.md.j2").read_text(encoding="utf-8"), trim_blocks=False)
     files["index.md"] = landing.render(
         claims=claims(),
+        figure=first_figure("nbs/index"),
         verdicts=verdict_counts(),
         measured=measured(runs),
-        explorers=explorers,
-        tutorials=tutorials,
-        changelog=(ROOT / "CHANGELOG.md").is_file(),
-        experiments=[p for p in pages if p.startswith("nbs/experiments/")],
-        modules=[p for p in pages if p.count("/") == 1 and p != "nbs/index"],
-        rooms=[p for p in pages if p.count("/") > 1 and p.split("/")[1] not in ("experiments", "tutorials")],
+        explorers=[(displayed(name), address) for name, address in explorers.items()],
+        sections=[title.lower().replace(" ", "-") for title in SECTIONS],
+        version=__version__,
     )
-    if tutorials:
-        files["tutorials.md"] = tutorials_page(tutorials)
+    files |= section_pages(pages)
     return files
 
 
@@ -257,15 +260,108 @@ def write_sources(folder: Path, files: dict[str, str]) -> None:
             path.write_text(text, encoding="utf-8")
 
 
-def tutorials_page(tutorials: list[str]) -> str:
-    """The tutorials with what each comes to, from their first cells."""
-    lines = ["# Tutorials", "", "Each is a notebook that the test suite runs.", ""]
-    for name in tutorials:
-        first = nbformat.read(ROOT / f"{name}.ipynb", as_version=4).cells[0].source.split("\n")
-        title = next(line[2:] for line in first if line.startswith("# "))
-        about = next((line[2:] for line in first if line.startswith("> ")), "")
-        lines.append(f"- [{title}]({name}.ipynb): {about}")
-    return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", *tutorials, "```", ""])
+SECTIONS = {
+    "The paper": [
+        (
+            "What the paper says, equation by equation, with code and checks",
+            ["docs/paper-to-here", "nbs/0[0-3]_*"],
+        )
+    ],
+    "Results": [
+        (
+            "The article, and the plan that preceded the runs",
+            ["nbs/experiments/report", "nbs/experiments/study_plan"],
+        ),
+        ("Tables and figures", [f"nbs/experiments/{name}" for name in ("table?", "fig?", "gallery")]),
+        ("Studies", [f"nbs/experiments/study_{name}" for name in ("claims", "digitscenes", "maps", "*")]),
+    ],
+    "Use it": [
+        (
+            "Install, train, predict",
+            ["docs/install", "nbs/experiments/train", "nbs/app/cli", "nbs/app/predict"],
+        ),
+        ("Data sets", ["nbs/04_data", "nbs/data/*"]),
+        ("Reference", ["api/index", "genindex", "nbs/index"]),
+    ],
+    "Tutorials": [
+        (
+            "Each is a notebook that the test suite runs",
+            [
+                f"nbs/tutorials/{name}"
+                for name in ("reproduce*", "own*", "loss*", "evaluate*", "add*", "on_a_cluster", "*")
+            ],
+        )
+    ],
+    "Internals": [
+        ("Training, figures, tables", ["nbs/0*", "nbs/weights", "nbs/files"]),
+        (
+            "Methods, engine, results, app",
+            [f"nbs/{room}/*" for room in ("methods", "engine", "results", "app", "*")],
+        ),
+        ("The project", ["CONTRIBUTING", "DEPENDENCIES", "CHANGELOG"]),
+    ],
+}
+
+
+def about(name: str) -> tuple[str, str]:
+    """Title and subtitle of a page, from its first lines."""
+    path = next((p for p in (ROOT / f"{name}.ipynb", ROOT / f"{name}.md") if p.is_file()), None)
+    if path is None:
+        return {"api/index": ("API", "Every public name"), "genindex": ("Index", "All names")}[name]
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = nbformat.reads(text, as_version=4).cells[0].source
+    title = re.search(r"^# (.+)$", text, re.M)[1]
+    return title, next(iter(re.findall(r"^> (.+)$", text, re.M)), "")
+
+
+def section_pages(pages: list[str]) -> dict[str, str]:
+    """The five sections, each page of the site in the first that names it."""
+    files, left = (
+        {},
+        dict.fromkeys([*(p.removesuffix(".md") for p in PAGES), *pages, "api/index", "genindex"]),
+    )
+    for title, groups in SECTIONS.items():
+        lines, slug = [f"# {title}", ""], title.lower().replace(" ", "-")
+        if title == "Results":
+            lines += [thumbnails(), ""]
+        for caption, patterns in groups:
+            here = list(dict.fromkeys(p for pattern in patterns for p in fnmatch.filter(left, pattern)))
+            left = {p: None for p in left if p not in here}
+            lines += [f"## {caption}", ""]
+            for name in here:
+                head, subtitle = about(name)
+                target = f"{name}.html" if name == "genindex" else f"/{name}"
+                link = f"[{head}]({target})" if name != "genindex" else f"<a href='{target}'>{head}</a>"
+                lines.append(f"- {link}{': ' * bool(subtitle)}{linked(subtitle, posixpath.dirname(name))}")
+            lines += ["", "```{toctree}", ":hidden:", "", *here, "```", ""]
+        files[f"{slug}.md"] = "\n".join(lines)
+    if left:
+        raise SystemExit(f"in no section of the site: {', '.join(left)}")
+    return files
+
+
+def first_figure(name: str) -> tuple[str, str] | None:
+    """The first figure among a notebook's outputs: its data as an address, and its caption's first sentence."""
+    for cell in nbformat.read(ROOT / f"{name}.ipynb", as_version=4).cells:
+        for data in (o.get("data", {}) for o in cell.get("outputs", ())):
+            if "image/png" in data:
+                png = "".join(data["image/png"].split())
+                return f"data:image/png;base64,{png}", html.escape(data["text/plain"].partition(". ")[0])
+    return None
+
+
+def thumbnails() -> str:
+    """Figures that lead to the pages with their code."""
+    names = ["experiments/fig2", "experiments/fig4", "experiments/gallery", "experiments/study_claims"]
+    names += ["experiments/study_digitscenes", "experiments/study_maps", "06_figures", "data/scenes"]
+    shown = [(f"nbs/{name}", first_figure(f"nbs/{name}")) for name in names]
+    links = [
+        f'<a href="{name}.html"><img src="{found[0]}" alt="{found[1]}"><span>{about(name)[0]}</span></a>'
+        for name, found in shown
+        if found
+    ]
+    return f'<div class="thumbs">{"".join(links)}</div>'
 
 
 def records(folder: Path | None) -> list:
@@ -279,7 +375,7 @@ def records(folder: Path | None) -> list:
 def report_pages(folder: Path | None, runs, out: Path) -> dict[str, str]:
     """Write report and explorers to `out`; the explorers' addresses by data set. Without records the explorer shows synthetic ones and says so."""
     from cadm_paper.app.explorer import build_explorers, explore
-    from cadm_paper.app.report import build_report
+    from cadm_paper.app.report import build_article, build_report
     from cadm_paper.engine.synthetic import synthetic_run
 
     if not runs:
@@ -288,7 +384,10 @@ def report_pages(folder: Path | None, runs, out: Path) -> dict[str, str]:
             explore(*pair).save(out / "explorer.html")
         return {}
     names = build_explorers(runs, out)
-    build_report(folder or ROOT / "outputs" / "reference" / "mini", out, names)
+    article = build_article(ROOT / "nbs" / "experiments" / "report.ipynb", out)
+    if chromium():
+        print_pdf(article)
+    build_report(folder or ROOT / "outputs" / "reference" / "mini", out, names, article.name)
     return {dataset: f"report/{name}" for dataset, name in names.items()}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.datasets import displayed
 from ..engine.record import RecordError, RunRecord, source
 from ..engine.variants import Variant, pair_of_runs
 from ..figures import MAP_COLOURS, drawn_images, map_limit, map_ranks, read_kept, same_draw
@@ -113,7 +114,7 @@ def explorer_data(runs: Sequence[RunRecord], image: str | Path | None = None) ->
     words, labels = ["without", "with"] if len(runs) > 1 else [""], [Variant.of(r).label for r in runs]
     titles = [": ".join(filter(None, pair)) for pair in zip(words, labels)]
     return {
-        "dataset": str(runs[0].dataset.get("name")),
+        "dataset": displayed(runs[0].dataset.get("name")),
         "synthetic": any(r.extra.get("synthetic", False) for r in runs),
         "classes": [str(c) for c in runs[0].dataset["classes"]],
         "streams": list(STREAMS.values()),

@@ -123,12 +123,13 @@ def notebook_job(batch: Batch, name: str, out: Path) -> None:
 
 # %% ../../nbs/app/jobs.ipynb #2999c806
 def report_job(batch: Batch, name: str, out: Path) -> None:
-    """Write the report, and the explorers of the maps beside it."""
+    """Write the report, with the explorers of the maps and the article beside it."""
     from cadm_paper.app.explorer import build_explorers
-    from cadm_paper.app.report import build_report
+    from cadm_paper.app.report import build_article, build_report
 
     runs = batch.outputs / "runs"
-    build_report(runs, out.parent, build_explorers(load_runs(runs), out.parent))
+    article = build_article(notebook_path("report"), out.parent).name
+    build_report(runs, out.parent, build_explorers(load_runs(runs), out.parent), article)
 
 
 # %% ../../nbs/app/jobs.ipynb #66de96ca

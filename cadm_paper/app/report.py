@@ -5,6 +5,7 @@
 # %% ../../nbs/app/report.ipynb #29afd25b
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +20,13 @@ from cadm_paper.figures import (
     curves,
     figure2,
     figure4,
+    forest,
     overlays,
     per_class,
     precision_recall_curves,
 )
 from ..files import default_folder, whole_file
+from ..results.claims import read_verdicts
 from cadm_paper.tables import (
     PLANS,
     ResultTable,
@@ -37,7 +40,7 @@ from cadm_paper.tables import (
 )
 
 # %% auto #0
-__all__ = ["build_report"]
+__all__ = ["build_report", "build_article"]
 
 
 # %% ../../nbs/app/report.ipynb #3d92f6c7
@@ -132,6 +135,13 @@ def run_entry(record: RunRecord, stale: str = "") -> dict:
     }
 
 
+# %% ../../nbs/app/report.ipynb #c7a4e1c0
+def claims_figure() -> dict | None:
+    """The forest plot of the committed verdicts as a figure of the page; None without them."""
+    entries = read_verdicts()["claims"]
+    return plate("What of the paper holds", lambda: forest(entries), [], "svg") if entries else None
+
+
 # %% ../../nbs/app/report.ipynb #17120e4e
 def all_tables(runs: Sequence[RunRecord], status: Status) -> list[ResultTable]:
     """Tables 1 and 2 and, where there are runs on further data sets, one for those."""
@@ -144,13 +154,14 @@ def all_tables(runs: Sequence[RunRecord], status: Status) -> list[ResultTable]:
 
 
 # %% ../../nbs/app/report.ipynb #491f15e5
-def build_report(runs_dir=None, out=None, explorers: Mapping[str, str] | None = None) -> Path:
+def build_report(runs_dir=None, out=None, explorers: Mapping[str, str] | None = None, article="") -> Path:
     """Write out/index.html from the records below a folder, atomically.
 
     Args:
         runs_dir: run folders; by default outputs/runs.
         out: folder of the page; by default outputs/report.
         explorers: by data set, the file beside the page that shows its maps, from `build_explorers`.
+        article: the file beside the page that has the article, from `build_article`.
 
     Returns:
         The page's path.
@@ -170,6 +181,8 @@ def build_report(runs_dir=None, out=None, explorers: Mapping[str, str] | None = 
     page = render(
         "report.html",
         tables=tables,
+        article=article,
+        claims=claims_figure(),
         explorers=[(dataset, quote(name, safe="")) for dataset, name in (explorers or {}).items()],
         figures={d: plates(d, runs) for d in sorted({str(r.dataset.get("name")) for r in runs})},
         synthetic=any(r.extra.get("synthetic") for r in runs),
@@ -179,4 +192,38 @@ def build_report(runs_dir=None, out=None, explorers: Mapping[str, str] | None = 
     )
     with whole_file(path, "w") as file:
         file.write(page)
+    return path
+
+
+# %% ../../nbs/app/report.ipynb #c7a4e1b3
+def build_article(notebook, out) -> Path:
+    """Write out/article.html from an executed notebook: its text and outputs, self-contained, for screen and A4.
+
+    Args:
+        notebook: as nbs/experiments/report.ipynb.
+        out: folder of the page.
+
+    Returns:
+        The page's path.
+
+    Example:
+        >>> build_article("nbs/experiments/report.ipynb", "outputs/report")  # doctest: +SKIP
+    """
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    article = nbformat.read(notebook, as_version=4)
+    for shown in (
+        o for cell in article.cells for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})
+    ):
+        alt = shown["data"]["text/plain"].partition(". ")[0]
+        shown["metadata"]["image/png"] = {"alt": alt.replace('"', "'")}
+    body, _ = HTMLExporter(
+        template_name="basic", exclude_input=True, exclude_output_prompt=True
+    ).from_notebook_node(article)
+    body = re.sub(r'<a href="[^":#]*\.ipynb[^"]*">(.*?)</a>', r"\1", body)  # of the checkout alone
+    title = article.cells[0].source.partition("\n")[0].removeprefix("# ")
+    path = Path(out) / "article.html"
+    with whole_file(path, "w") as file:
+        file.write(render("article.html", body=body, title=title))
     return path

@@ -173,6 +173,12 @@ def dataset(name: str) -> Dataset:
     return DATASETS[known(name, DATASETS, "unknown data set", DataError)]
 
 
+# %% ../../nbs/data/datasets.ipynb #d15b1a7e
+def displayed(name) -> str:
+    """What readers see for a data set: its title, or the name of an unknown one."""
+    return DATASETS[name].title if name in DATASETS else str(name)
+
+
 # %% ../../nbs/data/datasets.ipynb #5e7c6bfc
 def codes_to_labels(codes: np.ndarray, difficult: str = "ignore", crowd: bool = True) -> np.ndarray:
     """N x C codes of an index (ABSENT, PRESENT, CROWD, DIFFICULT = 0, 1, 2, -1) -> labels in {1, 0, -1}."""
@@ -237,7 +243,7 @@ def find_photographs(
 
     Raises `DataError` for two entries of one file."""
     names, why = locate(root, index.names, partial(data.reader.elsewhere, split))
-    row = {}
+    row: dict[str, int] = {}
     for i, name in enumerate(names):
         if i not in why and row.setdefault(name, i) != i:
             ids = f"{index.image_ids[row[name]]!r} and {index.image_ids[i]!r}"

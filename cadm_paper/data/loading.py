@@ -79,14 +79,14 @@ def resized(image: Tensor, size: int | tuple[int, int], resize: str = "squash") 
     """uint8 3 x H x W at a size (a side, or height and width): the whole image (`squash`) or its centre (`crop`)."""
     if resize not in ("squash", "crop"):
         raise ValueError(f"resize is squash or crop, not {resize!r}")
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
     if resize == "crop":
-        image = central_window(image, *size)
-    if image.shape[1:] == size:
+        image = central_window(image, height, width)
+    if image.shape[1:] == (height, width):
         return image
     # written like this, torch sees that the bytes of a pixel lie together, and works three times as fast
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    return F.interpolate(batch, size, mode="bilinear", antialias=True)[0]
+    return F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
 
 
 # %% ../../nbs/data/loading.ipynb #0910cdc0
@@ -161,9 +161,11 @@ def batch_plan(
     """Image indices of each batch from number `start` on, this process's part. Raises `ValueError`."""
     if batch_size < 1 or start < 0 or not 0 <= rank < world:
         raise ValueError(f"impossible batches: {batch_size=}, {start=}, {rank=} of {world=}")
-    if shuffle and seed is None:
-        raise ValueError("shuffle=True needs a seed: the order is a function of seed and epoch")
-    order = epoch_order(n, seed, epoch) if shuffle else np.arange(n)
+    order = np.arange(n)
+    if shuffle:
+        if seed is None:
+            raise ValueError("shuffle=True needs a seed: the order is a function of seed and epoch")
+        order = epoch_order(n, seed, epoch)
     batches = [order[first : first + batch_size] for first in range(start * batch_size, n, batch_size)]
     return [np.array_split(batch, world)[rank] for batch in batches]
 
@@ -182,7 +184,8 @@ class Images(Dataset):
     """A split's images at size x size: `images[rows]` is a `Batch` from files, or from the array `pixels`."""
 
     def __init__(self, split, size: int, **how):
-        self.split, self.size, self.how, self.pixels = split, size, how, None
+        self.split, self.size, self.how = split, size, how
+        self.pixels: np.ndarray | None = None
 
     def decoded(self, rows) -> Tensor:
         shape, layout = (len(rows), 3, self.size, self.size), torch.channels_last  # as decoders write pixels
@@ -251,6 +254,7 @@ def open_array(path, shape: tuple) -> np.ndarray | None:
         array = np.load(regular(path), mmap_mode="r", allow_pickle=False)
         fits = isinstance(array, np.memmap) and (array.shape, array.dtype) == (shape, np.uint8)
         return array if fits else None
+    return None
 
 
 # %% ../../nbs/data/loading.ipynb #f9f4b529
@@ -284,6 +288,7 @@ def shared_array(images: Images, batches: Iterable[Batch]) -> np.ndarray | None:
             return open_array(path, shape)
     except OSError as error:
         warnings.warn(f"{path.parent}: cannot keep decoded images here ({error})", stacklevel=3)
+        return None
 
 
 # %% ../../nbs/data/loading.ipynb #5c1d7e90
@@ -317,7 +322,8 @@ class Loader:
         workers: int = 0,
         cache: bool = True,
     ):
-        self.split, self._plan, images = split, [], Images(split, size, resize=resize, exif=exif)
+        self.split, images = split, Images(split, size, resize=resize, exif=exif)
+        self._plan: list[np.ndarray] = []
         if cache:
             once = Loader(split, size, resize=resize, exif=exif, workers=workers, cache=False)
             images.pixels = shared_array(images, once.epoch(64))
@@ -366,7 +372,8 @@ def pixel_rows(normalise: str, width: int, device=None) -> tuple[Tensor, Tensor]
     if normalise not in PIXELS:
         raise ValueError(f"normalise is one of {', '.join(PIXELS)}, not {normalise!r}")
     mean, std = (torch.tensor(v, dtype=torch.float64) * 255 for v in PIXELS[normalise])
-    return tuple(v.float().repeat(width).to(device) for v in (mean, 1 / std))
+    row = lambda v: v.float().repeat(width).to(device)
+    return row(mean), row(1 / std)
 
 
 # %% ../../nbs/data/loading.ipynb #7f7b37d0

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -79,13 +79,13 @@ class Split:
     dataset: str  # name in DATASETS
     split: str  # the publishers' name of the split
     root: Path  # folder that holds the official files
-    classes: tuple[str, ...]  # C names
-    image_ids: tuple[str, ...]  # N, all different
+    classes: Sequence[str]  # C names; kept as tuples, as all names here
+    image_ids: Sequence[str]  # N, all different
     paths: Sequence[Path]  # N absolute paths
     labels: np.ndarray  # N x C int8: 1 present, 0 absent, -1 ignored
-    missing: tuple[str, ...] = ()  # photographs that are listed but absent (only with missing="drop")
+    missing: Sequence[str] = ()  # photographs that are listed but absent (only with missing="drop")
     boxes: Mapping[str, list] | None = None  # image id -> list of (class index, x, y, w, h), pixels
-    placeholders: tuple[str, ...] = ()  # those of `missing` that a dead link replaced by a placeholder
+    placeholders: Sequence[str] = ()  # those of `missing` that a dead link replaced by a placeholder
 
     def __post_init__(self):
         for name in ("classes", "image_ids", "missing", "placeholders"):
@@ -155,6 +155,13 @@ class Split:
             placeholders=len(self.placeholders),
             fingerprint=self.fingerprint,
         )
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the counts of `summary`."""
+        import pandas as pd
+
+        found = {k: v for k, v in self.summary().items() if k not in ("dataset", "split", "positives")}
+        return pd.Series(found, dtype=object).to_frame(f"{self.dataset}, {self.split}").to_html()
 
     def __repr__(self):
         size = f"{len(self)} images, {len(self.classes)} classes"
@@ -336,7 +343,7 @@ def source_digest(root, name: str, sources: Sequence[Path]) -> str:
 def write_index(path, index: Index, digest: str) -> None:
     """Write an index and the digest of its sources, atomically."""
     text = json.dumps([digest, *map(list, (index.classes, index.image_ids, index.names))])
-    boxes = {} if index.boxes is None else dict(boxes=index.boxes)
+    boxes: dict[str, Any] = {} if index.boxes is None else dict(boxes=index.boxes)
     with whole_file(path, through=False) as file:
         np.savez(file, text=np.frombuffer(text.encode(), np.uint8), codes=index.codes, **boxes)
 
@@ -345,10 +352,11 @@ def write_index(path, index: Index, digest: str) -> None:
 def read_index(path, digest: str) -> Index:
     """The index in a file. Raises `ValueError` if it was made from other sources, or damaged or doctored."""
     arrays = read_arrays(path)
-    found, *strings = json.loads(arrays["text"].tobytes())
+    found, classes, image_ids, names = json.loads(arrays["text"].tobytes())
     if found != digest:
         raise DataError(f"{path}: made from other files")
-    return Index(*strings, arrays["codes"], arrays.get("boxes")).validated(path)
+    index = Index(classes, image_ids, names, arrays["codes"], arrays.get("boxes"))
+    return index.validated(path)
 
 
 # %% ../../nbs/04_data.ipynb #22389015
@@ -360,7 +368,7 @@ def may_write(root, cache: bool | str | Path = True) -> bool:
 # %% ../../nbs/04_data.ipynb #09cccf6e
 def index_folder(root, cache: bool | str | Path = True) -> Path:
     """Where indexes are kept: `.cadm-index/` below the root, or the folder `cache`."""
-    return Path(root) / ".cadm-index" if cache is True else Path(cache)
+    return Path(root) / ".cadm-index" if isinstance(cache, bool) else Path(cache)
 
 
 # %% ../../nbs/04_data.ipynb #09c058ca

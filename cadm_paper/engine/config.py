@@ -261,6 +261,14 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
 
         return method_arguments(self.method, self.method_args, self.model_dump(exclude={"method_args"}))
 
+    def _repr_html_(self) -> str:
+        """In a notebook: the fields that differ from the literal paper."""
+        import pandas as pd
+
+        usual = {name: field.default for name, field in type(self).model_fields.items()}
+        differ = pd.Series({k: v for k, v in self if v != usual[k]}, dtype=object)
+        return differ.to_frame(f"{self.method} on {self.dataset}").to_html()
+
     @model_validator(mode="before")
     @classmethod
     def _no_truth_values_as_numbers(cls, values):
@@ -277,7 +285,7 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
             differ = {f.name: v for f in fields(args) if (v := getattr(args, f.name)) != f.default}
             kept = {name: value for name, value in differ.items() if name not in type(self).model_fields}
             object.__setattr__(self, "method_args", kept)
-        if self.backbone not in ("resnet101", "narrow_resnet"):  # else that import is spared, too
+        if self.backbone not in ("resnet101", "narrow_resnet") and not self.backbone.startswith("timm/"):
             from cadm_paper.model import BACKBONES
 
             known(self.backbone, BACKBONES, "backbone =")

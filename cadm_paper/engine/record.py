@@ -283,6 +283,13 @@ class RunRecord:
     def __repr__(self):
         return f"{type(self).__name__}({self.dataset.get('name')}/{self.name})"
 
+    def _repr_html_(self) -> str:
+        """In a notebook: the columns of Table 1, in percent."""
+        import pandas as pd
+
+        row = {column: round(100 * self.metrics[column], 1) for column in COLUMNS}
+        return pd.DataFrame([row], index=[self.name]).to_html()
+
     @classmethod
     def load(cls, folder) -> "RunRecord":
         """Read `folder/run.json`. Raises `RecordError` when there is none or it is not a record."""

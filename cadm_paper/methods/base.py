@@ -45,7 +45,7 @@ class Output(NamedTuple):
         """Confidences in 0..1."""
         return self.logits.sigmoid()
 
-    logits_fcls = logits_scls = property(lambda self: self.logits)
+    logits_fcls = logits_scls = property(lambda self: self.logits)  # type: ignore[misc]
 
 
 # %% ../../nbs/methods/base.ipynb #7928c40f
@@ -142,11 +142,12 @@ def build_network(
 
 
 # %% ../../nbs/methods/base.ipynb #8c149107
-def load_model(folder: str | Path) -> Network:
+def load_model(folder: str | Path, **hub) -> Network:
     """The model of any method that `save_pretrained` wrote.
 
     Args:
-        folder: of `config.json` and `model.safetensors`; nothing in it is run.
+        folder: of `config.json` and `model.safetensors`, or `user/name` on the hub; nothing in it is run.
+        hub: as in `CADM.from_pretrained`.
 
     Returns:
         The model on the CPU and in evaluation mode.
@@ -164,4 +165,4 @@ def load_model(folder: str | Path) -> Network:
             return CADM(**arguments)
         return build_network(method, args=method_arguments(method, method_args or {}), **arguments)
 
-    return load_network(folder, build)
+    return load_network(folder, build, **hub)

@@ -105,6 +105,9 @@ function fill(n) {
 // "0.31 without, 0.52 with": one number a run
 const each = number => D.runs.map((run, n) => `${number(n)} ${run.word}`.trim()).join(", ");
 
+const framed = location.protocol === "about:";  // in a notebook
+$("back").hidden = framed;
+
 function show() {
   const im = D.images[state.image], top = limit();
   const known = { 1: " (present)", 0: " (absent)", "-1": " (not known)" }[im.targets?.[state.label]] ?? "";
@@ -114,7 +117,7 @@ function show() {
   $("said").textContent = `Image ${im.id}, ${D.classes[state.label]}${known}: `
     + `confidence ${each(n => im.runs[n].scores[state.label][0].toFixed(2))}; `
     + `map ranks ${each(n => im.runs[n].ranks[state.label])}.`;
-  if (location.protocol !== "about:") history.replaceState(null, "", `#image=${state.image}&label=${state.label}`);
+  if (!framed) history.replaceState(null, "", `#image=${state.image}&label=${state.label}`);
 }
 
 function point(v, u) {
@@ -144,6 +147,7 @@ function mark(list, chosen) {
   for (const button of list.children) {
     const on = +button.dataset.n === chosen;
     button.setAttribute("aria-selected", on);
+    button.tabIndex = on ? 0 : -1;  // one tab stop a list; the arrow keys move in it
     if (on) list.scrollTo(
       button.offsetLeft - list.offsetLeft - list.clientWidth / 2,
       button.offsetTop - list.offsetTop - list.clientHeight / 2);
