@@ -317,7 +317,7 @@ def folder_lock(folder, wait: bool = False, name: str = ".lock"):
 
 # %% ../nbs/files.ipynb #fa786c2c
 def checkout_root(start: Path | None = None) -> Path | None:
-    """The checkout of this project that the current folder lies in, or None."""
+    """The checkout of this project that the current folder is in, or None."""
     here = Path(start or Path.cwd()).resolve()
     for folder in (here, *here.parents):
         if (folder / "settings.ini").is_file() and (folder / "nbs" / "index.ipynb").is_file():

@@ -49,7 +49,7 @@ class PrintedRow:
 
     @property
     def label(self) -> str:
-        """The name with its reference, as it stands in the table."""
+        """The name with its reference, as printed in the table."""
         return self.name if self.reference is None else f"{self.name} [{self.reference}]"
 
 
@@ -526,7 +526,7 @@ _DATA = (
         "What of test images without a label?",
         "COCO: 40,504 images, which keeps them",
         {"keep": "kept", "drop": "dropped"},
-        "the count; numbers over labelled images stand beside them",
+        "the count; numbers over labelled images are given beside them",
         ("load_split",),
         "unlabelled",
     ),

@@ -224,6 +224,49 @@ def test_every_page_opens_on_a_phone_with_its_mathematics_and_its_links_resolve(
             )
 
 
+LEGIBLE = """() => {
+  const shown = e => e.offsetParent !== null && getComputedStyle(e).visibility === 'visible';
+  const rgb = text => (text.match(/[\\d.]+/g) || []).map(Number);
+  const light = c => c.slice(0, 3).map(v => v / 255)
+    .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const ground = e => {
+    for (; e; e = e.parentElement) {
+      const c = rgb(getComputedStyle(e).backgroundColor);
+      if (c.length === 3 || c[3] > .99) return c;
+    }
+    return [255, 255, 255];
+  };
+  const ratio = e => {
+    const [a, b] = [light(rgb(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => x - y);
+    return (b + .05) / (a + .05);
+  };
+  const text = e => [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+  const pale = [...document.querySelectorAll('p, a, td, th, li, h1, h2, h3, b, small, dt, dd, figcaption, summary')]
+    .filter(e => shown(e) && text(e) && ratio(e) < 4.5).map(e => `${ratio(e).toFixed(1)}: ${e.textContent.trim().slice(0, 40)}`);
+  const levels = [...document.querySelectorAll('h1, h2, h3, h4')].filter(shown).map(h => +h.tagName[1]);
+  return {
+    pale, headings: levels[0] === 1 && levels.every((n, i) => !i || n <= levels[i - 1] + 1),
+    images: [...document.images].filter(i => !i.closest('button, [role=option]') && !i.alt.trim()).length,
+    over: document.documentElement.scrollWidth - innerWidth,
+  };
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    "name",
+    ["index.html", "results.html", "nbs/experiments/report.html"]
+    + [f"report/{page}.html" for page in ("index", "article", "explorer")],
+)
+def test_pages_are_legible_and_in_order(site, opened, name, dark):
+    page = opened(site / name, 1280, 860, dark=dark)
+    if name.endswith("explorer.html"):
+        page.wait_for_selector("body[data-ready]")
+    assert page.evaluate(LEGIBLE) == {"pale": [], "headings": True, "images": 0, "over": 0}
+
+
 @pytest.mark.slow
 def test_light_and_dark(site, opened):
     sum_of = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"

@@ -173,7 +173,9 @@ def measured(runs) -> dict | None:
     found = [{line.variant: line.cell("mAP") for line in b.lines if line.state == "measured"} for b in blocks]
     return {
         "heads": [displayed(block.dataset) for block in blocks],
-        "rows": [(variant.label, [of.get(variant, "not run") for of in found]) for variant in MAIN],
+        "rows": [
+            (v.label, [of.get(v, "not run") for of in found]) for v in MAIN if any(v in of for of in found)
+        ],
         "gains": "; ".join(short(gain) for t in tables for gain in t.gains),
         "synthetic": any(r.extra.get("synthetic") for r in runs),
     }
@@ -354,7 +356,7 @@ def first_figure(name: str) -> tuple[str, str] | None:
 def thumbnails() -> str:
     """Figures that lead to the pages with their code."""
     names = ["experiments/fig2", "experiments/fig4", "experiments/gallery", "experiments/study_claims"]
-    names += ["experiments/study_digitscenes", "experiments/study_maps", "06_figures", "data/scenes"]
+    names += ["experiments/study_digitscenes", "experiments/study_maps", "data/scenes"]
     shown = [(f"nbs/{name}", first_figure(f"nbs/{name}")) for name in names]
     links = [
         f'<a href="{name}.html"><img src="{found[0]}" alt="{found[1]}"><span>{about(name)[0]}</span></a>'
@@ -412,11 +414,15 @@ def main() -> int:
         "--runs", type=Path, help="folder of run records to show instead of the committed ones"
     )
     parser.add_argument("--work", type=Path, default=ROOT / "_proc", help="folder for what lies between")
+    from cadm_paper.engine.record import load_runs
+    from cadm_paper.results.claims import reference_folder
+
     given = parser.parse_args()
     runs = records(given.runs)
     shutil.rmtree(given.work / "report", ignore_errors=True)
     explorers = report_pages(given.runs, runs, given.work / "report")
-    write_sources(given.work / "source", sources(runs, explorers))
+    headline = runs if given.runs else load_runs(reference_folder() / "confirm") or runs  # all seeds, not one
+    write_sources(given.work / "source", sources(headline, explorers))
     built = subprocess.run(
         [
             sys.executable,

@@ -148,7 +148,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where its record is; the executed notebook lies beside it, with the suffix .ipynb."""
+        """Where its record is; the executed notebook is beside it, with the suffix .ipynb."""
         return self.batch.outputs / "runs" / self.key
 
     @property

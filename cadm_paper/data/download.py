@@ -132,7 +132,7 @@ NUS_NOTE = f"""The photographs of NUS-WIDE are not public. Ask its publishers fo
   1. open {NUS_PAGE}
   2. download the Agreement and Disclaimer Form, fill it in and send it to the address that the page names
   3. unpack what they send so that Flickr/ is beside ImageList/ in the data set's folder
-  4. `cadm data check nuswide` says what is there and what is missing
+  4. `cadm data check nuswide` reports what is present and what is missing
 Should the page be gone: github.com/NExTplusplus/NUS-WIDE is the publishers' newer place for the label files
 (it has no image lists)."""
 NUSWIDE = Source(
@@ -410,7 +410,7 @@ def install(archives: Callable[[], Sequence[Archive]], root: Path, quiet: bool, 
 def data_get(
     name: str, root=None, *, yes: bool = False, dry_run: bool = False, quiet: bool = False, **patience
 ) -> Path:
-    """Fetch a data set's official archives, check, unpack, count. What is there is not fetched again.
+    """Fetch a data set's official archives, check, unpack, count. What is present is not fetched again.
 
     Args:
         name: coco2014, nuswide, voc2007 or voc2012.

@@ -190,7 +190,7 @@ def own_sources(root, split: str) -> list[Path]:
 
 # %% ../../nbs/data/own.ipynb #0ac90f87
 def read_own(root, split: str) -> Index:
-    """The index of a split of one's own.
+    """The index of a split of custom data.
 
     Raises `DataError` for unknown labels, contradictions and duplicates.
     """

@@ -200,7 +200,7 @@ def _misfit(record: "RunRecord") -> str:
 
 # %% ../../nbs/engine/record.ipynb #eab89209
 def save_arrays(path, **arrays) -> None:
-    """Write arrays to a compressed .npz, whole or not at all."""
+    """Write arrays to a compressed .npz atomically."""
     with whole_file(path) as file:
         np.savez_compressed(file, **arrays)
 
