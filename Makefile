@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SOURCES := nbs tests tools benchmarks docs
 
-.PHONY: help reproduce test test-slow docs article sync lock clean
+.PHONY: help reproduce test test-slow docs article sync lock bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -71,6 +71,10 @@ lock: $(STAMP)
 	{ grep '^#' requirements.lock; cat requirements.lock.new; } > requirements.lock.whole
 	mv requirements.lock.whole requirements.lock
 	rm requirements.lock.new
+
+# all benchmarks, and the table of benchmarks/README.md: half an hour on two idle cores
+bench: $(STAMP)
+	$(BIN)/python benchmarks/table.py --run
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis

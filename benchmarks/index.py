@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from measure import write
 
 COCO = dict(images=82_783, labelled=82_081, objects=604_907, categories=80)  # instances_train2014.json
 NUS = dict(Train=161_789, Test=107_859, concepts=81)
@@ -207,11 +208,8 @@ def main() -> None:
         result["nuswide"].update({f"label_files_{k}_s": sum(r[k] for r in both) for k in ("load", "cpu")})
         result["nuswide"].update(loadtxt_load_s=plain["load"], loadtxt_cpu_s=plain["cpu"])
         result["load_average"] = os.getloadavg()[2]
-    text = json.dumps(result, indent=1)
-    print(text)
-    if a.out:
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        a.out.write_text(text + "\n")
+    print(json.dumps(result, indent=1))
+    write(result, a.out)
 
 
 if __name__ == "__main__":

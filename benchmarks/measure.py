@@ -1,6 +1,7 @@
 """What the benchmarks of the model and the loss share: the time of one step, its peak memory, the spread over repetitions."""
 
 import ctypes
+import datetime
 import os
 import statistics
 import time
@@ -89,7 +90,7 @@ def setting(device: str, precision: str = "float32", threads: int = 1) -> dict:
 
 
 def write(result: dict, path: Path | None) -> None:
-    """The result as JSON, whole or not at all."""
+    """The result with its date as JSON, atomically."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
+        write_json(path, result | {"date": datetime.date.today().isoformat()})

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measure import setting, write
 from sklearn.metrics import average_precision_score
 
-from cadm_paper.engine.record import environment
-from cadm_paper.files import sha256_file, write_json
+from cadm_paper.files import sha256_file
 from cadm_paper.metrics import average_precision, metric_names, multilabel_metrics
 from cadm_paper.results.statistics import bootstrap
 
@@ -150,7 +150,7 @@ def main() -> None:
         "numbers": {
             name: value for name, value in multilabel_metrics(s, y).items() if name in metric_names()
         },
-        "environment": environment(),
+        "environment": setting("cpu"),
     }
     for name, value in result["ratios"].items():
         print(
@@ -162,8 +162,7 @@ def main() -> None:
     for name, value in result["seconds"].items():
         print(f"{name}: {value['cpu']['median']:.3f} s of CPU, {value['wall']['median']:.3f} s of wall time")
     print(f"largest difference of an AP from scikit-learn's: {agreement:.1e}")
-    if a.out:
-        write_json(a.out, result)
+    write(result, a.out)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch
         self.epoch, self.done = 0, 0  # epochs finished, steps of this one
         # over this epoch's images: loss, its two terms, images
-        self.sums = torch.zeros(4, dtype=torch.float64, device=group.device)
+        where = "cpu" if group.device.type == "mps" else group.device  # Apple's GPUs have no float64
+        self.sums = torch.zeros(4, dtype=torch.float64, device=where)
         self.history: list[dict] = []
         self.seconds, self.saved = 0.0, time.monotonic()  # of training until the last checkpoint, and when
         self.code = code_version() if group.main else {}
@@ -199,7 +200,7 @@ def add_gradients(trainer: Trainer, batch, global_images: int) -> Tensor:
             total_loss = terms.total * group.world  # the processes' gradients are averaged
             trainer.scaler.scale(total_loss).backward()
         statistics.part_done()
-        total = total + torch.stack(terms).detach().double()
+        total = total + torch.stack(terms).detach().to(trainer.sums.device).double()
     statistics.finish()
     return total
 

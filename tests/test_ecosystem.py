@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cadm_paper.data import Split
-from cadm_paper.engine.config import TrainConfig
+from cadm_paper.engine.config import ConfigError, TrainConfig
+from cadm_paper.engine.processes import resolve_machine
 from cadm_paper.loss import CADMLoss
 from cadm_paper.methods import load_model
 from cadm_paper.metrics import MultiLabelMetrics, multilabel_metrics
@@ -173,3 +176,64 @@ def test_torch_hub(tmp_path):
         str(ROOT), "load_model", str(model.save_pretrained(tmp_path / "m")), source="local"
     )
     assert type(again) is type(model) and again.num_classes == 2
+
+
+def test_a_loop_like_that_of_lightning(split):
+    """training_step and validation_step of a module of modules; gradients reach every parameter."""
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.loss = CADM(2, torch.nn.Conv2d(3, 8, 8, 8), image_size=32), CADMLoss(lam=0.5)
+            self.metrics = MultiLabelMetrics()
+
+        def training_step(self, batch):
+            images, targets = batch
+            return self.loss(self.net(images), targets)
+
+        def validation_step(self, batch):
+            images, targets = batch
+            self.metrics.update(self.net(images).scores.detach(), targets)
+
+    module, batch = Module(), (torch.rand(6, 3, 32, 32), torch.from_numpy(split.labels).float())
+    optimiser = torch.optim.AdamW(module.parameters(), lr=0.01)
+    losses = []
+    for _ in range(10):
+        losses.append(module.training_step(batch))
+        optimiser.zero_grad()
+        losses[-1].backward()
+        assert all(p.grad is not None for p in module.parameters())
+        optimiser.step()
+    module.eval().validation_step(batch)
+    assert losses[-1] < losses[0] and 0 < module.metrics.compute()["mAP"] <= 1
+    assert not any("metrics" in name for name in module.state_dict())
+
+
+@pytest.mark.slow
+def test_compiled_and_exported_in_a_users_module(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from cadm_paper.model import export_onnx
+
+    model, image = CADM(2, "narrow_resnet", None, image_size=64).eval(), torch.rand(2, 3, 64, 64)
+    theirs = torch.nn.ModuleList([model])
+    compiled = torch.compile(lambda x: theirs[0](x).scores, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(image), model(image).scores, rtol=1e-4, atol=1e-4)
+    session = onnxruntime.InferenceSession(str(export_onnx(model, tmp_path / "m.onnx")))
+    found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"images": image.numpy()})))
+    np.testing.assert_allclose(found["maps"], model(image).maps.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_an_apple_gpu_is_accepted_where_there_is_one():
+    config = TrainConfig(device="mps")
+    if torch.backends.mps.is_available():
+        assert resolve_machine(config).precision == "fp32"
+    else:
+        with pytest.raises(ConfigError, match="no Apple device here"):
+            resolve_machine(config)
+
+
+@pytest.mark.slow
+def test_snakemake_finds_nothing_to_complain_about():
+    lint = [sys.executable, "-m", "snakemake", "--lint", "--snakefile", ROOT / "workflow" / "Snakefile"]
+    done = subprocess.run(lint, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -320,6 +320,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a letter gets its number
             stream.reconfigure(errors="backslashreplace")
+    # what an Apple GPU cannot do runs on its CPU, and torch says so
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     given = sys.argv[1:] if arguments is None else arguments
     if given == ["--version"]:
         print(f"cadm {__version__}")

@@ -165,8 +165,8 @@ class RecipeFields(BaseModel):
 class MachineFields(BaseModel):
     """What the run may use of the machine."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="device of the run; auto is cuda where there is one"
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="device of the run; auto is cuda where there is one; mps is not tried yet"
     )
     precision: decided("precision")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of a run; 0 is all physical cores")

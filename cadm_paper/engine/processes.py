@@ -27,6 +27,8 @@ from .config import ConfigError, TrainConfig
 # %% ../../nbs/engine/processes.ipynb #ede96097
 def has_bf16(device: str) -> bool:
     """Whether the hardware computes in bfloat16."""
+    if device == "mps":
+        return False
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_sve_bf16_supported")
@@ -46,12 +48,14 @@ def resolve_machine(config: TrainConfig) -> TrainConfig:
     Raises `ConfigError` for what this machine has not.
     """
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda': there is no CUDA device here; use device='cpu' or 'auto'")
+    kinds = {"cuda": ("CUDA", torch.cuda), "mps": ("Apple", torch.backends.mps)}
+    if device in kinds and not kinds[device][1].is_available():
+        kind = kinds[device][0]
+        raise ConfigError(f"device = {device!r}: there is no {kind} device here; use device='cpu' or 'auto'")
     precision = config.precision if config.precision != "auto" else "bf16" if has_bf16(device) else "fp32"
     if precision == "fp16" and device == "cpu":
         raise ConfigError("precision = 'fp16': on a CPU use bf16 or fp32 (float16 is scaled on GPUs only)")
-    compiler = device == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    compiler = device != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
     if config.compile and not compiler:
         raise ConfigError("compile: on a CPU it needs a C++ compiler, and none is installed; leave it out")
     threads = config.threads or available_cores()
@@ -134,7 +138,7 @@ def process_group(config: TrainConfig):
     """The processes that torchrun started (gloo on CPUs, NCCL on GPUs), or this one alone."""
     (rank, world), cuda = rank_and_world(config), config.device == "cuda"
     local = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local) if cuda else torch.device("mps" if config.device == "mps" else "cpu")
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
