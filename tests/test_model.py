@@ -102,8 +102,12 @@ def test_nothing_of_size_classes_times_channels_times_positions():
 # ---- backbones and weights ---------------------------------------------------------------------------------------
 
 
+RESNETS = torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
+KINDS = ("resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2")  # one of each kind of block
+
+
 @pytest.mark.parametrize(
-    "name", torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in KINDS)) for n in RESNETS]
 )
 def test_every_torchvision_resnet_keeps_its_names_and_fits_the_head(name):
     with torch.device("meta"):

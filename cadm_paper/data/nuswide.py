@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/data/nuswide.ipynb #aa5080b3
 import hashlib
-import itertools
 import os
 import re
 from collections import Counter
@@ -185,10 +184,8 @@ def read_nus(root, split: str) -> Index:
 def nus_elsewhere(split: str, name: str) -> list[str]:
     """Other names of Flickr/<folder>/<file>: without the folder, below another one or below the root."""
     name = name.removeprefix("Flickr/")
-    places = itertools.product(
-        ("Flickr/", "images/", "Images/", "flickr/", ""), (name, name.rpartition("/")[2])
-    )
-    return ["".join(place) for place in places]
+    files, folders = (name, name.rpartition("/")[2]), ("Flickr/", "images/", "Images/", "flickr/", "")
+    return [folder + file for folder in folders for file in files]
 
 
 # %% ../../nbs/data/nuswide.ipynb #232212e4
