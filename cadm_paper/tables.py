@@ -93,8 +93,8 @@ def measured_line(runs: Sequence[RunRecord], *notes: str) -> Line:
 # %% ../nbs/07_tables.ipynb #fd7d1791
 @dataclass(frozen=True)
 class Status:
-    """What is known about runs beside their records: by data set/folder, why they are\n    unfinished or
-    stale, and which other code made the rest.\n
+    """What is known about runs beside their records: by data set/folder, why they are unfinished or stale, and
+    which other code made the rest.
     """
 
     unfinished: dict[str, str] = field(default_factory=dict)

@@ -1,7 +1,6 @@
 """Every notebook runs from its own folder as nbdev runs it, and is committed as a reader should find it."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -23,20 +22,15 @@ NOTEBOOKS = sorted(
 @pytest.fixture
 def undisturbed(monkeypatch, tmp_path):
     """Notebooks share this process: settings that one of them changes are put back, and none may touch data/ or outputs/."""
-    threads, state, numpy_state, cwd = (
-        torch.get_num_threads(),
-        torch.get_rng_state(),
-        np.random.get_state(),
-        os.getcwd(),
-    )
+    threads, state = torch.get_num_threads(), np.random.get_state()
+    monkeypatch.chdir(Path.cwd())  # which is undone at the end
     monkeypatch.setenv("CADM_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("CADM_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("MPLBACKEND", "agg")
-    yield
+    with torch.random.fork_rng(devices=[]):
+        yield
     torch.set_num_threads(threads)
-    torch.set_rng_state(state)
-    np.random.set_state(numpy_state)
-    os.chdir(cwd)
+    np.random.set_state(state)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
