@@ -576,7 +576,7 @@ def export_onnx(model: Network, path: str | Path, image_size: int | Sequence[int
 
 # %% ../nbs/01_model.ipynb #f3608c23
 class TupleOutput(nn.Module):
-    """A model whose output has no None: ONNX has none either."""
+    """A model whose output has no None, and no tensor twice: torch 2.8 would lose one of its names."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -584,4 +584,4 @@ class TupleOutput(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch 3 H W"]) -> tuple[Tensor, ...]:
         """The fields of the output that are tensors, in order."""
-        return tuple(x for x in self.model(images) if x is not None)
+        return tuple(x.clone() for x in self.model(images) if x is not None)
