@@ -129,13 +129,13 @@ def test_a_changed_record_is_not_drawn_and_the_report_goes_on(runs_copy, tmp_pat
 
 def test_rows_without_a_current_record_have_a_reason(runs_copy):
     folder, home = runs_copy
-    told = [
-        (f"scenes-coco/{home[MAIN[2]].name}", "stale", "other data"),
-        (f"scenes-coco/{home[MAIN[3]].name}", "finished", "made by commit 9e05b3d, clean"),
-        ("scenes-nus/cadm-lam0.5-seed0-12345678", "failed", "ValueError: <b>"),
-    ]
-    entries = [{"run": run, "state": state, "reason": reason} for run, state, reason in told]
-    (folder / "status.json").write_text(json.dumps({"runs": entries}))
+    stale, other = (json.loads((home[v] / "run.json").read_text()) for v in (MAIN[2], MAIN[3]))
+    other["environment"]["code"]["commit"] = "9e05b3d31c"
+    for variant, content in ((MAIN[2], stale | {"digest": "of another meaning"}), (MAIN[3], other)):
+        (home[variant] / "run.json").write_text(json.dumps(content))
+    failed = folder / "scenes-nus" / "cadm-lam0.5-seed0-12345678" / "failed.txt"
+    failed.parent.mkdir(parents=True)
+    failed.write_text("ValueError: <b>")
     status, runs = run_status(folder), load_runs(folder)
     coco, nus = (table(name, runs, status=status) for name in ("table1", "table2"))
     assert [line.state for line in coco.blocks[0].lines] == [
@@ -146,7 +146,7 @@ def test_rows_without_a_current_record_have_a_reason(runs_copy):
         "measured",
     ]
     assert [line.note for line in coco.blocks[0].lines[2:4]] == [
-        "seed 0; stale: other data",
+        "seed 0; stale: of another configuration",
         "seed 0; made by commit 9e05b3d, clean",
     ]
     assert [line.state for line in nus.blocks[0].lines] == ["missing"] * 4 + ["failed"]

@@ -22,6 +22,7 @@ import yaml
 
 from cadm_paper.app import batch
 from cadm_paper.data import build_scenes
+from cadm_paper.engine import status
 from cadm_paper.engine.record import load_runs
 from cadm_paper.engine.synthetic import synthetic_run
 from cadm_paper.engine.variants import MAIN, Variant
@@ -67,9 +68,10 @@ TABLE = """
 import json
 from pathlib import Path
 from cadm_paper.engine.record import load_runs
-states = {r["run"]: r["state"] for r in json.loads(Path(runs_dir, "status.json").read_text())["runs"]}
+from cadm_paper.engine.status import states
+reasons = {p.name: [now.word, now.reason] for p, now in states(Path(runs_dir)).items()}
 rows = {r.folder.name: r.metrics["mAP"] for r in load_runs(runs_dir)}
-Path(runs_dir, "..", "table.json").write_text(json.dumps([states, rows], sort_keys=True))
+Path(runs_dir, "..", "table.json").write_text(json.dumps([reasons, rows], sort_keys=True))
 """
 
 
@@ -129,7 +131,8 @@ class Site:
 
     def table(self):
         """States and numbers of the runs by name, as the table saw them."""
-        return json.loads((self.outputs / "table.json").read_text())
+        reasons, rows = json.loads((self.outputs / "table.json").read_text())
+        return {name: word for name, (word, _) in reasons.items()}, rows, reasons
 
     def made(self):
         """What the stand-in noted in each record, and when the record was written."""
@@ -205,11 +208,13 @@ def test_uncommitted_code_is_refused_where_the_batch_wants_none(monkeypatch):
 def test_a_record_of_other_labels_is_stale(tmp_path, monkeypatch):
     monkeypatch.setenv("CADM_DATA", str(tmp_path))
     record = synthetic_run(tmp_path / "run", images=40, drawn=2)
-    assert batch.state(record.folder).word == "finished"  # there is no data to compare it with
+    content = json.loads((record.folder / "run.json").read_text()) | {"synthetic": False}
+    (record.folder / "run.json").write_text(json.dumps(content))
+    assert status.state(record.folder).word == "finished"  # there is no data to compare it with
     build_scenes(tmp_path / "scenes-coco", "coco", train=16, test=8)
-    batch._fingerprints.cache_clear()
+    status._fingerprints.cache_clear()
     assert (
-        batch.state(record.folder).reason
+        status.state(record.folder).reason
         == "made with other train and test images or labels than are there now"
     )
 
@@ -234,12 +239,8 @@ def test_failures_leave_the_others_going_and_what_other_code_made_is_run_again_o
     output = site.run(STUB_FAIL="baseline", STUB_CODE="other", code=1)
     states = site.table()[0]
     assert "ValueError: told to fail" in output and sorted(states.values()) == ["failed", "finished"]
-    row = next(
-        r
-        for r in json.loads((site.outputs / "runs" / "status.json").read_text())["runs"]
-        if "failed" in r.values()
-    )
-    cells = nbformat.read(site.outputs / row["reason"].split("; see ")[1], 4).cells
+    (reason,) = (why for word, why in site.table()[2].values() if word == "failed")
+    cells = nbformat.read(site.outputs / reason.split("; see ")[1], 4).cells
     assert any(o.get("ename") == "ValueError" for c in cells for o in c.get("outputs", []))
     assert site.run(STUB_CODE="other").count("[1/1]") == 1
     made = site.made()

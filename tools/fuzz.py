@@ -41,7 +41,6 @@ from cadm_paper.methods import load_model
 from cadm_paper.model import CADM
 from cadm_paper.results.claims import read_verdicts
 from cadm_paper.results.evaluation import evaluate_files
-from cadm_paper.tables import run_status
 from cadm_paper.weights import read_state_dict
 
 SECONDS, BYTES = 10, 2 * 2**30  # limits of one file
@@ -203,11 +202,6 @@ def verdicts(root):
     return put(root / "verdicts.json", json.dumps({"counts": {"holds": 1}, "claims": []}))
 
 
-def status(root):
-    run = {"run": "scenes-coco/cadm", "state": "stale", "reason": "other data"}
-    return put(root / "status.json", json.dumps({"runs": [run]}))
-
-
 split = lambda name, what: lambda root, path: load_split(name, root, what, cache=False)
 image = lambda kind, mode="RGB": lambda root: put(root / "x.jpg", picture(kind, mode))
 pixels = lambda root, path: load_image(path, 24)
@@ -262,7 +256,6 @@ READERS = {
     "model weights": (model("model.safetensors"), lambda root, path: load_model(path.parent)),
     "checkpoint": (checkpoint, lambda root, path: load_checkpoint(path)),
     "verdicts": (verdicts, lambda root, path: read_verdicts(root)),
-    "status": (status, lambda root, path: run_status(root)),
     "batch": (batch, lambda root, path: load_batch(str(path))),
 }
 

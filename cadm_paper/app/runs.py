@@ -19,9 +19,10 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from .batch import DATA, Batch, WorkflowError, labels_now, load_batch, plan, states
+from .batch import Batch, WorkflowError, load_batch, plan
 from ..engine.config import TrainConfig
 from ..engine.record import RecordError, RunRecord, load_runs
+from ..engine.status import DATA, labels_now, states
 from ..engine.variants import Variant, recipe_changes, run_name
 from ..files import folder_lock, known, read_json, sha256_file, sync, write_json
 from ..paper import COLUMNS
@@ -42,7 +43,7 @@ def runs_table(outputs: Path | None = None) -> list[dict]:
     """Every run on disk: name, state, reason and folder; of those with a record its `summary`."""
     rows, outputs = [], outputs or Batch().outputs
     for place in (outputs, *sorted(outputs.glob("on-*"))):
-        for folder, now in states(place).items():
+        for folder, now in states(place / "runs").items():
             name = folder.relative_to(outputs).as_posix().replace("runs/", "", 1)
             rows.append({"run": name, "state": now.word, "reason": now.reason, "folder": str(folder)})
             if now.record:
