@@ -318,11 +318,9 @@ def folder_lock(folder, wait: bool = False, name: str = ".lock"):
 # %% ../nbs/files.ipynb #fa786c2c
 def checkout_root(start: Path | None = None) -> Path | None:
     """The checkout of this project that the current folder is in, or None."""
-    here = Path(start or Path.cwd()).resolve()
-    for folder in (here, *here.parents):
-        if (folder / "settings.ini").is_file() and (folder / "nbs" / "index.ipynb").is_file():
-            return folder
-    return None
+    here, marks = Path(start or Path.cwd()).resolve(), ("settings.ini", "nbs/index.ipynb")
+    found = (f for f in (here, *here.parents) if all((f / mark).is_file() for mark in marks))
+    return next(found, None)
 
 
 # %% ../nbs/files.ipynb #5552390a

@@ -20,8 +20,9 @@ import pandas as pd
 
 from .data.datasets import displayed
 from .engine.record import RecordError, RunRecord, outdated, source
+from .engine.status import states
 from .engine.variants import MAIN, Variant, by_recipe, recipe, recipe_changes
-from .files import read_json, whole_file
+from .files import whole_file
 from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow
 from .results.statistics import Difference, bootstrap, difference
 
@@ -117,7 +118,7 @@ def run_key(record: RunRecord) -> str:
 
 # %% ../nbs/07_tables.ipynb #0433c9fc
 def run_status(folder: str | Path) -> Status:
-    """What a folder of runs and its `status.json`, if the workflow left one, say beside the records.
+    """What is known about the runs in a folder beside their records.
 
     Args:
         folder: as `outputs/runs`: data set, then run.
@@ -127,22 +128,11 @@ def run_status(folder: str | Path) -> Status:
 
     >>> shown = table("table1", load_runs("outputs/runs"), status=run_status("outputs/runs"))
     """
-    try:
-        entries = read_json(Path(folder) / "status.json")["runs"]
-        told = {str(e["run"]): (e["state"], str(e["reason"])) for e in entries}
-    except (OSError, ValueError, KeyError, TypeError):
-        told = {}
-    unfinished = {}
-    for path in [path for path in sorted(Path(folder).glob("*/[!.]*")) if path.is_dir()]:
-        try:
-            RunRecord.load(path)
-        except RecordError as error:
-            why = f"its run.json cannot be read: {error}".replace(f"{path}/", "")
-            broken = (path / "run.json").exists()
-            unfinished["/".join(path.parts[-2:])] = why if broken else "interrupted, or still running"
-    unfinished |= {key: f"{s}: {why}" for key, (s, why) in told.items() if s in ("failed", "interrupted")}
-    of = lambda state: {key: why for key, (s, why) in told.items() if s == state}
-    return Status(unfinished, of("stale"), of("finished"))  # finished with a reason: by other code
+    found = {"/".join(path.parts[-2:]): now for path, now in states(Path(folder)).items()}
+    of = lambda word: {key: now.reason for key, now in found.items() if now.word == word}
+    words = ("failed", "interrupted", "unreadable")
+    unfinished = {key: f"{word}: {why}" for word in words for key, why in of(word).items()}
+    return Status(unfinished, of("stale"), of("finished"))
 
 
 # %% ../nbs/07_tables.ipynb #92c7067b

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,9 +22,9 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from ..data.datasets import DATASETS
-from ..engine.config import ConfigError, TrainConfig, config_digest, explain
-from ..engine.record import RecordError, RunRecord, code_version, package_digest
-from ..engine.splits import data_root, prepare_data
+from ..engine.config import ConfigError, TrainConfig, explain
+from ..engine.record import RunRecord, code_version
+from ..engine.status import State, other_data, state
 from ..engine.variants import run_name
 from cadm_paper.files import (
     checkout_root,
@@ -179,13 +178,6 @@ class Run:
         return {k: v for k, v in {**self.given, **where}.items() if v is not None}
 
 
-# %% ../../nbs/app/batch.ipynb #8d1439ce
-def other_data(dataset: str, data: str) -> str | None:
-    """`data_dir` of a data set of a batch on other data; none for the usual folder."""
-    folder = DATASETS[dataset].folder if dataset in DATASETS else dataset  # a record may be of another
-    return str((default_folder("data") / data / folder).resolve()) if data else None
-
-
 # %% ../../nbs/app/batch.ipynb #3dac87b8
 def placed(given: dict, batch: Batch) -> Run:
     """The run that a line means, with its folders. Raises `ValueError`."""
@@ -219,79 +211,6 @@ def plan(batch: Batch) -> list[Run]:
         except (ValueError, TypeError) as error:
             raise WorkflowError(f"run {number}: {error}") from None
     return list(runs.values())
-
-
-# %% ../../nbs/app/batch.ipynb #bf113aad
-DATA = ("dataset", "data_dir", "missing", "holdout", "limit", "unlabelled_train")
-
-
-@functools.cache
-def _fingerprints(*values) -> dict[str, str]:
-    config = TrainConfig(**dict(zip(DATA, values)))
-    with contextlib.suppress(ValueError, OSError):
-        if data_root(config).is_dir():
-            return {s: split.fingerprint for s, split in zip(("train", "test"), prepare_data(config))}
-    return {}
-
-
-# %% ../../nbs/app/batch.ipynb #bf113aae
-def labels_now(config: TrainConfig, data: str = "") -> dict[str, str]:
-    """Fingerprints of the training and test labels that a configuration reads in a batch on `data`.
-
-    Empty where the data is not there.
-    """
-    fields = {**dict(config), "data_dir": other_data(config.dataset, data)}
-    return _fingerprints(*(fields[name] for name in DATA))
-
-
-# %% ../../nbs/app/batch.ipynb #a7511899
-def made_by(code: dict) -> str:
-    """Which code made a record, if not the present one: `made by commit 9e05b3d, clean`."""
-    every = [code, *code.get("resumed", [])]
-    spell = lambda c: (
-        f"{(c.get('commit') or 'unknown')[:7]}, {'uncommitted changes' if c.get('modified') else 'clean'}"
-    )
-    same = all(c.get("package") == package_digest() for c in every)
-    return "" if same else "made by commit " + "; resumed under ".join(dict.fromkeys(map(spell, every)))
-
-
-# %% ../../nbs/app/batch.ipynb #89bc04c8
-State = namedtuple("State", "word reason record", defaults=["", None])
-
-
-def state(folder: Path, config: TrainConfig | None = None, data: str = "") -> State:
-    """How things stand: finished, submitted, stale, failed, interrupted, unreadable or missing, and why.
-
-    For a finished run the reason is the code that made it, if not the present one. A record comes with its
-    state; without a `config` it answers its own.
-    """
-    try:
-        record = RunRecord.load(folder)
-    except RecordError as error:
-        if (folder / "failed.txt").is_file():
-            return State("failed", (folder / "failed.txt").read_text(errors="replace")[:1000])
-        if (folder / "checkpoint" / "last.safetensors").is_file():
-            return State("interrupted", "goes on from its checkpoint")
-        broken = (folder / "run.json").exists()
-        return State("unreadable", str(error)) if broken else State("missing", "no record")
-    if record.submitted is not None:
-        return State("submitted", f"submitted, by {record.submitted}", record)
-    asked = config or record.config
-    if config_digest(asked) != record.digest:
-        return State("stale", "of another configuration", record)
-    now = labels_now(asked, data)
-    if other := [split for split in now if record.dataset[split]["fingerprint"] != now[split]]:
-        why = f"made with other {' and '.join(other)} images or labels than are there now"
-        return State("stale", why, record)
-    return State("finished", made_by(record.environment.get("code", {})), record)
-
-
-# %% ../../nbs/app/batch.ipynb #b998c0b4
-def states(outputs: Path) -> dict[Path, State]:
-    """State of every run in `outputs/runs`, by folder."""
-    data = outputs.name.removeprefix("on-") if outputs.name.startswith("on-") else ""
-    found = {p: state(p, None, data) for p in sorted((outputs / "runs").glob("*/*")) if p.is_dir()}
-    return {p: now for p, now in found.items() if now.word != "missing"}
 
 
 # %% ../../nbs/app/batch.ipynb #abe07e2d

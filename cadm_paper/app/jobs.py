@@ -21,17 +21,16 @@ from cadm_paper.app.batch import (
     WorkflowError,
     gpus,
     notebook_path,
-    other_data,
     parse_batch,
     plan,
     project_root,
-    states,
     wanted,
 )
 from ..data.scenes import build_scenes, scenes_info
 from ..engine.config import TrainConfig
 from ..engine.record import RunRecord, load_runs
 from ..engine.splits import data_root, prepare_data
+from ..engine.status import other_data
 from ..files import FolderLocked, folder_lock, optional, write_json
 
 
@@ -145,11 +144,6 @@ def main() -> None:
     batch = parse_batch(json.loads(Path(content).read_text(encoding="utf-8")))
     place = Path(out).resolve()
     os.chdir(project_root())
-    if kind in ("notebook", "report"):
-        found = states(batch.outputs).items()
-        rows = [{"run": f"{p.parent.name}/{p.name}", "state": s.word, "reason": s.reason} for p, s in found]
-        status = {"schema": "cadm-status/1", "runs": rows}  # for tables and report
-        write_json(batch.outputs / "runs" / "status.json", status)
     try:
         globals()[f"{kind}_job"](batch, name, place)
     except (ValueError, OSError) as error:

@@ -225,8 +225,7 @@ def connect(address: str, part: Path, archive: Archive, quiet: bool, timeout: fl
     request, opener = urllib.request.Request(address, headers=headers), urllib.request.build_opener(HttpsOnly)
     with opener.open(request, timeout=timeout) as reply:
         start = have if reply.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
-        length = reply.headers.get("Content-Length", "")
-        total = start + int(length) if length.isdecimal() and len(length) < 20 else None
+        total = None if reply.length is None else start + reply.length
         if (reply.status == 206) != (start > 0) or archive.size not in (None, total):
             raise DataError(
                 f"announces {total} bytes in all, not {archive.size}: it is another file or a web page"
