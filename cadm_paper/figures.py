@@ -44,6 +44,7 @@ __all__ = [
 # %% ../nbs/06_figures.ipynb #7b7fde33
 COLUMN, PAGE = 3.35, 7.0  # inches: one column, the page
 GREY, INK = "#666666", "#262626"
+PRINTED = "#7A3E9D"  # of the paper's values: the colour of no variant
 MAP_COLOURS = "RdBu_r"  # zero is white
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -874,11 +875,11 @@ def forest(entries: Sequence[dict]) -> Picture:
         judged = "white" if e["verdict"] == "no verdict" else INK
         ax.plot(e["mean"], y, "o", ms=4, color=INK, mfc=judged)
         if e["printed"] is not None:
-            ax.plot(e["printed"], y, "D", ms=4, color="#D55E00", mfc="none")
+            ax.plot(e["printed"], y, "D", ms=4, color=PRINTED, mfc="none")
         words = f"{e['mean']:+.1f} [{e['low']:+.1f}, {e['high']:+.1f}], n = {e['n']}: {e['verdict']}"
         ax.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=6)
     ax.plot([], [], "o-", ms=4, color=INK, label="measured, 95 % interval")
-    ax.plot([], [], "D", ms=4, color="#D55E00", mfc="none", label="printed in the paper")
+    ax.plot([], [], "D", ms=4, color=PRINTED, mfc="none", label="printed in the paper")
     ax.axvline(0, color=GREY, lw=0.6)
     ax.set_yticks(range(len(shown)), [f"{e['claim']}: {DATASETS[e['dataset']].title}" for e in shown])
     ax.set(ylim=(len(shown) - 0.4, -0.6), xlabel="effect on mAP, points")
