@@ -68,7 +68,7 @@ def loss_row(config: TrainConfig, epoch: int, cls: float, lce: float) -> dict[st
 
 # %% ../../nbs/engine/audit.ipynb #3e905140
 def of_training(record: RunRecord) -> Iterator[str]:
-    """What is wrong with the history and the times: a training takes some, no more than the run that it is in."""
+    """What is wrong with the history and the times: a training takes some, no more than its run."""
     config, rows, trains = record.config, record.history, Variant.of(record).with_loss
     epochs = 0 if config.method == "linear_probe" else config.epochs
     if len(rows) != epochs:

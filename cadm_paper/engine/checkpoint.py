@@ -57,9 +57,7 @@ class CheckpointError(ValueError):
 
 # %% ../../nbs/engine/checkpoint.ipynb #559891ba
 def header(tensors: dict[str, Tensor], state: str) -> dict[str, str]:
-    """What a checkpoint says of itself: the state's text, and a SHA-256 over it and names, formats, shapes and
-    bytes of the tensors.
-    """
+    """A checkpoint's state as text, and a SHA-256 over it and the tensors' names, formats and bytes."""
     found = hashlib.sha256(state.encode(errors="surrogatepass"))
     for name, value in sorted(tensors.items()):
         found.update(f"{name} {value.dtype} {list(value.shape)}".encode())

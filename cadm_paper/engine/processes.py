@@ -97,7 +97,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def everyone(self, value) -> list:
-        """Every process's value (no GPU tensors), in order of rank, on all of them; they wait for each other."""
+        """Every process's value (no GPU tensors), by rank, on all of them; they wait for each other."""
         found = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(found, value)

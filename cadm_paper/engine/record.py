@@ -217,8 +217,7 @@ _RANGES = dict.fromkeys(STREAMS, (0, 1)) | {"targets": (-1, 1)}
 
 # %% ../../nbs/engine/record.ipynb #05fb2ac1
 def check_arrays(arrays: dict, form: dict[str, str], where: Path, **sizes: int) -> None:
-    """Raise `RecordError` with the first array that is lacking, of another kind or shape, not finite or out of
-    range.
+    """Raise `RecordError` with the first array that is lacking, of another kind or shape, or out of range.
 
     Args:
         form: kind and shape by name: "f n c" are floats, n x c; `*` is any size, a letter one size.
