@@ -183,7 +183,7 @@ def optional(package: str, extra: str) -> ModuleType:
 
 # %% ../nbs/files.ipynb #5a245074
 def regular(path):
-    """The path of a file or folder. Raises `OSError` for a pipe or device, which may not end, and for nothing."""
+    """The path of a file or folder. Raises `OSError` for a pipe or a device, which may not end."""
     mode = os.stat(path).st_mode
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return path
