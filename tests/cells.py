@@ -7,10 +7,15 @@ import nbformat
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "nbs" / "experiments"
 
 
-def run_cells(notebook: str, **parameters) -> None:
-    """Run its code cells in order; the parameters (as text, as from a command line) follow the tagged cell."""
-    cells = [cell for cell in nbformat.read(EXPERIMENTS / f"{notebook}.ipynb", 4).cells]
+def run_cells(notebook: str, until: str = "", **parameters) -> dict:
+    """Run its code cells in order, up to the first that holds `until`; the parameters follow the tagged cell.
+
+    Returns their variables.
+    """
+    cells = [c for c in nbformat.read(EXPERIMENTS / f"{notebook}.ipynb", 4).cells if c.cell_type == "code"]
     (tagged,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", ())]
     tagged.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
-    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    exec(compile(code, notebook, "exec"), {"__name__": "__main__", "display": str})
+    last = [until in cell.source for cell in cells].index(True) if until else len(cells)
+    namespace = {"__name__": "__main__", "display": str}
+    exec(compile("\n".join(cell.source for cell in cells[: last + 1]), notebook, "exec"), namespace)
+    return namespace

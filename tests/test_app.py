@@ -12,6 +12,7 @@ import numpy as np
 import papermill
 import pytest
 import torch
+from cells import run_cells
 from PIL import Image
 from torchvision.models import ResNet18_Weights
 
@@ -20,7 +21,7 @@ from cadm_paper.app.export import export_run, model_card
 from cadm_paper.app.parameters import TableParameters
 from cadm_paper.app.predict import Predictor, predict_files
 from cadm_paper.data.loading import load_image, prepare
-from cadm_paper.engine.config import ConfigError, TrainConfig, given_parameters
+from cadm_paper.engine.config import ConfigError, TrainConfig
 from cadm_paper.engine.synthetic import synthetic_run
 from cadm_paper.files import default_folder
 from cadm_paper.model import CADM
@@ -40,13 +41,8 @@ def given_on_the_command_line(monkeypatch, *words):
 
 
 def given_to_papermill(**parameters):
-    """The configuration of train.ipynb with these parameters, as papermill sets them below its cell."""
-    cells = json.loads(TRAIN.read_text())["cells"]
-    (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    namespace = {"before": {"__builtins__"}}
-    exec(source, namespace)
-    namespace.pop("__annotations__", None)
-    return TrainConfig(**given_parameters(namespace | parameters, namespace["before"]))
+    """The configuration of train.ipynb with these parameters."""
+    return run_cells("train", until="config = TrainConfig(", **parameters)["config"]
 
 
 def test_a_finished_run_is_reported_as_not_trained(monkeypatch, tmp_path, capsys):
