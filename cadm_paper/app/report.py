@@ -221,6 +221,7 @@ def build_article(notebook, out) -> Path:
     body, _ = HTMLExporter(
         template_name="basic", exclude_input=True, exclude_output_prompt=True
     ).from_notebook_node(article)
+    body = re.sub(r'<a class="anchor-link".*?</a>', "", body)
     body = re.sub(r'<a href="[^":#]*\.ipynb[^"]*">(.*?)</a>', r"\1", body)  # of the checkout alone
     title = article.cells[0].source.partition("\n")[0].removeprefix("# ")
     path = Path(out) / "article.html"
