@@ -146,7 +146,7 @@ def test_to_the_hub_and_back(hub):
     model = CADM(2, "narrow_resnet", None, image_size=64, classes=["a", "b"], pool="avg").eval()
     assert model.push_to_hub("user/cadm").endswith("user/cadm/commit/1")
     image = torch.rand(1, 3, 64, 64)
-    theirs = type("Mine", (PyTorchModelHubMixin, CADM), {}).from_pretrained(hub / "user" / "cadm")
+    theirs = type("Mine", (PyTorchModelHubMixin, CADM), {}).from_pretrained(hub / "user" / "cadm").eval()
     for again in (CADM.from_pretrained("user/cadm", revision="main"), load_model("user/cadm"), theirs):
         assert torch.equal(again(image).logits, model(image).logits) and again.classes == ["a", "b"]
     with pytest.raises(FileNotFoundError, match="no folder user/other, and none from the hub: 404"):
