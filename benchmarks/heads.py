@@ -62,7 +62,9 @@ def make_steps(a: argparse.Namespace, method: str) -> tuple[dict, int]:
         with torch.inference_mode():
             model.eval()(images)
 
-    return {"step": step, "predict": predict}, sum(p.numel() for p in model.head.parameters())
+    return {"step": step, "predict": predict}, sum(
+        p.numel() for p in model.head.parameters() if p.requires_grad
+    )
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..loss import LossTerms, mean_over_images
 from .base import Head, MethodArgs
 from .sequence import SequenceOutput, logit_of_log, path_logits, search
-from ..model import LAST
+from ..model import LAST, global_pool
 
 
 # %% ../../nbs/methods/cnn_rnn.ipynb #d355437c
@@ -27,7 +27,7 @@ class CNNRNNArgs(MethodArgs):
 
     steps: Annotated[int, Field(ge=1)] = 10
     beam: Annotated[int, Field(ge=1)] = 3
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 # %% ../../nbs/methods/cnn_rnn.ipynb #d90496de
@@ -47,7 +47,7 @@ class CNNRNN(Head, method="cnn_rnn"):
         size = max(self.width // 8, 32)
         self.labels = nn.Parameter(torch.randn(num_classes + 1, size) / size**0.5)
         self.cell = nn.LSTMCell(size, self.width)
-        self.project = nn.Sequential(nn.Dropout(args.dropout), nn.Linear(self.width + d, size), nn.ReLU())
+        self.project = nn.Sequential(nn.Dropout(args.dropout), nn.Linear(self.width + d, size))
         self.register_buffer("rank", torch.arange(num_classes))
 
     def start(self, labels, classes) -> None:
@@ -69,7 +69,7 @@ class CNNRNN(Head, method="cnn_rnn"):
 
     def forward(self, features: dict[str, Tensor]) -> SequenceOutput:
         """Logits B x C along the best sequence, and those of the sequence."""
-        image = features[LAST].mean((2, 3))
+        image = global_pool(features[LAST])
         args, context, beam = (
             self.args,
             image if self.training else None,

@@ -58,6 +58,7 @@ class MLZSL(Head, method="ml_zsl"):
         self.register_buffer("edges", torch.zeros(2, num_classes, num_classes))
         words, width = self.vectors.shape[1], max(d, 256)
         self.image, self.word = nn.Linear(d, width), nn.Linear(words, width, bias=False)
+        nn.init.normal_(self.word.weight)
         self.initial = nn.Linear(width, args.size)
         self.pair = nn.ModuleList([nn.Linear(words, 64), nn.Linear(words, 64, bias=False)])
         self.weight = nn.Linear(64, 2)
@@ -79,5 +80,5 @@ class MLZSL(Head, method="ml_zsl"):
 
     def forward(self, features: dict[str, Tensor]) -> Output:
         """Logits B x C; there are no maps."""
-        both = self.image(features[LAST].mean((2, 3)))[:, None] + self.word(self.vectors)
+        both = self.image(features[LAST].mean((2, 3)))[:, None] * self.word(self.vectors)
         return Output(self.propagate(self.initial(torch.relu(both))))
