@@ -93,6 +93,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(config):
     torch.manual_seed(99)  # what a process did before does not matter
     torch.set_num_threads(2)
     same_run(a, train(config("b")))
+    torch.set_num_threads(1)
     assert train(config("c", seed=4)).metrics["mAP"] != a.metrics["mAP"]
 
 
