@@ -46,8 +46,7 @@ def arguments() -> argparse.Namespace:
 def make_steps(a: argparse.Namespace, method: str) -> tuple[dict, int]:
     """A training step and a prediction of a method's network, and the parameters of its head."""
     torch.manual_seed(0)
-    lam = {"lam": 0.5} if method == "cadm" else {}
-    args = method_arguments(method, lam)
+    args = method_arguments(method, {}, {"lam": 0.5 * (method == "cadm")})
     model = build_network(method, a.classes, a.backbone, None, args, image_size=a.size, quiet=True)
     targets = (torch.rand(a.batch, a.classes) < 2.9 / a.classes).long()  # COCO's labels an image
     model.head.start(targets.numpy(), [str(c) for c in range(a.classes)])
