@@ -27,6 +27,7 @@ def undisturbed(monkeypatch, tmp_path):
     monkeypatch.setenv("CADM_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("CADM_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("IN_TEST", "1")  # which nbdev sets for good
     with torch.random.fork_rng(devices=[]):
         yield
     torch.set_num_threads(threads)
