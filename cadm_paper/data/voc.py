@@ -85,18 +85,23 @@ def read_voc_list(path) -> tuple[list[str], list[int]]:
     return unique(ids, path), codes
 
 
+# %% ../../nbs/data/voc.ipynb #57e0a008
+def voc_annotation(path) -> ElementTree.Element:
+    """The XML of an annotation file. Raises `DataError` naming it."""
+    try:
+        return ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        raise DataError(f"{path}: not XML, or cut short ({error})") from None
+
+
 # %% ../../nbs/data/voc.ipynb #619b8ec9
 def read_voc_boxes(path) -> list[tuple[int, tuple[float, ...]]]:
     """(kind, (class, x, y, w, h)) of the objects of one annotation file, pixels from 0.
 
     Raises `DataError` naming the file.
     """
-    try:
-        objects = ElementTree.parse(path).getroot().findall("object")
-    except (ElementTree.ParseError, LookupError, ValueError) as error:
-        raise DataError(f"{path}: not XML, or cut short ({error})") from None
     boxes = []
-    for i, thing in enumerate(objects, 1):
+    for i, thing in enumerate(voc_annotation(path).findall("object"), 1):
         try:
             corners = [float(thing.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax")]
             c = VOC_CLASSES.index(thing.findtext("name").strip())
@@ -114,10 +119,10 @@ def annotated_size(image: Path) -> tuple[int, int]:
     note = image.parents[1] / "Annotations" / f"{image.stem}.xml"
     if not note.is_file():
         return Image.open(image).size[::-1]
+    size = voc_annotation(note).find("size")
     try:
-        size = ElementTree.parse(note).getroot().find("size")
         height, width = (int(size.findtext(side)) for side in ("height", "width"))
-    except (ElementTree.ParseError, AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         raise DataError(f"{note}: no <size> with height and width in whole pixels") from None
     return height, width
 
