@@ -18,7 +18,7 @@ import torch
 
 from ..data.scenes import TEST, TRAIN, Draws, Scene, draw_background, draw_glyph, paint
 from .processes import machine_settings
-from ..files import default_folder, folder_lock, whole_file
+from ..files import default_folder, folder_lock, sha256_file, whole_file
 from ..model import BACKBONES, CADM
 
 
@@ -129,10 +129,12 @@ def pretrained_digits(
     config = config or PretrainConfig(backbone=backbone)
     name = f"{config.backbone}-{pretrain_digest(config)[:8]}"
     home = Path(folder or default_folder("outputs") / "pretrained") / name
-    weights = home / "backbone.safetensors"
+    weights, mark = home / "backbone.safetensors", home / "backbone.sha256"
     with folder_lock(home, wait=True):
-        if not weights.is_file():
+        if not (weights.is_file() and mark.is_file() and mark.read_text() == sha256_file(weights)):
             state = pretrain(config)[0].backbone.state_dict()
             with whole_file(weights) as file:
                 file.write(safetensors.torch.save({k: v.contiguous() for k, v in state.items()}))
+            with whole_file(mark, "w") as file:
+                file.write(sha256_file(weights))
     return weights
