@@ -17,28 +17,19 @@ from the profiler's record of every allocation and release, which is exact and d
 import argparse
 import json
 import statistics
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import in_turn, peak_bytes, setting, spread, write
+from measure import in_turn, network_options, peak_bytes, setting, spread, write
 
 from cadm_paper.loss import CADMLoss
 from cadm_paper.model import CADM
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--backbone", default="resnet101")
-    p.add_argument("--size", type=int, default=448, help="side of the images, pixels")
-    p.add_argument("--classes", type=int, default=80)
-    p.add_argument("--batch", type=int, help="images (default: 2 on a CPU, 16 on a GPU)")
-    p.add_argument("--repeats", type=int, default=5, help="pairs of whole steps")
+    p = network_options(__doc__, "pairs of whole steps")
     p.add_argument("--head-repeats", type=int, default=30, help="pairs of head steps")
     p.add_argument("--precision", choices=("float32", "bf16"), default="float32")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--threads", type=int, default=1, help="CPU threads")
-    p.add_argument("--out", type=Path, help="write the result there, as JSON")
     return p.parse_args()
 
 

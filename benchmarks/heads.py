@@ -10,10 +10,9 @@ head alone and more sharply. Graphs and label orders are those of drawn labels.
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
-from measure import in_turn, peak_bytes, setting, spread, write
+from measure import in_turn, network_options, peak_bytes, setting, spread, write
 
 from cadm_paper.methods import METHODS, Head, Output
 from cadm_paper.methods.base import build_network, method_arguments
@@ -28,19 +27,6 @@ class Plain(Head, method="plain"):
 
     def forward(self, features):
         return Output(self.classifier(features["layer4"].mean((2, 3))))
-
-
-def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--backbone", default="resnet101")
-    p.add_argument("--size", type=int, default=448, help="side of the images, pixels")
-    p.add_argument("--classes", type=int, default=80)
-    p.add_argument("--batch", type=int, help="images (default: 2 on a CPU, 16 on a GPU)")
-    p.add_argument("--repeats", type=int, default=5, help="turns")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--threads", type=int, default=1, help="CPU threads")
-    p.add_argument("--out", type=Path, help="write the result there, as JSON")
-    return p.parse_args()
 
 
 def make_steps(a: argparse.Namespace, method: str) -> tuple[dict, int]:
@@ -67,7 +53,7 @@ def make_steps(a: argparse.Namespace, method: str) -> tuple[dict, int]:
 
 
 def main() -> None:
-    a = arguments()
+    a = network_options(__doc__, "turns").parse_args()
     a.batch = a.batch or (16 if a.device.startswith("cuda") else 2)
     torch.set_num_threads(a.threads)
     methods, result = [m for m in METHODS if m not in ("plain", "linear_probe")], {}

@@ -1,5 +1,6 @@
 """What the benchmarks of the model and the loss share: the time of one step, its peak memory, the spread over repetitions."""
 
+import argparse
 import ctypes
 import datetime
 import os
@@ -21,6 +22,20 @@ def keep_freed_memory() -> bool:
         return False
     no_mmap, no_trim = mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     return bool(no_mmap and no_trim)
+
+
+def network_options(description: str, repeats: str) -> argparse.ArgumentParser:
+    """The options of every benchmark of a whole network; `repeats` says what is repeated."""
+    p = argparse.ArgumentParser(description=description.splitlines()[0])
+    p.add_argument("--backbone", default="resnet101")
+    p.add_argument("--size", type=int, default=448, help="side of the images, pixels")
+    p.add_argument("--classes", type=int, default=80)
+    p.add_argument("--batch", type=int, help="images (default: 2 on a CPU, 16 on a GPU)")
+    p.add_argument("--repeats", type=int, default=5, help=repeats)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads")
+    p.add_argument("--out", type=Path, help="write the result there, as JSON")
+    return p
 
 
 def seconds(step, device: str) -> float:

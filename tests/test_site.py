@@ -6,8 +6,8 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,8 +159,7 @@ def test_every_notebook_and_module_has_its_page_and_outputs(site):
 @pytest.fixture(scope="session")
 def chromium():
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[browser]'")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = os.environ.get("CADM_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    program = runpy.run_path(str(ROOT / "tools" / "article.py"))["chromium"]()
     if not program:
         pytest.skip("no Chromium on this machine (CADM_CHROMIUM names one)")
     with (
