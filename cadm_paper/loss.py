@@ -243,6 +243,11 @@ class LossTerms(NamedTuple):
     classification: Float[Tensor, ""]
     label_correlation: Float[Tensor, ""]
 
+    @classmethod
+    def of_classification(cls, loss: Float[Tensor, ""]) -> "LossTerms":
+        """Of a loss that has the first term alone."""
+        return cls(loss, loss, torch.zeros_like(loss))
+
 
 # %% ../nbs/02_loss.ipynb #afdc1623
 class CADMLoss(nn.Module):
@@ -276,7 +281,7 @@ class CADMLoss(nn.Module):
             logits, targets, reduction_classes=self.options.reduction_classes, num_images=num_images
         )
         if self.lam == 0:
-            return LossTerms(cls, cls, torch.zeros_like(cls))
+            return LossTerms.of_classification(cls)
         if getattr(output, "label_vectors", None) is None:
             how = "model.train(), or model(images, with_label_vectors=True)"
             raise ValueError(f"lam={self.lam:g} needs label vectors and the output has none: {how}")

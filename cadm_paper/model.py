@@ -156,8 +156,8 @@ def feature_shapes(
 ) -> dict[str, tuple[int, int, int]]:
     """(d, h, w) of a backbone's maps of an image (pixels), by stage, found without computing anything."""
     with torch.device("meta"):
-        module = copy.deepcopy(build_backbone(backbone)).to("meta").eval()
-        maps = feature_maps(module, torch.empty(1, 3, *pair(image_size)), None)
+        module = build_backbone(backbone) if isinstance(backbone, str) else copy.deepcopy(backbone)
+        maps = feature_maps(module.to("meta").eval(), torch.empty(1, 3, *pair(image_size)), None)
     if wrong := [tuple(x.shape) for x in maps.values() if x.ndim != 4]:
         raise ValueError(f"a backbone gives maps B x d x h x w, and this one {wrong[0]} of one image")
     return {name: (x.shape[1], x.shape[2], x.shape[3]) for name, x in maps.items()}
@@ -252,6 +252,12 @@ def embedding_maps(
     return maps.detach() if detach == "all" else maps
 
 
+# %% ../nbs/01_model.ipynb #57e0a001
+def predicted(streams: str, fcls, scls):
+    """The logits that a method predicts with: those of one stream, or the mean of both (Eq. 3)."""
+    return {"both": (fcls + scls) / 2, "fcls": fcls, "scls": scls}[streams]
+
+
 # %% ../nbs/01_model.ipynb #d6802689
 class CADMHead(nn.Module):
     """Classifier, maps, two streams and label vectors over features X (Eq. 2, 3, 6-8).
@@ -310,9 +316,7 @@ class CADMHead(nn.Module):
         logits_scls = global_pool(maps, choose.pool)
         if choose.bias == "both":
             logits_scls = logits_scls + self.classifier.bias
-        logits = {"both": (logits_fcls + logits_scls) / 2, "fcls": logits_fcls, "scls": logits_scls}[
-            choose.streams
-        ]
+        logits = predicted(choose.streams, logits_fcls, logits_scls)
         if not with_label_vectors:
             return CADMOutput(logits, logits_fcls, logits_scls, maps)
         source = embedding_maps(features, maps, weights, choose.detach_embed_maps)

@@ -7,9 +7,10 @@ import torch
 from cadm_paper.data import build_scenes
 from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.splits import prepare_data
-from cadm_paper.methods import load_model
-from cadm_paper.methods.base import build_network, method_arguments
+from cadm_paper.methods import METHODS, load_model
+from cadm_paper.methods.base import build_network, method_arguments, streams_of
 from cadm_paper.methods.sequence import search
+from cadm_paper.model import predicted
 from cadm_paper.train import train
 
 CLASSES, SIZE = 5, 64
@@ -31,6 +32,14 @@ def head(method, seed=0, start=True, **given):
 def maps(seed=0):
     g = torch.Generator().manual_seed(seed)
     return {name: torch.rand(3, 64, 8, 8, dtype=torch.float64, generator=g) for name in ("layer3", "layer4")}
+
+
+@pytest.mark.parametrize("method, given", [*((m, {}) for m in METHODS), ("cadm", {"streams": "scls"})])
+def test_the_prediction_is_made_of_the_streams_that_the_method_says(method, given):
+    one = head(method, **given)
+    out, streams = one(maps()), streams_of(method, method_arguments(method, given))
+    assert torch.equal(out.logits, predicted(streams or "fcls", out.logits_fcls, out.logits_scls))
+    assert torch.equal(out.logits_fcls, out.logits_scls) == (streams is None)
 
 
 @pytest.mark.parametrize("seed", range(3))

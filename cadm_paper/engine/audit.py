@@ -19,7 +19,9 @@ from cadm_paper.engine.config import TrainConfig, config_digest, learning_rate
 from cadm_paper.engine.record import FORMS, STREAMS, Machine, RunRecord, SplitFacts
 from cadm_paper.engine.splits import draw_examples
 from cadm_paper.engine.variants import Variant, run_name
+from cadm_paper.methods.base import streams_of
 from cadm_paper.metrics import average_precision, multilabel_metrics
+from cadm_paper.model import predicted
 
 # %% ../../nbs/engine/audit.ipynb #896693c8
 MODEL = ("checkpoint/model/config.json", "checkpoint/model/model.safetensors")
@@ -117,15 +119,13 @@ def of_counts(record: RunRecord) -> Iterator[str]:
 def of_streams(record: RunRecord, found: dict, file: str) -> Iterator[str]:
     """What contradicts the method: the stream that it predicts with, up to the rounding of half precision."""
     method, final, bounds = record.config.method, found["scores"], []
+    streams = streams_of(method, record.config.arguments())
     for rounding in (1 - 1e-7, 1 + 1e-7):  # float32 knows little of a logit where the confidence is almost 1
         p = (np.clip(found[name].astype(float) * rounding, 1e-30, 1 - 1e-12) for name in STREAMS[1:])
         fcls, scls = (logit(x) for x in p)
-        mean = (fcls + scls) / 2
-        made = dict.fromkeys(("cadm", "srn", "avg_max"), mean)
-        made |= dict.fromkeys(("baseline", "baseline_gap", "asl", "cnn_rnn", "order_free_rnn"), fcls)
-        bounds.append(expit(made.get(method, scls)))
+        bounds.append(expit(predicted(streams or "scls", fcls, scls)))
     away = np.maximum(bounds[0] - final, final - bounds[1]).max(initial=0)
-    if method not in made:  # of one stream
+    if streams is None:  # of one stream
         away = max(away, abs(found["scores_fcls"] - found["scores_scls"]).max(initial=0))
     if away > 0.02:
         yield f"{file}: the scores are not those that {method} makes of its streams (off by {away:.2g})"
@@ -191,7 +191,7 @@ def of_maps(record: RunRecord) -> Iterator[str]:
     """What the drawn images' maps contradict: the draw, their scores, and the stream that is made of the
     maps.
     """
-    found, method = record.maps(), record.config.method
+    found, args = record.maps(), record.config.arguments()
     yield from (f"maps.npz: {name}: unknown" for name in sorted(found.keys() - FORMS["maps.npz"].keys()))
     if "indices" not in found:
         yield "maps.npz: indices: lacking"
@@ -206,7 +206,7 @@ def of_maps(record: RunRecord) -> Iterator[str]:
             yield "maps.npz: other ids or labels than in scores.npz"
         elif max(abs(all_[name][rows] - found[name]).max(initial=0) for name in STREAMS) > 1e-6:
             yield "maps.npz: other scores than in scores.npz"
-    pool = {"baseline_gap": np.mean, "cadm": np.max, "baseline": np.max}.get(method)
+    pool = {"avg": np.mean, "max": np.max}.get(getattr(args, "pool", None))
     if pool and record.config.bias == "none":
         away = abs(expit(pool(found["maps"].astype(float), (2, 3))) - found["scores_scls"]).max(initial=0)
         if away > 0.02:

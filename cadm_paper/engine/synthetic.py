@@ -20,6 +20,8 @@ from .config import TrainConfig
 from .record import RunRecord, save_arrays, write_record
 from .splits import draw_examples
 from .variants import MAIN, Variant, run_name
+from ..methods.base import streams_of
+from ..model import predicted
 
 
 # %% ../../nbs/engine/synthetic.ipynb #47feb1b7
@@ -34,18 +36,14 @@ def random_targets(images: int, classes: int) -> np.ndarray:
 
 
 # %% ../../nbs/engine/synthetic.ipynb #112db16f
-def random_scores(targets: np.ndarray, method: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Random confidences of a method's streams and its final ones (float32 N x C, 0..1)."""
-    skill = 0.6 if method == "linear_probe" else 1.5
+def random_scores(
+    targets: np.ndarray, streams: str | None, skill: float, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Random confidences of both streams and of what is predicted with them (float32 N x C, 0..1)."""
     base = skill * (2 * targets - 1) - 0.7 + rng.normal(size=targets.shape)
     fcls, scls = (base + 0.3 * rng.normal(size=targets.shape) for _ in range(2))
-    if method not in ("cadm", "baseline", "baseline_gap"):
-        scls = fcls
-    logits = {
-        "scores": (fcls + scls) / 2 if method == "cadm" else fcls,
-        "scores_fcls": fcls,
-        "scores_scls": scls,
-    }
+    scls = fcls if streams is None else scls
+    logits = {"scores": predicted(streams or "fcls", fcls, scls), "scores_fcls": fcls, "scores_scls": scls}
     return {name: expit(z).astype(np.float32) for name, z in logits.items()}
 
 
@@ -93,14 +91,14 @@ def synthetic_run(
     names, known = [f"synth-{c}" for c in range(classes)], DATASETS[config.dataset]
     rng = np.random.default_rng([config.seed, *f"{config.dataset} {Variant.of(config).slug}".encode()])
     targets, ids = random_targets(images, classes), [f"{n:05d}" for n in range(images)]
-    scores = random_scores(targets, config.method, rng)
+    args, skill = config.arguments(), 0.6 if config.method == "linear_probe" else 1.5
+    scores = random_scores(targets, streams_of(config.method, args), skill, rng)
     by_image = {"image_ids": np.array(ids), "targets": targets, **scores}
     kept, history, final = {"scores.npz": by_image}, [], run_metrics(by_image, [])
     if config.method != "linear_probe":
         rows = draw_examples(targets, drawn)
-        first, pool = {name: values[rows] for name, values in by_image.items()}, np.max
-        if config.method == "baseline_gap":
-            pool = np.mean
+        first = {name: values[rows] for name, values in by_image.items()}
+        pool = np.mean if getattr(args, "pool", "max") == "avg" else np.max
         found = random_maps(first["targets"], logit(first["scores_scls"]), pool, rng)
         found = found if thumbnails else {"maps": found["maps"]}
         kept["maps.npz"] = {"indices": rows, **first, **found}

@@ -37,7 +37,7 @@ class AsymmetricHead(Head):
         names = ("gamma_neg", "gamma_pos", "clip", "constant_weight", "reduction_classes")
         how = {name: getattr(self.args, name) for name in names}
         cls = asymmetric_loss(output.logits, targets, num_images=num_images, **how)
-        return LossTerms(cls, cls, 0 * cls.detach())
+        return LossTerms.of_classification(cls)
 
 
 # %% ../../nbs/methods/asl.ipynb #b41a1ee7

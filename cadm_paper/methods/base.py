@@ -77,6 +77,8 @@ class Head(nn.Module):
 
     Args:
         layers: stages of the backbone whose maps it takes.
+        streams: those that its prediction is made of, "both", "fcls" or "scls"; None: it has one. Parameters
+            of that name come first.
         Args: its `MethodArgs`.
 
     Example:
@@ -85,6 +87,7 @@ class Head(nn.Module):
     """
 
     layers: ClassVar[Sequence[str]] = (LAST,)
+    streams: ClassVar[str | None] = None
     Args: ClassVar[type[MethodArgs]] = MethodArgs
     method: ClassVar[str] = ""
     args: MethodArgs  # set when a network is built
@@ -106,7 +109,7 @@ class Head(nn.Module):
         """Eq. 4; `num_images` is how many images the mean is over where `output` holds a part of them."""
         reduction = self.args.reduction_classes
         cls = classification_loss(output.logits, targets, reduction_classes=reduction, num_images=num_images)
-        return LossTerms(cls, cls, torch.zeros_like(cls))
+        return LossTerms.of_classification(cls)
 
 
 # %% ../../nbs/methods/base.ipynb #b57c94f3
@@ -125,6 +128,12 @@ def method_arguments(method: str, given: Mapping, shared: Mapping | None = None)
         raise ValueError(
             f"method_args of {method!r}: {wrong['loc'][0]} = {wrong['input']!r}: {wrong['msg']}"
         ) from None
+
+
+# %% ../../nbs/methods/base.ipynb #57e0a004
+def streams_of(method: str, args: MethodArgs) -> str | None:
+    """Which streams a prediction is made of: "both", "fcls" or "scls"; None for a method of one stream."""
+    return getattr(args, "streams", METHODS[method].streams)
 
 
 # %% ../../nbs/methods/base.ipynb #18fc0371

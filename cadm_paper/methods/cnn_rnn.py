@@ -15,18 +15,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..loss import LossTerms, mean_over_images
-from .base import Head, MethodArgs
-from .sequence import SequenceOutput, logit_of_log, path_logits, search
+from .base import Head
+from .sequence import SequenceArgs, SequenceOutput, logit_of_log, path_logits, search
 from ..model import LAST, global_pool
 
 
 # %% ../../nbs/methods/cnn_rnn.ipynb #d355437c
 @dataclass(frozen=True)
-class CNNRNNArgs(MethodArgs):
-    """Most labels named, width of the beam, and dropout before the projection."""
+class CNNRNNArgs(SequenceArgs):
+    """Those of a sequence, and dropout before the projection."""
 
-    steps: Annotated[int, Field(ge=1)] = 10
-    beam: Annotated[int, Field(ge=1)] = 3
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -39,6 +37,7 @@ class CNNRNN(Head, method="cnn_rnn"):
     """
 
     Args = CNNRNNArgs
+    streams = "fcls"
 
     def __init__(self, shapes: dict, num_classes: int, args: CNNRNNArgs):
         super().__init__()
@@ -97,4 +96,4 @@ class CNNRNN(Head, method="cnn_rnn"):
             total = total + torch.where(t <= count, cost, 0)
             taken = taken | (F.one_hot(previous, self.end + 1) * (previous < self.end)[:, None]).bool()
         cls = mean_over_images(total, num_images)
-        return LossTerms(cls, cls, torch.zeros_like(cls))
+        return LossTerms.of_classification(cls)

@@ -20,6 +20,8 @@ class AverageMax(Head, method="avg_max"):
         >>> train(TrainConfig(method="avg_max"))
     """
 
+    streams = "both"
+
     def __init__(self, shapes: dict, num_classes: int, args):
         super().__init__()
         self.classifier = nn.Linear(shapes[LAST][0], num_classes, bias=False)

@@ -31,6 +31,14 @@ def label_graph(labels: np.ndarray, tau: float, p: float) -> Tensor:
     return scale[:, None] * adjacency.T * scale
 
 
+# %% ../../nbs/methods/ml_gcn.ipynb #57e0a006
+@dataclass(frozen=True)
+class VectorArgs(MethodArgs):
+    """Label vectors: one-hot, or the name of a file in data/vectors."""
+
+    vectors: Annotated[str, Field(pattern=r"^[\w-]+$")] = "onehot"
+
+
 # %% ../../nbs/methods/ml_gcn.ipynb #053c2563
 def vectors_buffer(vectors: str, num_classes: int) -> Tensor:
     """One-hot label vectors, or zeros to be read from a file when training starts."""
@@ -52,12 +60,11 @@ def read_vectors(buffer: Tensor, vectors: str) -> None:
 
 # %% ../../nbs/methods/ml_gcn.ipynb #098af010
 @dataclass(frozen=True)
-class MLGCNArgs(MethodArgs):
-    """Threshold τ and share p of the graph; label vectors: one-hot, or the name of a file in data/vectors."""
+class MLGCNArgs(VectorArgs):
+    """Threshold τ and share p of the graph, and label vectors."""
 
     tau: Annotated[float, Field(gt=0, le=1)] = 0.4
     p: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    vectors: Annotated[str, Field(pattern=r"^[\w-]+$")] = "onehot"
 
 
 # %% ../../nbs/methods/ml_gcn.ipynb #3c2d3561

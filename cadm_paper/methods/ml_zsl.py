@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import Head, MethodArgs, Output
-from .ml_gcn import read_vectors, vectors_buffer
+from .base import Head, Output
+from .ml_gcn import VectorArgs, read_vectors, vectors_buffer
 from ..model import LAST
 
 
@@ -32,13 +32,12 @@ def relations(labels: np.ndarray, lift: float) -> Tensor:
 
 # %% ../../nbs/methods/ml_zsl.ipynb #229c003b
 @dataclass(frozen=True)
-class MLZSLArgs(MethodArgs):
-    """Size of a state, steps of propagation, lift of a relation; label vectors as in `MLGCNArgs`."""
+class MLZSLArgs(VectorArgs):
+    """Size of a state, steps of propagation, lift of a relation, and label vectors."""
 
     size: Annotated[int, Field(ge=1)] = 5
     steps: Annotated[int, Field(ge=0)] = 5
     lift: Annotated[float, Field(ge=1)] = 1.5
-    vectors: Annotated[str, Field(pattern=r"^[\w-]+$")] = "onehot"
 
 
 # %% ../../nbs/methods/ml_zsl.ipynb #f5f9a669

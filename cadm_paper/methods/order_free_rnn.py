@@ -7,27 +7,15 @@ __all__ = ["OrderFreeRNN"]
 
 # %% ../../nbs/methods/order_free_rnn.ipynb #1ecc416a
 import math
-from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from ..loss import LossTerms, classification_loss, mean_over_images, reduce_classes
-from .base import Head, MethodArgs
-from .sequence import SequenceOutput, logit_of_log, path_logits, search
+from .base import Head
+from .sequence import SequenceArgs, SequenceOutput, logit_of_log, path_logits, search
 from ..model import LAST
-
-
-# %% ../../nbs/methods/order_free_rnn.ipynb #6e9f9380
-@dataclass(frozen=True)
-class OrderFreeRNNArgs(MethodArgs):
-    """Most labels named, and width of the beam."""
-
-    steps: Annotated[int, Field(ge=1)] = 10
-    beam: Annotated[int, Field(ge=1)] = 3
 
 
 # %% ../../nbs/methods/order_free_rnn.ipynb #77d8bc16
@@ -38,9 +26,10 @@ class OrderFreeRNN(Head, method="order_free_rnn"):
         >>> train(TrainConfig(method="order_free_rnn", method_args={"beam": 5}))
     """
 
-    Args = OrderFreeRNNArgs
+    Args = SequenceArgs
+    streams = "fcls"
 
-    def __init__(self, shapes: dict, num_classes: int, args: OrderFreeRNNArgs):
+    def __init__(self, shapes: dict, num_classes: int, args: SequenceArgs):
         super().__init__()
         d, self.end = shapes[LAST][0], num_classes
         width = max(d // 4, 64)
@@ -95,4 +84,4 @@ class OrderFreeRNN(Head, method="order_free_rnn"):
             left, candidate = left & stays, candidate & stays
         kwargs = dict(reduction_classes=how, num_images=num_images)
         cls = mean_over_images(total, num_images) + classification_loss(state[2], targets, **kwargs)
-        return LossTerms(cls, cls, torch.zeros_like(cls))
+        return LossTerms.of_classification(cls)

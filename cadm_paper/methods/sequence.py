@@ -8,12 +8,25 @@ __all__ = []
 # %% ../../nbs/methods/sequence.ipynb #f4cef189
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
+
+from .base import MethodArgs
+
+
+# %% ../../nbs/methods/sequence.ipynb #57e0a007
+@dataclass(frozen=True)
+class SequenceArgs(MethodArgs):
+    """Most labels named, and width of the beam."""
+
+    steps: Annotated[int, Field(ge=1)] = 10
+    beam: Annotated[int, Field(ge=1)] = 3
 
 
 # %% ../../nbs/methods/sequence.ipynb #076c47b1

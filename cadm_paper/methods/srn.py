@@ -25,6 +25,7 @@ class SRN(Head, method="srn"):
     """
 
     layers = ("layer3", LAST)
+    streams = "both"
 
     def __init__(self, shapes: dict, num_classes: int, args):
         super().__init__()
@@ -60,4 +61,4 @@ class SRN(Head, method="srn"):
         how = dict(reduction_classes=self.args.reduction_classes, num_images=num_images)
         logits = output.logits_fcls, output.logits_scls, output.maps.sum((2, 3))
         total = sum(classification_loss(x, targets, **how) for x in logits)
-        return LossTerms(total, total, torch.zeros_like(total))
+        return LossTerms.of_classification(total)
