@@ -263,12 +263,11 @@ class Gain:
     def __str__(self) -> str:
         listed = lambda points: ", ".join(f"{name} {signed(v)}" for name, v in points.items())
         points, d = {name: 100 * d.mean for name, d in self.differences.items()}, self.differences["mAP"]
-        sure = f"Mean of {d.n} seeds; mAP: {d}."
+        sure = f"Mean of {d.n} seeds; 95 % interval of mAP: {signed(100 * d.low)} to {signed(100 * d.high)}."
         if d.n == 1:
+            error = f"Standard error of mAP over test images: {100 * d.se_images:.1f}"
             sure = "One seed; the sign may change with another."
-        if d.n == 1 and d.se_images:
-            error = f"{100 * d.se_images:.1f}"
-            sure += f" Standard error of mAP over test images: {error}; training variation is not in it."
+            sure += f" {error}; training variation is not in it." * bool(d.se_images)
         return (
             f"Embedding loss (λ = 0.5 minus λ = 0), measured on {displayed(self.dataset)}: {listed(points)} points. "
             f"{sure} The paper prints {listed(self.printed)} for {self.printed_on}."
@@ -326,7 +325,7 @@ def _templates():
         undefined=jinja2.StrictUndefined,
     )
     environment.globals["columns"] = COLUMNS
-    environment.filters["displayed"] = displayed
+    environment.filters |= {"displayed": displayed, "source": source, "code": code_of}
     plain = lambda text: html.escape(" ".join(str(text).split()), quote=False)
     environment.filters["cell"] = lambda text: re.sub(r"[|`\[]", r"\\\g<0>", plain(text))
     kinds = {"csv": "text/csv", "md": "text/markdown", "json": "application/json"}

@@ -90,6 +90,26 @@ def test_every_form_of_a_table_says_the_same_and_any_name_stays_text(numbers, na
         assert len(numbers) == 1 or abs(line["sd"][c] - np.std(each, ddof=1)) < 1e-9
 
 
+def test_each_measured_number_leads_to_its_records_and_differences_are_taken_before_rounding():
+    pairs = [
+        (lam, v, seed) for seed in (0, 1) for lam, v in ((0.0, 0.76949), (0.5, 0.77951))
+    ]  # 76.9 and 78.0
+    runs = [record(dict.fromkeys(COLUMNS, v), seed, lam=lam) for lam, v, seed in pairs]
+    page = table("table1", runs).files()["html"]
+    assert "mAP +1.0" in page and page.count("before rounding") == 1
+    found = ElementTree.fromstring(table("table1", runs).html())
+    groups = {f"#{body.get('id')}": body for body in found.iter("tbody") if body.get("id")}
+    lines = [[a for a in row.iter("a")] for row in found.iter("tr") if row.get("class") == "measured"]
+    assert len(lines) == 2 and all(len(line) == 1 + len(COLUMNS) for line in lines)
+    for line, lam in zip(lines, (0.0, 0.5)):
+        (place,) = {a.get("href") for a in line}
+        told = [["".join(cell.itertext()) for cell in row] for row in groups[place].iter("tr")][1:]
+        mine = [r for r in runs if r.config.lam == lam]
+        assert [row[1] for row in told] == ["0", "1"]
+        assert all(r.name in row[0] and r.digest.startswith(row[3]) for r, row in zip(mine, told))
+        assert [code.get("title") for code in groups[place].iter("code")] == [r.digest for r in mine]
+
+
 @pytest.mark.parametrize("name, printed", [("table1", TABLE1), ("table2", TABLE2)])
 def test_printed_rows_are_the_papers_and_absent_rows_are_named(name, printed):
     shown = table(name, [])

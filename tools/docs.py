@@ -170,14 +170,22 @@ def measured(runs) -> dict | None:
         return None
     tables = [table("table1", runs, datasets=["scenes-coco"]), table("table2", runs, datasets=["scenes-nus"])]
     blocks = [block for t in tables for block in t.blocks]
-    found = [{line.variant: line.cell("mAP") for line in b.lines if line.state == "measured"} for b in blocks]
+    synthetic = any(r.extra.get("synthetic") for r in runs)
+
+    def cell(block, line) -> str:
+        """A number that leads to its records: in the article, or in the report of synthetic ones."""
+        place = f"nbs/experiments/report.html#{block.dataset}-{line.variant.slug}"
+        address = "report/index.html#tables" if synthetic else place
+        return f'<a href="{address}">{line.cell("mAP")}</a> ({len(line.runs)})'
+
+    found = [{line.variant: cell(b, line) for line in b.lines if line.state == "measured"} for b in blocks]
     return {
         "heads": [displayed(block.dataset) for block in blocks],
         "rows": [
             (v.label, [of.get(v, "not run") for of in found]) for v in MAIN if any(v in of for of in found)
         ],
         "gains": "; ".join(short(gain) for t in tables for gain in t.gains),
-        "synthetic": any(r.extra.get("synthetic") for r in runs),
+        "synthetic": synthetic,
     }
 
 

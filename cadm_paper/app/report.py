@@ -222,7 +222,7 @@ def build_article(notebook, out) -> Path:
         template_name="basic", exclude_input=True, exclude_output_prompt=True
     ).from_notebook_node(article)
     body = re.sub(r'<a class="anchor-link".*?</a>', "", body)
-    body = re.sub(r'<a href="[^":#]*\.ipynb[^"]*">(.*?)</a>', r"\1", body)  # of the checkout alone
+    body = re.sub(r'<a href="[^":#]*\.(?:ipynb|md)[^"]*">(.*?)</a>', r"\1", body)  # of the checkout alone
     title = article.cells[0].source.partition("\n")[0].removeprefix("# ")
     path = Path(out) / "article.html"
     with whole_file(path, "w") as file:
