@@ -72,6 +72,12 @@ from .weights import weights_file
 # %% ../nbs/05_train.ipynb #6e4c6e61
 _all_ = ["TrainConfig"]
 
+# %% ../nbs/05_train.ipynb #11374f7c
+DIGITS = {
+    "digits": 0,
+    "digits-1": 1,
+}  # words for a start from single digits, and the seed of that pretraining
+
 
 # %% ../nbs/05_train.ipynb #7d3baffa
 def build_model(
@@ -79,16 +85,16 @@ def build_model(
 ) -> Network:
     """The network of a configuration's method with its starting weights; `labels` (N x C) are trained on."""
     weights, classes = config.weights, [str(c) for c in classes]
-    if weights == "digits":
-        from cadm_paper.engine.pretrain import pretrained_digits
+    if weights in DIGITS:
+        from cadm_paper.engine.pretrain import PretrainConfig, pretrained_digits
 
-        weights = pretrained_digits(backbone=config.backbone)
+        weights = pretrained_digits(config=PretrainConfig(config.backbone, seed=DIGITS[weights]))
     missing = config.expected_missing.replace(" ", "").split(",")
     how = dict(image_size=config.image_size, classes=classes, expected_missing=missing)
     how |= {name: getattr(config, name) for name in SEEN}
     model = build_network(config.method, len(classes), config.backbone, weights, config.arguments(), **how)
-    if config.weights == "digits":
-        model.provenance["source"] = "digits"
+    if config.weights in DIGITS:
+        model.provenance["source"] = config.weights
     if labels is not None:
         model.head.start(labels, classes)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format

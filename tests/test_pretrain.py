@@ -10,8 +10,10 @@ import torch
 from cadm_paper.data import scenes
 from cadm_paper.data.scenes import CUT, TEST, TRAIN, digit_indices
 from cadm_paper.engine import pretrain as module
+from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.pretrain import PretrainConfig, plan_single, pretrain, pretrained_digits, single_digits
 from cadm_paper.files import sha256_file
+from cadm_paper.train import build_model
 
 SHORT = PretrainConfig(images=320, epochs=2)
 
@@ -35,6 +37,15 @@ def test_training_paints_nothing_else_and_the_caller_notices_nothing(monkeypatch
     assert painted == [plan_single(SHORT, i)[0] for i in range(SHORT.images)] and len(accuracy) == 2
     assert all(0 <= share <= 1 for share in accuracy) and torch.is_grad_enabled()
     assert torch.equal(state, torch.random.get_rng_state()) and threads == torch.get_num_threads()
+
+
+def test_each_word_for_a_start_from_digits_has_a_seed_of_its_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "pretrained_digits", lambda config: asked.append(config))
+    for word in ("digits", "digits-1"):
+        model = build_model(TrainConfig(weights=word, backbone="narrow_resnet_dilated"), "ab")
+        assert model.provenance["source"] == word
+    assert asked == [PretrainConfig("narrow_resnet_dilated", seed=seed) for seed in (0, 1)]
 
 
 @pytest.mark.slow

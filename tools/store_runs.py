@@ -1,6 +1,8 @@
 """Store finished runs as a study: one record a line in runs.jsonl, their numbers in results.csv, arrays in one .npz a variant.
 
 python tools/store_runs.py outputs/runs outputs/reference/studies/mine --keep replicates.npz evidence.npz
+python tools/store_runs.py outputs/runs outputs/reference/studies/confirm-scenes --config confirm-scenes --scores 1
+python tools/store_runs.py outputs/runs outputs/reference/studies/curve-scenes --config curve-scenes --keep
 """
 
 import argparse
@@ -8,9 +10,12 @@ import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+from scipy.special import expit, logit
 
+from cadm_paper.app.batch import load_batch, plan
 from cadm_paper.engine.record import SCHEMA, RunRecord, load_runs
 from cadm_paper.engine.variants import Variant
 from cadm_paper.files import sha256_file
@@ -54,6 +59,14 @@ def write_results(records: list[RunRecord], path: Path) -> None:
             writer.writerow({**which, **r.metrics, "commit": r.environment["code"].get("commit")})
 
 
+def of_both(record: RunRecord) -> np.ndarray:
+    """Replicates of the mean of a baseline's two streams: both poolings, averaged at test time."""
+    found = record.scores()
+    streams = [logit(np.clip(found[f"scores_{name}"], 1e-7, 1 - 1e-7)) for name in ("fcls", "scls")]
+    arrays = {"both": expit(np.mean(streams, 0)), "targets": found["targets"]}
+    return replicates(SimpleNamespace(beside=lambda file: None, scores=lambda: arrays), "both")
+
+
 def kept_arrays(record: RunRecord, files: Iterable[str]) -> dict[str, np.ndarray]:
     """What a run folder holds of some .npz files, under file/array; checked."""
     found = {}
@@ -69,11 +82,18 @@ if __name__ == "__main__":
     parser.add_argument("runs", type=Path)
     parser.add_argument("study", type=Path)
     parser.add_argument("--keep", nargs="*", default=["replicates.npz", "evidence.npz"])
+    parser.add_argument("--scores", nargs="*", type=int, default=[], help="seeds whose scores are kept, too")
+    parser.add_argument("--config", help="store only the runs that this config names, as in cadm reproduce")
     given = parser.parse_args()
     runs = load_runs(given.runs)
+    if given.config:
+        named = {run.key for run in plan(load_batch(given.config))}
+        runs = [run for run in runs if f"{run.dataset['name']}/{run.name}" in named]
     for run in runs if "replicates.npz" in given.keep else ():
         names = [name for name in run.scores() or () if name.startswith("scores")]
         if names and not run.holds("replicates.npz"):
-            run.keep("replicates.npz", **{name: replicates(run, name) for name in names})
-    store(runs, {r.name: kept_arrays(r, given.keep) for r in runs}, given.study)
+            both = {"scores_both": of_both(run)} if run.config.method.startswith("baseline") else {}
+            run.keep("replicates.npz", **{name: replicates(run, name) for name in names}, **both)
+    files = {r.name: [*given.keep, *["scores.npz"] * (r.config.seed in given.scores)] for r in runs}
+    store(runs, {r.name: kept_arrays(r, files[r.name]) for r in runs}, given.study)
     print(f"{len(runs)} runs in {given.study}")

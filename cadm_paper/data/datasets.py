@@ -9,7 +9,7 @@ __all__ = ["GET", "DATASETS", "Dataset", "load_split"]
 import contextlib
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -165,6 +165,16 @@ DATASETS: dict[str, Dataset] = {
         ),
     )
 }
+
+# %% ../../nbs/data/datasets.ipynb #04234432
+for _seed in (1, 2):
+    _name = f"scenes-coco-{_seed}"
+    DATASETS[_name] = replace(
+        DATASETS["scenes-coco"],
+        name=_name,
+        title=f"DigitScenes-C, scenes {_seed}",
+        make=f"`cadm data show {_name}` generates it",
+    )
 
 
 # %% ../../nbs/data/datasets.ipynb #5f604017

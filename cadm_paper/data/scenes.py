@@ -616,16 +616,18 @@ def make_scenes(root: Path, p: dict) -> None:
 
 # %% ../../nbs/data/scenes.ipynb #8c7d3103
 def ensure_scenes(name: str, root) -> Path:
-    """The benchmark `scenes-coco` or `scenes-nus` in `root`, built with the defaults if it is not there.
+    """The benchmark `scenes-coco`, `scenes-nus` ... in `root`, built with the defaults if it is not there.
 
-    A finished one of the same form is taken as it is. Raises `ScenesError` for anything else in the folder.
+    A number after the form is the generator's seed (`scenes-coco-1`). A finished one of the same form, and of that
+    seed, is taken as it is. Raises `ScenesError` for anything else in the folder.
 
     Example:
         >>> ensure_scenes("scenes-coco", "data/scenes-coco")  # doctest: +SKIP
         PosixPath('data/scenes-coco')
     """
     found = scenes_info(root) or {"parameters": {}}
-    return build_scenes(root, **found["parameters"] | {"form": name.removeprefix("scenes-")})
+    form, _, seed = name.removeprefix("scenes-").partition("-")
+    return build_scenes(root, **found["parameters"] | {"form": form} | ({"seed": int(seed)} if seed else {}))
 
 
 # %% ../../nbs/data/scenes.ipynb #90a6d7d2

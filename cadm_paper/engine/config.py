@@ -119,7 +119,7 @@ class ModelFields(create_model("ModelFields", **fields_of(ModelOptions))):
     weights: Annotated[str, BeforeValidator(_in_words)] = Field(
         "imagenet",
         min_length=1,
-        description="start of the backbone (Sec. 3.2): imagenet, imagenet-v2, digits, a file, or none",
+        description="start of the backbone (Sec. 3.2): imagenet, imagenet-v2, digits, digits-1, a file, or none",
     )
     expected_missing: str = Field(
         "", description="patterns of names that a weights file may lack, with commas (layer4.1.*)"

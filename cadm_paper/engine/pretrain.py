@@ -110,15 +110,12 @@ def pretrain_digest(config: PretrainConfig) -> str:
 
 
 # %% ../../nbs/engine/pretrain.ipynb #181509d4
-def pretrained_digits(
-    folder=None, backbone: str = "narrow_resnet", config: PretrainConfig | None = None
-) -> Path:
+def pretrained_digits(folder=None, config: PretrainConfig = PretrainConfig()) -> Path:
     """Weights of a backbone pretrained on single digits: trained once (half a core-minute), then cached.
 
     Args:
         folder: where they are kept; by default outputs/pretrained.
-        backbone: a name as in `TrainConfig`.
-        config: the whole recipe, in place of `backbone`.
+        config: the backbone and the recipe.
 
     Returns:
         A .safetensors file with torchvision's names.
@@ -126,7 +123,6 @@ def pretrained_digits(
     Example:
         >>> model = CADM(20, "narrow_resnet", weights=pretrained_digits())
     """
-    config = config or PretrainConfig(backbone=backbone)
     name = f"{config.backbone}-{pretrain_digest(config)[:8]}"
     home = Path(folder or default_folder("outputs") / "pretrained") / name
     weights, mark = home / "backbone.safetensors", home / "backbone.sha256"

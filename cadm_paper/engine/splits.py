@@ -33,7 +33,7 @@ def unlabelled_in_training(config: TrainConfig) -> str:
     if config.unlabelled_train != "paper":
         return config.unlabelled_train
     like_coco = "coco2014", "scenes-coco", "scenes-spatial", "scenes-shuffled"
-    return "drop" if config.dataset in like_coco else "keep"
+    return "drop" if config.dataset.startswith(like_coco) else "keep"
 
 
 # %% ../../nbs/engine/splits.ipynb #64bf62bb
