@@ -23,6 +23,7 @@ from cadm_paper.results.statistics import Difference, difference, holm
 
 # %% ../../nbs/results/claims.ipynb #b14a5177
 PARTS = ("confirm", "control", "explore", "independent", "photographs")
+SECOND = "confirm-scenes"  # the second plan's runs of the parts confirm and control
 
 
 # %% ../../nbs/results/claims.ipynb #1e2fe7d4
@@ -44,11 +45,17 @@ def reference_folder(study: str = "studies") -> Path:
 
 
 # %% ../../nbs/results/claims.ipynb #e3526842
-def study_records(folder=None) -> dict[str, list[RunRecord]]:
-    """Records of the studies by part: the committed ones, or those of a folder such as outputs/runs."""
+def study_records(folder=None, second: bool = True) -> dict[str, list[RunRecord]]:
+    """Records of the studies by part: the committed ones, or those of a folder such as outputs/runs.
+
+    Where the second plan has measured a part again (`SECOND`), its records; with `second=False` the first plan's.
+    """
     folder = Path(folder) if folder else reference_folder()
     if any((folder / part).is_dir() for part in PARTS):
-        return {part: load_runs(folder / part) for part in PARTS}
+        again = load_runs(folder / SECOND) if second else []
+        return {
+            part: [r for r in again if study_part(r) == part] or load_runs(folder / part) for part in PARTS
+        }
     runs = load_runs(folder)
     # where the workflow keeps runs on scenes with independent labels
     independent = load_runs(folder.parent / "on-independent" / "runs")
