@@ -75,7 +75,7 @@ def classification_loss(
         A scalar.
 
     Raises:
-        ValueError: for targets of another shape or other values, or an option that is none of the readings.
+        ValueError: for targets of another shape or other values, or an option that is none of the choices.
 
     Example:
         >>> classification_loss(torch.zeros(2, 3), torch.ones(2, 3))
@@ -226,7 +226,7 @@ def label_correlation_loss(
         A scalar.
 
     Raises:
-        ValueError: for targets of another shape or other values, or an option that is none of the readings.
+        ValueError: for targets of another shape or other values, or an option that is none of the choices.
 
     Example:
         >>> label_correlation_loss(torch.zeros(1, 3, 2), torch.tensor([[1, 0, 0]]))
@@ -258,7 +258,7 @@ class CADMLoss(nn.Module):
         options: the fields of `LossOptions`.
 
     Raises:
-        ValueError: for an option that is none of the readings; on a call, as `classification_loss`.
+        ValueError: for an option that is none of the choices; on a call, as `classification_loss`.
 
     Example:
         >>> loss = CADMLoss(lam=0.5, hinge="outside")(model(images), targets)

@@ -269,7 +269,7 @@ class CADMHead(nn.Module):
         options: the fields of `ModelOptions`; `bias=False` means "none".
 
     Raises:
-        ValueError: for an impossible size, or an option that is none of the readings.
+        ValueError: for an impossible size, or an option that is none of the choices.
 
     Example:
         >>> CADMHead(2048, 80)(torch.rand(2, 2048, 14, 14)).maps.shape

@@ -153,7 +153,7 @@ LABELS_PER_IMAGE = {  # over labelled images, over all images
 # %% ../nbs/00_paper.ipynb #47508672
 @dataclass(frozen=True)
 class Decision:
-    """An open decision: `readings` are value -> meaning, the default first.
+    """An open decision: `choices` are value -> meaning, the default first.
 
     `where`, some of `PLACES`, takes it as `switch`; none: it is fixed.
     """
@@ -161,23 +161,23 @@ class Decision:
     at: str
     question: str
     paper: str
-    readings: dict
+    choices: dict
     reason: str
     where: tuple[str, ...] = ()
     switch: str | None = None
 
     @property
     def default(self):
-        """The first reading."""
-        return next(iter(self.readings))
+        """The first choice."""
+        return next(iter(self.choices))
 
     def check(self, value) -> None:
-        """Raise `ValueError` for a value that is none of the readings; a number may be any > 0."""
+        """Raise `ValueError` for a value that is none of the choices; a number may be any > 0."""
         if not isinstance(self.default, (bool, str)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"{self.switch}={value!r}: it must be > 0 and finite")
-        elif value not in self.readings:
-            choices = ", ".join(map(repr, self.readings))
+        elif value not in self.choices:
+            choices = ", ".join(map(repr, self.choices))
             raise ValueError(f"{self.switch}={value!r}: choose one of {choices}")
 
 
@@ -191,14 +191,14 @@ PLACES = {
     "loader": "a keyword of Loader",
     "prepare": "a keyword of prepare",
     "metrics": "a keyword of multilabel_metrics",
-    "result": "a key of what multilabel_metrics returns: all readings are always computed",
+    "result": "a key of what multilabel_metrics returns: all interpretations are always computed",
     "figures": "a keyword of figure2 and figure4",
 }
 
 
 # %% ../nbs/00_paper.ipynb #06521b97
 def option(*decision, where: tuple[str, ...] = ("config",)):
-    """A dataclass field that states a `Decision`; its default is the first reading."""
+    """A dataclass field that states a `Decision`; its default is the first choice."""
     stated = Decision(*decision, where)
     return field(default=stated.default, metadata={"decision": stated})
 
@@ -213,7 +213,7 @@ def decisions(options: type) -> tuple[Decision, ...]:
 # %% ../nbs/00_paper.ipynb #3b642466
 @dataclass(frozen=True)
 class Options:
-    """Base of a frozen dataclass of options. Raises `ValueError` for a value that is none of the readings."""
+    """Base of a frozen dataclass of options. Raises `ValueError` for a value that is none of the choices."""
 
     def __post_init__(self):
         for d in decisions(type(self)):
@@ -243,7 +243,7 @@ class ModelOptions(Options):
     """What Eq. 1-3 and 6-8 leave open: keywords of `CADM`.
 
     Raises:
-        ValueError: for a value that is none of the readings; a number may be any above 0.
+        ValueError: for a value that is none of the choices; a number may be any above 0.
 
     Example:
         >>> ModelOptions(streams="fcls").streams
@@ -303,7 +303,7 @@ class ModelOptions(Options):
         "Where are f_embed's ReLUs?",
         '"two-layer ... with ReLU"',
         {"hidden": "between the layers", "both": "after the second, too"},
-        "the usual reading; a last ReLU puts all vectors in one orthant",
+        "the usual interpretation; a last ReLU puts all vectors in one orthant",
         where=("model",),
     )
     embed_resize: str = option(
@@ -370,7 +370,7 @@ class LossOptions(Options):
     """What Eq. 4, 5 and 12 leave open: keywords of `CADMLoss`.
 
     Raises:
-        ValueError: for a value that is none of the readings; a number may be any above 0.
+        ValueError: for a value that is none of the choices; a number may be any above 0.
 
     Example:
         >>> LossOptions().hinge
@@ -417,7 +417,7 @@ class LossOptions(Options):
         "From where are distances measured?",
         "from the mean label vector",
         {"present": "the mean of the present labels", "origin": "the origin: a control without correlation"},
-        "the equation; the other is no reading of it",
+        "the equation; the other is no interpretation of it",
         where=("config", "loss"),
     )
     detach_center: bool = option(
@@ -747,7 +747,7 @@ def register_table(decisions: tuple[Decision, ...]):
         decisions: a part of `REGISTER`.
 
     Returns:
-        pandas DataFrame, a row each: where, question, the paper's words, default, other readings, why.
+        pandas DataFrame, a row each: where, question, the paper's words, default, alternatives, why.
 
     Example:
         >>> list(register_table(REGISTER["Loss"]).columns[:2])
@@ -757,14 +757,14 @@ def register_table(decisions: tuple[Decision, ...]):
 
     lines = []
     for d in decisions:
-        (_, meaning), *others = d.readings.items()
+        (_, meaning), *others = d.choices.items()
         lines.append(
             {
                 "where": d.at,
                 "question": d.question,
                 "the paper says": d.paper,
                 "default": f"{d.default}: {meaning}",
-                "other readings": "; ".join(f"{value}: {said}" for value, said in others) or "-",
+                "alternatives": "; ".join(f"{value}: {said}" for value, said in others) or "-",
                 "why": d.reason,
                 "switch": d.switch or "fixed",
                 "set in": ", ".join(d.where) or "-",

@@ -150,7 +150,7 @@ def absent_lines(dataset: str, status: Status, present: Sequence[Variant] = ()) 
 
 # %% ../nbs/07_tables.ipynb #27040e4c
 def code_of(record: RunRecord) -> str:
-    """Which code made a record, in words."""
+    """The code that wrote a record, in words."""
     code = record.environment.get("code", {})
     dirty = {True: ", with uncommitted changes", False: ", clean"}.get(code.get("modified"), "")
     return (

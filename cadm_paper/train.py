@@ -435,7 +435,7 @@ def fit(
 
 # %% ../nbs/05_train.ipynb #5082091a
 def end_epoch(trainer: Trainer, scores: dict | None, targets: np.ndarray) -> None:
-    """Add the epoch's row to the history, and go to the next epoch."""
+    """Add the epoch's entry to the history, and go to the next epoch."""
     *losses, images = np.sum(trainer.group.everyone(trainer.sums.tolist()), 0)
     loss, *terms = (float(value / images) for value in losses)
     row = loss_row(trainer.config, trainer.epoch, *terms) | {"loss": loss}

@@ -22,7 +22,7 @@ from cadm_paper.paper import DECISIONS, LossOptions
 ROOT = Path(__file__).resolve().parents[1]
 switches = st.fixed_dictionaries(
     {
-        f.name: st.sampled_from(list(DECISIONS[f.name].readings))
+        f.name: st.sampled_from(list(DECISIONS[f.name].choices))
         for f in fields(LossOptions)
         if f.name != "margin"
     }

@@ -73,6 +73,6 @@ def defaults(place):
 def test_every_switch_exists_with_the_registers_default(place):
     real, here = defaults(place), [d for d in DECISIONS.values() if place in d.where]
     if place == "result":  # a variant stands beside the default, and both are computed
-        assert here and {key for d in here for key in (d.switch, *d.readings)} <= real.keys()
+        assert here and {key for d in here for key in (d.switch, *d.choices)} <= real.keys()
     else:
         assert here and {d.switch: d.default for d in here}.items() <= real.items()

@@ -63,7 +63,7 @@ def of_config(record: RunRecord) -> Iterator[str]:
 
 # %% ../../nbs/engine/audit.ipynb #f4d5256f
 def loss_row(config: TrainConfig, epoch: int, cls: float, lce: float) -> dict[str, float]:
-    """A row of the history without its mAPs: rate of an epoch (from 0), both terms and their sum (Eq. 5)."""
+    """An entry of the history without its mAPs: rate of an epoch (from 0), both terms and their sum (Eq. 5)."""
     row = {"epoch": epoch + 1, "lr": learning_rate(config, epoch), "loss": cls + config.lam * lce}
     return row | {"loss_cls": cls, "loss_lce": lce}
 

@@ -35,7 +35,7 @@ from ..paper import DECISIONS, LossOptions, ModelOptions
 def decided(name: str, **limits):
     """The annotation of a field as the register states it: choices, default, question; a number's `limits`."""
     d = DECISIONS[name]
-    kind = Literal[tuple(d.readings)] if isinstance(d.default, str) else type(d.default)
+    kind = Literal[tuple(d.choices)] if isinstance(d.default, str) else type(d.default)
     return Annotated[kind, Field(d.default, description=f"{d.question} ({d.at})", **limits)]
 
 
@@ -247,7 +247,7 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
     def __init__(self, **given):
         preset = PRESETS.get(given.setdefault("preset", "mini"), {})
         if given.get("method", "cadm") != "cadm":
-            given.setdefault("lam", 0.0)  # the other rows have no label correlation loss
+            given.setdefault("lam", 0.0)  # the other variants have no label correlation loss
         try:
             super().__init__(**{**preset, **given})
         except ValidationError as error:

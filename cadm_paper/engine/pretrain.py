@@ -37,9 +37,9 @@ class PretrainConfig:
 # %% ../../nbs/engine/pretrain.ipynb #862b72c5
 SCHEMA = "cadm-pretrain/2"  # of this notebook: another number, another cache entry
 SINGLE = 3  # key of these streams; 1 and 2 are the benchmark's two forms
-PICTURE, WINDOW = 36, 32  # px: a painted picture, and what is shown of it
+PICTURE, WINDOW = 36, 32  # px: a painted image, and what is shown of it
 STYLES = ("chalk", "plate", "neon")
-# side of a digit in eightieths of the picture; opacity, of 256; permille of digits with a hidden part
+# side of a digit in eightieths of the image; opacity, of 256; permille of digits with a hidden part
 HARDNESS = {"side": (50, 76), "strength": (150, 256), "blur": 2, "cut": 100, "noise": 8}
 
 
@@ -102,7 +102,7 @@ def pretrain(config: PretrainConfig, batch: int = 32) -> tuple[CADM, list[float]
 
 # %% ../../nbs/engine/pretrain.ipynb #b8fab616
 def pretrain_digest(config: PretrainConfig) -> str:
-    """SHA-256 over the configuration, names and shapes of the backbone's parameters, and some pictures."""
+    """SHA-256 over the configuration, names and shapes of the backbone's parameters, and some images."""
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in BACKBONES[config.backbone]().state_dict().items()}
     text, pictures = json.dumps([SCHEMA, asdict(config), shapes], sort_keys=True), single_digits(config, 8)[0]

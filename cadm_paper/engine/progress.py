@@ -21,7 +21,7 @@ class Progress:
 
 # %% ../../nbs/engine/progress.ipynb #52748757
 def epoch_line(row: dict) -> str:
-    """One epoch's row of the history as text."""
+    """One epoch's entry of the history as text."""
     mean_ap = f", mAP {100 * row['mAP']:.1f} %" if row["mAP"] is not None else ""
     terms = f"classification {row['loss_cls']:.4f}, label correlation {row['loss_lce']:.4f}"
     return f"epoch {row['epoch']:>3}: loss {row['loss']:.4f} ({terms}), lr {row['lr']:.2g}{mean_ap}"

@@ -246,7 +246,7 @@ class RunRecord:
         folder, name: where it is, and the run's name.
         config: as it was asked for; `machine`: what `auto` was resolved to.
         metrics: fractions by name, those of `COLUMNS` and their variants.
-        history: a row an epoch: learning rate, loss and its two terms, mAP of the prediction and each stream.
+        history: an entry per epoch: learning rate, loss and its two terms, mAP of the prediction and each stream.
         dataset: name, classes, and the facts of its splits `train` and `test`.
         environment, timing: code, packages and processor; seconds.
         files: SHA-256 by name of each file beside it.
