@@ -114,12 +114,24 @@ def signature(app, what, name, obj, options, given, returns):
     if written is None or "'" in written and len(written) > 2000:
         return None
     head, _, result = written.partition(") -> ")
-    return (head + ("" if head.endswith(")") else ")"), result or None)
+    return (head + ("" if head.endswith(")") else ")"), result.strip("'") or None)
+
+
+def without_type(app, what, name, obj, options, lines):
+    """What comes back is described, not typed: an empty type keeps napoleon from splitting it at a colon."""
+    of_value = what in ("property", "attribute", "data")
+    for i, line in enumerate(lines):
+        if of_value and i == 0 or i and lines[i - 1].strip() in ("Returns:", "Yields:"):
+            lines[i] = re.sub(r"^\s*", r"\g<0>: ", line)
 
 
 def docstring(app, what, name, obj, options, lines):
     """Our docstrings are plain text with `code`: single backticks become literals, and nothing else is markup."""
+    example = False
     for i, line in enumerate(lines):
+        example = bool(line.strip()) and (example or line.lstrip().startswith(">>> "))
+        if example:
+            continue
         parts = re.split(r"(`+[^`]+`+)", line)
         plain = lambda text: re.sub(r"(?<!:)([*|_])", r"\\\1", text)
         text = "".join(
@@ -129,7 +141,14 @@ def docstring(app, what, name, obj, options, lines):
 
 
 def skip(app, what, name, obj, skipped, options):
-    """Functions of other libraries under a name of ours are documented there."""
+    """Functions of other libraries under a name of ours are documented there, fields under the class's parameters."""
+    if (
+        what == "class"
+        and not callable(obj)
+        and not hasattr(obj, "__get__")
+        or type(obj).__name__ == "_tuplegetter"
+    ):
+        return True
     made = getattr(obj, "__module__", None) or getattr(getattr(obj, "func", None), "__module__", None)
     return True if callable(obj) and made and not str(made).startswith("cadm_paper") else None
 
@@ -175,6 +194,7 @@ def editable(app, page, template, context, doctree):
 def setup(app):
     app.connect("html-page-context", editable)
     app.connect("autodoc-process-signature", signature)
+    app.connect("autodoc-process-docstring", without_type, priority=100)
     app.connect("autodoc-process-docstring", docstring, priority=900)
     app.connect("autodoc-skip-member", skip)
     app.add_post_transform(LinkSymbols)

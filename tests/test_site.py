@@ -300,6 +300,23 @@ def test_the_landing_page_leads_to_the_report_and_to_the_explorers_of_its_record
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width, most", [(1280, 5200), (390, 7500)])
+def test_the_report_is_short_its_numbers_lead_to_records_and_it_prints_whole(site, opened, width, most):
+    page = opened(site / "report" / "index.html", width)
+    assert page.evaluate("document.documentElement.scrollHeight") < most
+    hidden = """[...document.querySelectorAll('details > :not(summary)')]
+        .filter(e => !e.checkVisibility({contentVisibilityAuto: true})).length"""
+    unfolded, number = page.evaluate(hidden), page.locator("tr.measured td a").first
+    number.click()
+    record = page.locator(f"tbody[id='{number.get_attribute('href')[1:]}'] code a").first
+    assert record.is_visible() and page.evaluate(hidden) < unfolded
+    record.click()
+    assert page.locator(f"[id='{record.get_attribute('href')[1:]}']").is_visible()
+    page.emulate_media(media="print")
+    assert page.evaluate(hidden) == 0
+
+
+@pytest.mark.slow
 def test_the_explorer_changes_on_a_choice_and_says_what_the_records_say(site, opened):
     page = opened(site / "report" / "explorer.html")
     page.wait_for_selector("body[data-ready]")
