@@ -83,6 +83,10 @@ STYLE = {
 def house_style():
     """Draw and save inside this block, or in a function with this decorator, and fonts, sizes and lines are
     the house's.
+
+    Example:
+        >>> with house_style():
+        ...     figure, axes = plt.subplots()
     """
     with mpl.rc_context({**mpl.rcParamsDefault, **STYLE, "backend": mpl.rcParams["backend"]}):
         yield
@@ -348,7 +352,8 @@ def figure2(
         A `Picture`.
 
     Raises:
-        RecordError: for a run without maps. ValueError: for rows that are not there.
+        RecordError: for a run without maps.
+        ValueError: for images that are not there.
 
     Example:
         >>> figure2(record, images=[0, 5])
@@ -590,6 +595,9 @@ def curves(runs: Sequence[RunRecord]) -> Picture:
 
     Returns:
         A `Picture`.
+
+    Raises:
+        ValueError: if no run was trained in epochs.
 
     Example:
         >>> curves(load_runs("outputs/runs/scenes-coco"))
@@ -867,6 +875,9 @@ def forest(entries: Sequence[dict]) -> Picture:
 
     Returns:
         A `Picture`; it is empty of lines where nothing was measured.
+
+    Example:
+        >>> forest(read_verdicts()["claims"]).save("outputs/figures")
     """
     shown = [e for e in entries if e["unit"] == "points" and e["measure"].startswith("mAP") and e["n"] > 1]
     fig, [[ax]] = new_figure(PAGE, 0.9 + 0.22 * len(shown))

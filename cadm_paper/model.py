@@ -264,7 +264,7 @@ class CADMHead(nn.Module):
 
     Args:
         num_features: channels d of X.
-        num_classes: C.
+        num_classes: number of classes, C.
         map_size: (h, w) of X, or one number for both, that f_embed is made for.
         options: the fields of `ModelOptions`; `bias=False` means "none".
 
@@ -466,7 +466,7 @@ class CADM(Network):
     """The paper's network, backbone and head: images to logits and class-aware maps (Eq. 1-3, 6-8).
 
     Args:
-        num_classes: C.
+        num_classes: number of classes, C.
         backbone: a name in `BACKBONES` (torchvision's ResNets, "narrow_resnet"), one of timm's as "timm/NAME", or a
             module from images to maps.
         weights: where the backbone starts: "imagenet", "imagenet-v2", torchvision's words and names, a file or
@@ -480,7 +480,8 @@ class CADM(Network):
         options: the fields of `ModelOptions`.
 
     Raises:
-        ValueError: for anything impossible, and weights that do not fit. FileNotFoundError: no weights there.
+        ValueError: for anything impossible, and weights that do not fit.
+        FileNotFoundError: no weights there.
         WeightsUnavailable: ImageNet's weights cannot be fetched.
 
     Example:

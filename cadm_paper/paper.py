@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, fields, replace
 # %% ../nbs/00_paper.ipynb #3ce75e49
 ALL = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 TOP3 = tuple(f"{name}_top3" for name in ALL)
+#: The thirteen metrics of Tables 1 and 2, in their order
 COLUMNS = ("mAP", *ALL, *TOP3)
 
 
@@ -62,7 +63,8 @@ def row(name: str, reference: int | None, cells: str, *variant) -> PrintedRow:
 
 # %% ../nbs/00_paper.ipynb #1ce329ca
 #                               mAP   CP   CR   CF1  OP   OR   OF1 | CP   CR   CF1  OP   OR   OF1  (top-3)
-TABLE1 = (  # MS-COCO
+#: Rows of Table 1 (MS-COCO) as printed, in percent
+TABLE1 = (
     row("CNN-RNN", 23, "61.2  -    -    -    -    -    -     66.0 55.6 60.4 69.2 66.4 67.8"),
     row("Order-Free RNN", 24, "-     -    -    -    -    -    -     71.6 54.8 62.1 74.2 62.2 67.7"),
     row("ML-ZSL", 25, "-     -    -    -    -    -    -     74.1 64.5 69.0 -    -    -"),
@@ -92,7 +94,8 @@ TABLE1 = (  # MS-COCO
 
 # %% ../nbs/00_paper.ipynb #28f49777
 #                               mAP   CP   CR   CF1  OP   OR   OF1 | CP   CR   CF1  OP   OR   OF1  (top-3)
-TABLE2 = (  # NUS-WIDE
+#: Rows of Table 2 (NUS-WIDE) as printed, in percent
+TABLE2 = (
     row("CNN-RNN", 23, "-     -    -    -    -    -    -     40.5 30.4 34.7 49.9 61.7 55.2"),
     row("Order-Free RNN", 24, "-     -    -    -    -    -    -     59.4 50.7 54.7 69.0 71.4 70.2"),
     row("ML-ZSL", 25, "-     -    -    -    -    -    -     43.4 48.2 45.7 -    -    -"),

@@ -126,7 +126,8 @@ def run_status(folder: str | Path) -> Status:
     Returns:
         A `Status` for `table`: why runs are unfinished or stale, and which other code made the rest.
 
-    >>> shown = table("table1", load_runs("outputs/runs"), status=run_status("outputs/runs"))
+    Example:
+        >>> shown = table("table1", load_runs("outputs/runs"), status=run_status("outputs/runs"))
     """
     found = {"/".join(path.parts[-2:]): now for path, now in states(Path(folder)).items()}
     of = lambda word: {key: now.reason for key, now in found.items() if now.word == word}

@@ -75,6 +75,7 @@ html_domain_indices = False
 nb_code_prompt_show = nb_code_prompt_hide = "code"
 mathjax3_config = {"options": {"enableMenu": False}}
 
+napoleon_numpy_docstring = False  # ours are Google's
 autodoc_member_order = "bysource"
 autodoc_default_options = {
     "members": True,

@@ -3,6 +3,7 @@
 import configparser
 import functools
 import importlib
+import inspect
 import json
 import os
 import re
@@ -121,6 +122,26 @@ def test_its_commands_names_and_files_exist():
     assert [name for module, name in names if not hasattr(module, name)] == []
 
 
+def test_names_that_readme_tutorials_and_experiments_import_are_documented():
+    paths = [p for p in NOTEBOOKS if p.parent.name in ("tutorials", "experiments")]
+    cells = [c.source for p in paths for c in nbformat.read(p, 4).cells if c.cell_type == "code"]
+    text = "\n".join([markdown(ROOT / "README.md"), *cells])
+    found = re.findall(r"^from (cadm_paper[\w.]*) import (\([^)]*\)|.+)", text, re.M)
+    names = {(module, name) for module, listed in found for name in re.findall(r"\w+", listed)}
+    objects = [getattr(importlib.import_module(m), n) for m, n in names if n not in ("as", "noqa")]
+    public = [
+        o for o in objects if getattr(o, "__name__", "") in getattr(inspect.getmodule(o), "__all__", ())
+    ]
+    kept = [o for o in public if not (inspect.isclass(o) and issubclass(o, Exception))]
+    assert len(kept) > 30
+    for o in kept:
+        signature, doc = inspect.signature(o), inspect.getdoc(o)
+        parts = ["Example:"] + ["Args:"] * bool(signature.parameters)
+        parts += ["Returns:"] * (inspect.isfunction(o) and "->" in str(signature))
+        assert [part for part in parts if part not in doc] == [], o
+        assert not re.search(r"\w\. \w+Error: ", doc), o  # an exception a line
+
+
 # ---------------------------------------------------------------- the built site
 
 
@@ -151,6 +172,9 @@ def test_every_notebook_and_module_has_its_page_and_outputs(site):
         r"<[^>]+>", "", text("api/cadm_paper.model.html")
     )  # shapes as written
     assert "api/cadm_paper.metrics.html#cadm_paper.metrics.multilabel_metrics" in text("nbs/00_paper.html")
+    api = {p.name: p.read_text(encoding="utf-8") for p in (site / "api").glob("cadm_paper*.html")}
+    assert [n for n, page in api.items() if re.search(r"Alias for field|Return type|>Type<|\\_", page)] == []
+    assert 'id="cadm_paper.data.datasets.DATASETS"' in api["cadm_paper.data.datasets.html"]
 
 
 # ---------------------------------------------------------------- in a browser
@@ -277,9 +301,13 @@ def test_light_and_dark(site, opened):
 
 
 @pytest.mark.slow
-def test_search_finds(site, opened):
-    page = opened(site / "search.html", fragment="?q=hinge")
-    page.wait_for_selector('ul.search li a[href*="02_loss"]')  # results come one after another
+@pytest.mark.parametrize(
+    "words, found",
+    [("hinge", "li a[href*='02_loss']"), ("install", "li:first-child a[href*='docs/install']")],
+)
+def test_search_finds(site, opened, words, found):
+    page = opened(site / "search.html", fragment=f"?q={words}")
+    page.wait_for_selector(f"ul.search {found}")  # results come one after another
 
 
 @pytest.mark.slow

@@ -243,7 +243,8 @@ def predict_files(
         The answers (image, labels, scores by label, maps: the file) and a line per image that cannot be read.
 
     Raises:
-        FileNotFoundError: no model, no image. ValueError: an impossible threshold, an unusable model.
+        FileNotFoundError: no model, no image.
+        ValueError: an impossible threshold, an unusable model.
 
     Example:
         >>> answers, errors = predict_files(["photos"], "outputs/runs/own/cadm", csv_file="labels.csv")

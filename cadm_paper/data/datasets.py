@@ -82,6 +82,7 @@ COCO40K = Path(str(resources.files("cadm_paper"))) / "data" / "coco40k.npz"
 
 # %% ../../nbs/data/datasets.ipynb #7d0178d1
 GET = "`cadm data get {}` tells how to get it"
+#: Data sets by name, each with its reader and how to get it
 DATASETS: dict[str, Dataset] = {
     d.name: d
     for d in (

@@ -68,6 +68,16 @@ def unique(values: Sequence, where) -> Sequence:
 class Split:
     """A split of a data set: N images and their labels over C classes.
 
+    Args:
+        dataset, split: name in `DATASETS`, and the publishers' name of the split.
+        root: folder that holds the official files.
+        classes: C names.
+        image_ids, paths: N different names, and N absolute paths.
+        labels: N x C int8: 1 present, 0 absent, -1 ignored.
+        missing: listed but absent, only with `missing="drop"`.
+        boxes: by image id a list of (class index, x, y, w, h), in pixels.
+        placeholders: those of `missing` that a dead link replaced by a placeholder.
+
     Raises:
         DataError: its parts do not fit together.
 
@@ -76,16 +86,16 @@ class Split:
         Split(own, train: 1 images, 1 classes, 89d45fd0)
     """
 
-    dataset: str  # name in DATASETS
-    split: str  # the publishers' name of the split
-    root: Path  # folder that holds the official files
-    classes: Sequence[str]  # C names; kept as tuples, as all names here
-    image_ids: Sequence[str]  # N, all different
-    paths: Sequence[Path]  # N absolute paths
-    labels: np.ndarray  # N x C int8: 1 present, 0 absent, -1 ignored
-    missing: Sequence[str] = ()  # photographs that are listed but absent (only with missing="drop")
-    boxes: Mapping[str, list] | None = None  # image id -> list of (class index, x, y, w, h), pixels
-    placeholders: Sequence[str] = ()  # those of `missing` that a dead link replaced by a placeholder
+    dataset: str
+    split: str
+    root: Path
+    classes: Sequence[str]  # kept as tuples, as all names here
+    image_ids: Sequence[str]
+    paths: Sequence[Path]
+    labels: np.ndarray
+    missing: Sequence[str] = ()
+    boxes: Mapping[str, list] | None = None
+    placeholders: Sequence[str] = ()
 
     def __post_init__(self):
         for name in ("classes", "image_ids", "missing", "placeholders"):

@@ -185,6 +185,7 @@ class MachineFields(BaseModel):
 
 
 # %% ../../nbs/engine/config.ipynb #a93a8e2e
+#: Defaults by name of the preset, over those of the paper
 PRESETS = {
     # Section 3.2 to the letter: the defaults above
     "paper": {},

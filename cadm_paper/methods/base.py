@@ -66,6 +66,7 @@ class MethodArgs:
 
 
 # %% ../../nbs/methods/base.ipynb #a026706b
+#: Heads by the name of their method
 METHODS: dict[str, type["Head"]] = {}
 
 
@@ -162,7 +163,8 @@ def load_model(folder: str | Path, **hub) -> Network:
         The model on the CPU and in evaluation mode.
 
     Raises:
-        FileNotFoundError: no saved model. ValueError: damaged, of another version, or not finite.
+        FileNotFoundError: no saved model.
+        ValueError: damaged, of another version, or not finite.
 
     Example:
         >>> model = load_model("outputs/runs/own/csra/checkpoint/model")

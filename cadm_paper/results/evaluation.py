@@ -312,7 +312,8 @@ def evaluate_files(
         the same of the other file, difference and difference_intervals.
 
     Raises:
-        ScoreFileError: for files that cannot be read or compared. ValueError: for impossible options.
+        ScoreFileError: for files that cannot be read or compared.
+        ValueError: for impossible options.
 
     Example:
         >>> evaluate_files("new.npz", against="old.npz")["difference"]["mAP"]
