@@ -16,6 +16,7 @@ SETTINGS.read(ROOT / "settings.ini")
 SETTINGS = SETTINGS["DEFAULT"]
 
 from docutils import nodes  # noqa: E402
+from sphinx import addnodes  # noqa: E402
 from sphinx.transforms.post_transforms import SphinxPostTransform  # noqa: E402
 from sphinx.util.nodes import make_refnode  # noqa: E402
 
@@ -186,6 +187,13 @@ class LinkSymbols(SphinxPostTransform):
             literal.replace_self(link)
 
 
+def short_values(app, doctree):
+    """Tables of numbers and of classes are named, not written out in a signature."""
+    for node in list(doctree.findall(addnodes.desc_annotation)):
+        if node.astext().lstrip().startswith("=") and len(node.astext()) > 200:
+            node.parent.remove(node)
+
+
 def editable(app, page, template, context, doctree):
     """Pages that are written anew for the site have no file to edit."""
     if not (ROOT / f"{page}{context.get('page_source_suffix', '')}").is_file():
@@ -194,6 +202,7 @@ def editable(app, page, template, context, doctree):
 
 def setup(app):
     app.connect("html-page-context", editable)
+    app.connect("doctree-read", short_values)
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", without_type, priority=100)
     app.connect("autodoc-process-docstring", docstring, priority=900)

@@ -128,7 +128,6 @@ def api_page(module: str, notebook: Path) -> str:
             f"Written in the notebook :doc:`/{where}`, where each name is shown and checked.",
             "",
             f".. automodule:: {module}",
-            "   :no-value:",
             "",
         ]
     )
