@@ -174,13 +174,11 @@ class Picture:
 
 
 # %% ../nbs/06_figures.ipynb #9407a902
-def drawn_images(
-    record: RunRecord, maps: dict, data_dir=None, longest: int = 448
-) -> Sequence[np.ndarray | None]:
+def drawn_images(record: RunRecord, maps: dict, data_dir=None) -> Sequence[np.ndarray | None]:
     """The drawn images (uint8 H x W x 3): those in the record, else the photographs at their own aspect from a data
     folder (None: the usual one); None where one cannot be read.
     """
-    from cadm_paper.data.loading import decode_rgb, resized  # needs torch
+    from cadm_paper.data.loading import decode_rgb, displayed_image  # needs torch
     from cadm_paper.data.photograph import read_photograph
 
     if "thumbnails" in maps:
@@ -195,10 +193,7 @@ def drawn_images(
     for i, image_id in enumerate(map(str, maps["image_ids"])):
         with contextlib.suppress(ValueError, KeyError):  # one that is missing or cannot be read
             image = decode_rgb(read_photograph(paths[image_id]), image_id, exif=config.exif)
-            shape = np.array(image.shape[1:])
-            shape = np.repeat(shape.min(), 2) if config.resize == "crop" else shape
-            size = tuple((shape * min(1, longest / shape.max())).round().astype(int).clip(1).tolist())
-            images[i] = resized(image, size, config.resize).permute(1, 2, 0).numpy()
+            images[i] = displayed_image(image, config.image_size, config.resize)
     return images
 
 

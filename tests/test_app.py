@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import papermill
 import pytest
+import skimage.data
 import torch
+import yaml
 from cells import run_cells
 from PIL import Image
 from torchvision.models import ResNet18_Weights
@@ -19,12 +21,14 @@ from torchvision.models import ResNet18_Weights
 from cadm_paper.app import cli
 from cadm_paper.app.export import export_run, model_card
 from cadm_paper.app.parameters import TableParameters
-from cadm_paper.app.predict import Predictor, predict_files
+from cadm_paper.app.predict import PRETRAINED, Predictor, predict_files
 from cadm_paper.data.loading import load_image, prepare
 from cadm_paper.engine.config import ConfigError, TrainConfig
+from cadm_paper.engine.record import RunRecord
 from cadm_paper.engine.synthetic import synthetic_run
 from cadm_paper.files import default_folder
 from cadm_paper.model import CADM
+from cadm_paper.paper import COLUMNS
 from cadm_paper.results.evaluation import evaluate_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,7 +215,7 @@ def test_a_model_is_predicted_with_as_it_was_trained(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8)
     Image.fromarray(noise).save(photo, exif=turned)
     found = Predictor.load(folder)(photo)
-    assert found["picture"].shape == (32, 64, 3)
+    assert found["picture"].shape == (20, 40, 3)  # the centre of the turned photograph, of the input's shape
     seen = prepare(load_image(photo, (32, 64), resize="crop", exif=True)[None], normalise="half")
     expected = CADM.from_pretrained(folder)(seen).scores[0].tolist()
     np.testing.assert_allclose(list(found["scores"].values()), expected, rtol=1e-5)
@@ -269,3 +273,40 @@ def test_paths_that_no_shell_expanded(tmp_path, monkeypatch):
         and (tmp_path / "o" / "a.csv").is_file()
         and (tmp_path / "c.csv").is_file()
     )
+
+
+# the object's box in the photograph: left, right, upper and lower end as parts of its width and height
+@pytest.mark.parametrize(
+    "name, label, box",
+    [("chelsea.png", "cat", (0.0, 0.8, 0.0, 1.0)), ("astronaut.png", "person", (0.05, 0.85, 0.03, 1.0))],
+)
+def test_the_model_of_the_package_sees_what_is_there_and_where(
+    tmp_path, monkeypatch, capsys, name, label, box
+):
+    photo = Path(skimage.data.__file__).parent / name
+    found = Predictor.load()(photo)
+    assert max(found["scores"], key=found["scores"].get) == label
+    map_ = dict(zip(found["scores"], found["maps"]))[label]
+    row, column = (np.unravel_index(map_.argmax(), map_.shape) + np.array(0.5)) / map_.shape
+    assert box[0] < column < box[1] and box[2] < row < box[3]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["predict", str(photo)])
+    assert not end.value.code and f"{name}: {label} 0." in capsys.readouterr().out
+    assert (tmp_path / "maps" / f"{photo.stem}-maps.png").is_file()
+
+
+def test_the_model_of_the_package_is_the_one_of_its_record_and_card():
+    content = json.loads((PRETRAINED / "record.json").read_text())
+    record = RunRecord.from_dict(content, PRETRAINED)
+    model, card = Predictor.load().model, (PRETRAINED / "README.md").read_text(encoding="utf-8")
+    assert model.classes == record.dataset["classes"] and model.config["backbone"] == record.config.backbone
+    assert Predictor.load().image_size == (record.config.image_size,) * 2 and record.config.exif
+    assert not record.config.holdout and record.dataset["test"]["images"] == 10_000
+    facts = yaml.safe_load(card.split("---\n")[1])
+    (tested,) = facts["model-index"][0]["results"]
+    assert facts["license"] == "apache-2.0" and "MIT" in card
+    assert {m["name"]: m["value"] for m in tested["metrics"]} == {
+        name: round(100 * record.metrics[name], 2) for name in COLUMNS
+    }
+    assert sum(path.stat().st_size for path in PRETRAINED.iterdir()) < 10e6

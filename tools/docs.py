@@ -298,7 +298,16 @@ SECTIONS = {
             "Each is a notebook that the test suite runs",
             [
                 f"nbs/tutorials/{name}"
-                for name in ("reproduce*", "own*", "loss*", "evaluate*", "add*", "on_a_cluster", "*")
+                for name in (
+                    "reproduce*",
+                    "predict",
+                    "own*",
+                    "loss*",
+                    "evaluate*",
+                    "add*",
+                    "on_a_cluster",
+                    "*",
+                )
             ],
         )
     ],

@@ -131,7 +131,7 @@ def evaluate(
 # %% ../../nbs/app/cli.ipynb #1777f27e
 def predict(
     images: tyro.conf.Positional[list[Path]],
-    checkpoint: Path,
+    checkpoint: Path | None = None,
     threshold: float = 0.5,
     maps: Path | None = Path("maps"),
     json: Path | None = None,
@@ -144,7 +144,7 @@ def predict(
 
     Args:
         images: Files, or folders that are searched recursively.
-        checkpoint: A run's folder, or a saved or exported model.
+        checkpoint: A run's folder, or a saved or exported model; by default the model that comes with the package.
         threshold: A label is named when its score is greater.
         maps: Folder for the images with maps; None writes none.
         json: File for labels and all scores, as JSON.

@@ -46,7 +46,8 @@ def card_facts(record: RunRecord) -> dict:
     data, numbers = str(record.dataset["name"]), record.metrics
     found = [{"type": c, "name": c, "value": round(100 * numbers[c], 2)} for c in COLUMNS if c in numbers]
     task = {"type": "image-classification", "name": "multi-label image recognition"}
-    tested = {"task": task, "dataset": {"name": data, "type": data, "split": "test"}, "metrics": found}
+    split = "validation" if record.config.holdout else "test"
+    tested = {"task": task, "dataset": {"name": data, "type": data, "split": split}, "metrics": found}
     return {
         "license": "apache-2.0" if data.startswith("scenes") else "other",
         "library_name": "cadm-paper",
@@ -65,10 +66,15 @@ def model_card(record: RunRecord, folder: str = ".", maps: bool = True) -> str:
         for split in ("train", "test")
         for what in ("images", "fingerprint")
     }
+    data |= {
+        f"start: {k}": v for k, v in (record.extra.get("weights") or {}).items() if k in ("source", "sha256")
+    }
     data |= {"record": source(record), "digest": record.digest, "device": env.get("device"), **record.machine}
     data |= {name: value for name, value in env.get("code", {}).items() if name != "resumed"}
+    aps = dict(zip(record.dataset["classes"], record.extra["per_class_ap"]))
     sections = {
         "Numbers": {c.replace("_top3", " (top-3)"): f"{100 * record.metrics[c]:.1f}" for c in numbers},
+        "Average precision by label": {c: f"{100 * ap:.1f}" for c, ap in aps.items() if ap is not None},
         "Recipe": dict(record.config),
         "Data and origin": data,
     }

@@ -21,12 +21,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..data.loading import ImageError, load_image, prepare
+import cadm_paper
+from ..data.loading import decode_rgb, displayed_image, prepare, resized
+from ..data.photograph import ImageError, read_photograph
 from ..engine.record import RunRecord
 from ..files import naming, open_through, whole_file
 from ..methods import load_model
 from ..metrics import checked_rule
 from ..model import Network
+
+# %% ../../nbs/app/predict.ipynb #7d1e0a03
+PRETRAINED = Path(cadm_paper.__file__).parent / "pretrained"  # the model that comes with the package
 
 
 # %% ../../nbs/app/predict.ipynb #f359a14c
@@ -42,7 +47,7 @@ class Predictor:
         exif: whether the orientation stored in a file is applied.
 
     Example:
-        >>> found = Predictor.load("outputs/runs/own/cadm")("photo.jpg")
+        >>> found = Predictor.load()("photo.jpg")
         >>> found["scores"]["cat"], found["maps"].shape  # 0..1; C x h x w, None for a method without maps
     """
 
@@ -53,12 +58,13 @@ class Predictor:
     exif: bool = False
 
     @classmethod
-    def load(cls, checkpoint, **given) -> "Predictor":
-        """From a run's folder, a saved or an exported model; `given` fields win over what is stored there.
+    def load(cls, checkpoint: str | Path | None = None, **given) -> "Predictor":
+        """From a run's folder, a saved or an exported model; None: the model that comes with the package.
 
+        `given` fields win over what is stored there.
         Raises `FileNotFoundError` where there is none, `ValueError` for one that does not say all that.
         """
-        folder = Path(checkpoint).expanduser()
+        folder = PRETRAINED if checkpoint is None else Path(checkpoint).expanduser()
         recorded = {}
         if (folder / "run.json").is_file():
             recorded = RunRecord.load(folder).seen_at()
@@ -75,13 +81,18 @@ class Predictor:
         return cls(model, **seen)
 
     def output(self, path) -> tuple[np.ndarray, NamedTuple]:
-        """An image as the model sees it (uint8 H x W x 3), and the output; `ImageError` names the file."""
-        image = load_image(path, self.image_size, resize=self.resize, exif=self.exif)
+        """What the model sees of an image, at its own aspect (uint8 H x W x 3), and the output.
+
+        Raises `ImageError` naming the file.
+        """
+        image = decode_rgb(read_photograph(path), path, exif=self.exif)
+        seen = resized(image, self.image_size, self.resize)
         with torch.inference_mode():
-            return image.permute(1, 2, 0).numpy(), self.model(prepare(image[None], normalise=self.normalise))
+            output = self.model(prepare(seen[None], normalise=self.normalise))
+        return displayed_image(image, self.image_size, self.resize), output
 
     def __call__(self, path) -> dict:
-        """Scores by label (0..1), the image as the model sees it, and maps."""
+        """Scores by label (0..1), what the model sees of the image, at its own aspect, and maps."""
         picture, output = self.output(path)
         scores = output.scores[0].tolist()
         if not np.isfinite(scores).all():
@@ -159,7 +170,7 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3)
     """
     import matplotlib.pyplot as plt
 
-    from cadm_paper.figures import house_style, overlay
+    from cadm_paper.figures import colour_bar, house_style, overlay
 
     if found["maps"] is None:
         raise ValueError(f"{found['image']}: this model's method has no maps; leave maps out")
@@ -168,12 +179,16 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3)
     limit = max(float(maps[c].max()) for c in names)
     shown = [("input", found["picture"])]
     shown += [(f"{c} {scores[c]:.2f}", overlay(found["picture"], maps[c], max(limit, 1e-6))) for c in names]
+    height, width = found["picture"].shape[:2]
     with house_style(), whole_file(path) as file:
-        figure, axes = plt.subplots(1, len(shown), figsize=(2 * len(shown), 2.3), layout="constrained")
+        figure, axes = plt.subplots(
+            1, len(shown), figsize=(2 * len(shown), 2 * height / width + 0.75), layout="constrained"
+        )
         for ax, (title, image) in zip(axes, shown):
             ax.imshow(image)
             ax.set_title(title)
             ax.axis("off")
+        colour_bar(figure, list(axes), limit)
         figure.savefig(file, format="png", dpi=120)
         plt.close(figure)
     return Path(path)
@@ -219,7 +234,7 @@ def answer_files(
 # %% ../../nbs/app/predict.ipynb #5a0f8cbb
 def predict_files(
     images: Sequence[Path | str],
-    checkpoint: Path | str,
+    checkpoint: Path | str | None = None,
     *,
     threshold: float = 0.5,
     maps: Path | None = None,
@@ -232,7 +247,7 @@ def predict_files(
 
     Args:
         images: files, or folders that are searched through.
-        checkpoint: a run's folder, a saved or an exported model.
+        checkpoint: a run's folder, a saved or an exported model; None: the model that comes with the package.
         threshold: a label is named when its score is above it.
         maps: folder for the images with their labels' maps over them.
         json_file, csv_file: hold every answer as soon as it is there.
@@ -247,7 +262,7 @@ def predict_files(
         ValueError: an impossible threshold, an unusable model.
 
     Example:
-        >>> answers, errors = predict_files(["photos"], "outputs/runs/own/cadm", csv_file="labels.csv")
+        >>> answers, errors = predict_files(["photos"], csv_file="labels.csv")
         >>> answers[0]["labels"]
     """
     checked_rule(threshold, 1)

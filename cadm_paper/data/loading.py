@@ -89,6 +89,18 @@ def resized(image: Tensor, size: int | tuple[int, int], resize: str = "squash") 
     return F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
 
 
+# %% ../../nbs/data/loading.ipynb #7d1e0a01
+def displayed_image(
+    image: Tensor, size: int | tuple[int, int], resize: str, longest: int = 448
+) -> np.ndarray:
+    """What the network sees of a decoded photograph, at its own aspect, to look at: uint8 H x W x 3."""
+    if resize == "crop":
+        image = central_window(image, *np.broadcast_to(size, 2))
+    shape = np.array(image.shape[1:])
+    shape = (shape * min(1, longest / shape.max())).round().astype(int).clip(1)
+    return resized(image, tuple(shape.tolist())).permute(1, 2, 0).numpy()
+
+
 # %% ../../nbs/data/loading.ipynb #0910cdc0
 def load_image(path, size: int | tuple[int, int], *, resize: str = "squash", exif: bool = False) -> Tensor:
     """A photograph as the network takes it (Sec. 3.2).
