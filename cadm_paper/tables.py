@@ -298,7 +298,7 @@ def image_error(without: RunRecord, with_: RunRecord) -> float:
 
 # %% ../nbs/07_tables.ipynb #6e6e2c7c
 def gain(of: Block, plan: TablePlan) -> Gain | None:
-    """The gain over the seeds that both rows have under one recipe; None where there is no such seed."""
+    """The gain over the seeds that both variants have under one recipe; None where there is no such seed."""
     measured = [line for line in of.lines if line.state == "measured"]
     runs = {v: [r for line in measured if line.variant == v for r in line.runs] for v in MAIN[-2:]}
     without, with_ = ({(r.config.seed, recipe(r)): r for r in same} for same in runs.values())
@@ -377,7 +377,7 @@ class ResultTable:
 
     @functools.cached_property
     def gains(self) -> list[Gain]:
-        """What the embedding loss changed, for each block that has both rows."""
+        """What the embedding loss changed, for each block that has both variants."""
         found = [gain(block, PLANS[self.name]) for block in self.blocks] if self.name in PLANS else []
         return [g for g in found if g]
 

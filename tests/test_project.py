@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import skimage.data
 import yaml
 
 import cadm_paper
@@ -201,3 +202,7 @@ def test_the_wheel_works_where_nothing_of_the_checkout_is(wheel, tmp_path):
     assert done.returncode == 0 and done.stdout.startswith(str(lib)), done.stdout + done.stderr[-2000:]
     done = run(python, "-m", "cadm_paper", "--help", cwd=tmp_path, env=env)
     assert done.returncode == 0 and "reproduce" in done.stdout, done.stderr[-2000:]
+    photograph = Path(skimage.data.__file__).parent / "chelsea.png"
+    done = run(python, "-m", "cadm_paper", "predict", photograph, cwd=tmp_path, env=env)
+    assert done.returncode == 0 and "chelsea.png: cat " in done.stdout, done.stdout + done.stderr[-2000:]
+    assert (tmp_path / "maps" / "chelsea-maps.png").is_file()

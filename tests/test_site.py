@@ -15,11 +15,15 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import nbformat
+import numpy as np
 import pytest
 
 from cadm_paper.app import cli
 from cadm_paper.app.explorer import explore
+from cadm_paper.engine.record import load_runs
 from cadm_paper.engine.synthetic import synthetic_run, synthetic_runs
+from cadm_paper.engine.variants import Variant
+from cadm_paper.results.claims import OUTCOMES, reference_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -120,6 +124,26 @@ def test_its_commands_names_and_files_exist():
         for n in re.findall(r"`(\w+)`", cell)
     ]
     assert [name for module, name in names if not hasattr(module, name)] == []
+
+
+def test_the_headline_numbers_lead_to_the_committed_records():
+    """What README and article print is the mean over the records that the article names, seed by seed."""
+    article = nbformat.read(ROOT / "nbs" / "experiments" / "report.ipynb", 4)
+    outputs = [o.get("data", {}) for c in article.cells for o in c.get("outputs", ())]
+    text, readme = "\n".join(o.get("text/markdown", "") for o in outputs), markdown(ROOT / "README.md")
+    named = dict(re.findall(r'<a id="([^"]+)"></a>[^|]*\|[^|]*\|[^|]*\| (.*) \|', text))
+    groups = {}
+    for part in ("confirm", "photographs"):
+        for r in load_runs(reference_folder() / part):
+            groups.setdefault(f"{r.dataset['name']}-{Variant.of(r).slug}", []).append(r)
+    cells = re.findall(r'<a href="#([^"]+)">([\d.]+ ± [\d.]+)</a> (\(\d+\))', text)
+    assert len(cells) == len(named) == 12
+    for place, number, n in cells:
+        runs = sorted(groups[place], key=lambda r: r.config.seed)
+        values = 100 * np.array([r.metrics["mAP"] for r in runs])
+        assert (number, n) == (f"{values.mean():.1f} ± {values.std(ddof=1):.1f}", f"({len(runs)})")
+        assert named[place] == ", ".join(f"{r.config.seed}: {r.digest[:8]}" for r in runs)
+        assert f"{number} {n}" in readme
 
 
 def test_names_that_readme_tutorials_and_experiments_import_are_documented():
@@ -325,6 +349,22 @@ def test_the_landing_page_leads_to_the_report_and_to_the_explorers_of_its_record
         page.locator(f'a[href="{address}"]').first.click()
         page.wait_for_selector("body[data-ready]")
         assert page.locator("#about").inner_text().startswith(f"{title}:")
+
+
+@pytest.mark.slow
+def test_where_a_number_comes_from_and_whether_it_holds_takes_three_clicks(site, opened):
+    def after(*clicks):
+        page = opened(site / "index.html")
+        for click in clicks:
+            page.locator(click).first.click()
+        return page
+
+    assert "82.3" in after().locator(".cards").inner_text()
+    assert "82.3" in after('.cards a[href$="00_paper.html#Tables-1-and-2"]').locator("body").inner_text()
+    verdicts = after('.cards a[href$="study_claims.html"]').locator("body").inner_text()
+    assert "Table 1, MS-COCO" in verdicts and any(outcome in verdicts for outcome in OUTCOMES[:4])
+    record = after(".cards td a[href^='report/']", "tr.measured td a").locator("tbody:target code a").first
+    assert record.is_visible() and len(record.inner_text()) == 12
 
 
 @pytest.mark.slow

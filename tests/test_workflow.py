@@ -315,6 +315,29 @@ def test_a_real_training_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_pat
 
 
 @pytest.mark.slow
+def test_a_clone_comes_to_its_first_report(tmp_path):
+    """What a new user does, with one epoch: clone, reproduce, open the report."""
+    clone = tmp_path / "clone"
+    done = subprocess.run(["git", "clone", "-q", ROOT, clone], capture_output=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    runs = [{"dataset": "scenes-coco", "method": "cadm", "lam": lam} for lam in (0, 0.5)]
+    config = yaml.safe_load((clone / "workflow" / "config" / "mini.yaml").read_text())
+    config |= {"runs": runs, "defaults": config["defaults"] | {"epochs": 1, "limit": 200}}
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
+    env = {**os.environ, "PYTHONPATH": str(clone)}
+    env.pop("CADM_OUTPUTS", None)
+    command = [sys.executable, "-m", "cadm_paper", "reproduce", "--config", tmp_path / "short.yaml"]
+    done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    page = (clone / "outputs" / "report" / "index.html").read_text(encoding="utf-8")
+    assert all(f'id="run-{r.digest}"' in page for r in load_runs(clone / "outputs" / "runs"))
+    assert {f"table{n}.html" for n in (1, 2)} <= {p.name for p in (clone / "outputs" / "tables").iterdir()}
+    assert list((clone / "outputs" / "figures").glob("figure4*.png"))
+    assert not subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True).stdout
+
+
+@pytest.mark.slow
 def test_other_data_and_snakemake_without_our_command(site):
     site.write([{"method": "baseline"}], data="mine", notebooks=[])
     shutil.copytree(site.data / "scenes-coco", site.data / "mine" / "scenes-coco")

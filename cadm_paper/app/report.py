@@ -139,7 +139,7 @@ def run_entry(record: RunRecord, stale: str = "") -> dict:
 def claims_figure() -> dict | None:
     """The forest plot of the committed verdicts as a figure of the page; None without them."""
     entries = read_verdicts()["claims"]
-    return plate("What of the paper holds", lambda: forest(entries), [], "svg") if entries else None
+    return plate("Which claims hold", lambda: forest(entries), [], "svg") if entries else None
 
 
 # %% ../../nbs/app/report.ipynb #17120e4e
