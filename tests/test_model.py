@@ -262,9 +262,8 @@ def test_float64_gradients_of_the_head():
 # ---- compiled and exported -------------------------------------------------------------------------------------------
 
 
-# heads that differ most from each other; the others have their turn in the slow tests
-FEW = ("cadm", "csra", "query2label")
-EACH = [pytest.param(method, marks=[pytest.mark.slow] * (method not in FEW)) for method in METHODS]
+# the other methods have their turn in the slow tests
+EACH = ["cadm", *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS if method != "cadm")]
 
 
 @pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -280,9 +279,7 @@ def test_no_graph_breaks(method, training):
         assert compiled(images()).logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "method", ["cadm", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "cadm")]
-)
+@pytest.mark.parametrize("method", EACH)
 def test_onnx_file_agrees(tmp_path, method, size=(64, 96)):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -101,9 +101,9 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(config):
     "changes",
     [
         dict(),
-        dict(accumulate=2, clip_grad=1.0, precision="bf16", flip=True),
+        pytest.param(dict(accumulate=2, clip_grad=1.0, precision="bf16", flip=True), marks=pytest.mark.slow),
         dict(method="csra", method_args={"heads": 2}, optimizer="adamw"),
-        dict(method="query2label", precision="bf16"),  # with dropout
+        pytest.param(dict(method="query2label", precision="bf16"), marks=pytest.mark.slow),  # with dropout
     ],
 )
 def test_a_stopped_run_goes_on_to_the_bit(config, changes):
@@ -282,6 +282,7 @@ def test_every_method_leaves_a_record_and_a_model_that_predicts_what_it_says(con
 # ---- parts and processes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_and_two_parts_agree(config):
     """Two processes of B/2 against one that accumulates the same two micro-batches: scores to 1e-4, history to 1e-5."""
     assert run_workers(config("two", processes=2)) == [0, 0]
