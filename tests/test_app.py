@@ -21,7 +21,7 @@ from torchvision.models import ResNet18_Weights
 from cadm_paper.app import cli
 from cadm_paper.app.export import export_run, model_card
 from cadm_paper.app.parameters import TableParameters
-from cadm_paper.app.predict import PRETRAINED, Predictor, predict_files
+from cadm_paper.app.predict import PRETRAINED, Predictor, predict_files, save_overlays
 from cadm_paper.data.loading import load_image, prepare
 from cadm_paper.data.photograph import read_photograph
 from cadm_paper.engine.config import ConfigError, TrainConfig
@@ -295,6 +295,16 @@ def test_the_model_of_the_package_sees_what_is_there_and_where(
         cli.main(["predict", str(photo)])
     assert not end.value.code and f"{name}: {label} " in capsys.readouterr().out
     assert (tmp_path / "maps" / f"{photo.stem}-maps.png").is_file()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_overlays_have_a_scale_where_a_map_is_drawn(tmp_path, monkeypatch, sign):
+    scales = []
+    monkeypatch.setattr("cadm_paper.figures.colour_bar", lambda figure, axes, limit: scales.append(limit))
+    picture, maps = np.zeros((30, 40, 3), np.uint8), sign * np.full((2, 3, 3), 0.5, np.float32)
+    found = {"image": "a", "scores": {"cup": 0.1, "oven": 0.05}, "picture": picture, "maps": maps}
+    assert save_overlays(found, tmp_path / "a.png").is_file()
+    assert scales == ([0.5] if sign > 0 else [])
 
 
 def test_the_model_of_the_package_is_the_one_of_its_record_and_card():
