@@ -10,10 +10,8 @@ import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-from scipy.special import expit, logit
 
 from cadm_paper.app.batch import load_batch, plan
 from cadm_paper.engine.record import SCHEMA, RunRecord, load_runs
@@ -59,14 +57,6 @@ def write_results(records: list[RunRecord], path: Path) -> None:
             writer.writerow({**which, **r.metrics, "commit": r.environment["code"].get("commit")})
 
 
-def of_both(record: RunRecord) -> np.ndarray:
-    """Replicates of the mean of a baseline's two streams: both poolings, averaged at test time."""
-    found = record.scores()
-    streams = [logit(np.clip(found[f"scores_{name}"], 1e-7, 1 - 1e-7)) for name in ("fcls", "scls")]
-    arrays = {"both": expit(np.mean(streams, 0)), "targets": found["targets"]}
-    return replicates(SimpleNamespace(beside=lambda file: None, scores=lambda: arrays), "both")
-
-
 def kept_arrays(record: RunRecord, files: Iterable[str]) -> dict[str, np.ndarray]:
     """What a run folder holds of some .npz files, under file/array; checked."""
     found = {}
@@ -92,8 +82,8 @@ if __name__ == "__main__":
     for run in runs if "replicates.npz" in given.keep else ():
         names = [name for name in run.scores() or () if name.startswith("scores")]
         if names and not run.holds("replicates.npz"):
-            both = {"scores_both": of_both(run)} if run.config.method.startswith("baseline") else {}
-            run.keep("replicates.npz", **{name: replicates(run, name) for name in names}, **both)
+            names += ["scores_both"] * run.config.method.startswith("baseline")  # two poolings, averaged
+            run.keep("replicates.npz", **{name: replicates(run, name) for name in names})
     files = {r.name: [*given.keep, *["scores.npz"] * (r.config.seed in given.scores)] for r in runs}
     store(runs, {r.name: kept_arrays(r, files[r.name]) for r in runs}, given.study)
     print(f"{len(runs)} runs in {given.study}")

@@ -11,23 +11,30 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import expit, logit
 
 from cadm_paper.data.scenes import paired_scenes
 from cadm_paper.data.voc import annotated_size
 from cadm_paper.engine.record import RunRecord
 from cadm_paper.loss import center_attraction, distances_to_center, hinged
 from cadm_paper.metrics import multilabel_metrics
-from cadm_paper.model import CADM
+from cadm_paper.model import CADM, predicted
 from cadm_paper.results.statistics import Difference, bootstrap, difference, draws
 
 
 # %% ../../nbs/results/measures.ipynb #21d72a67
 def replicates(record: RunRecord, array: str = "scores", count: int = 200) -> np.ndarray:
-    """mAP of one score array of a record, then its bootstrap replicates over test images: 1 + count."""
+    """mAP of one score array of a record, then its bootstrap replicates over test images: 1 + count.
+
+    `scores_both` is the mean of both streams (Eq. 3), whatever the method predicts with.
+    """
     kept = (record.beside("replicates.npz") or {}).get(array, ())
     if len(kept) == 1 + count:
         return kept
     found = record.scores()
+    if array == "scores_both":
+        streams = (logit(np.clip(found[name], 1e-7, 1 - 1e-7)) for name in ("scores_fcls", "scores_scls"))
+        found = found | {array: expit(predicted("both", *streams))}
     scores, targets = found[array], found["targets"]
     return np.r_[multilabel_metrics(scores, targets)["mAP"], bootstrap(scores, targets, count)["mAP"]]
 
