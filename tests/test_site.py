@@ -242,6 +242,13 @@ def opened(chromium):
     assert complaints == []
 
 
+def follow(page, link):
+    """Click on the first of these links, and wait until the page it leads to is loaded."""
+    before = page.url
+    page.locator(link).first.click()
+    page.wait_for_url(lambda url: url != before)
+
+
 FACTS = """() => new Promise(done => { const wait = n => {
   const all = [...document.querySelectorAll('.math.notranslate')], set = all.filter(e => e.querySelector('mjx-container'));
   if (set.length !== all.length && n) return setTimeout(() => wait(n - 1), 100);
@@ -343,10 +350,10 @@ def test_the_landing_page_leads_to_the_report_and_to_the_explorers_of_its_record
     )
     for title, address in (("DigitScenes-C", "explorer.html"), ("DigitScenes-N", "explorer-scenes-nus.html")):
         page = opened(site / "index.html")
-        page.locator('.cards a[href="report/index.html"]').click()
+        follow(page, '.cards a[href="report/index.html"]')
         assert "Synthetic records" in page.locator("body").inner_text()
         assert page.locator(f'a[href="{address}"]').count() == 2
-        page.locator(f'a[href="{address}"]').first.click()
+        follow(page, f'a[href="{address}"]')
         page.wait_for_selector("body[data-ready]")
         assert page.locator("#about").inner_text().startswith(f"{title}:")
 
@@ -356,7 +363,7 @@ def test_where_a_number_comes_from_and_whether_it_holds_takes_three_clicks(site,
     def after(*clicks):
         page = opened(site / "index.html")
         for click in clicks:
-            page.locator(click).first.click()
+            follow(page, click)
         return page
 
     assert "82.3" in after().locator(".cards").inner_text()
