@@ -39,6 +39,15 @@ def replicates(record: RunRecord, array: str = "scores", count: int = 200) -> np
     return np.r_[multilabel_metrics(scores, targets)["mAP"], bootstrap(scores, targets, count)["mAP"]]
 
 
+# %% ../../nbs/results/measures.ipynb #39239b01
+def spread(runs: Mapping[int, RunRecord], metric: str = "mAP") -> str:
+    """Mean, standard deviation and number of seeds (seed -> record) of a metric in percent: *82.3 ± 0.4 (8)*."""
+    values = [100 * run.metrics[metric] for run in runs.values()]
+    if len(values) < 2:
+        return f"{values[0]:.1f} (1)" if values else "not run"
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} ({len(values)})"
+
+
 # %% ../../nbs/results/measures.ipynb #39239a6f
 def compare_runs(
     runs: Mapping[int, RunRecord],
