@@ -5,6 +5,7 @@
 # %% ../nbs/07_tables.ipynb #2e8a32cc
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
 import json
@@ -24,7 +25,8 @@ from .engine.status import states
 from .engine.variants import MAIN, Variant, by_recipe, recipe, recipe_changes
 from .files import whole_file
 from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow
-from .results.statistics import Difference, bootstrap, difference
+from .results.measures import compare_runs
+from .results.statistics import Difference, difference
 
 # %% auto #0
 __all__ = ["run_status", "ResultTable", "table"]
@@ -264,7 +266,9 @@ class Gain:
     def __str__(self) -> str:
         listed = lambda points: ", ".join(f"{name} {signed(v)}" for name, v in points.items())
         points, d = {name: 100 * d.mean for name, d in self.differences.items()}, self.differences["mAP"]
-        sure = f"Mean of {d.n} seeds; 95 % interval of mAP: {signed(100 * d.low)} to {signed(100 * d.high)}."
+        over = "seeds and test images" if d.se_images else "seeds"
+        ends = f"{signed(100 * d.low)} to {signed(100 * d.high)}"
+        sure = f"Mean of {d.n} seeds; 95 % interval of mAP over {over}: {ends}."
         if d.n == 1:
             error = f"Standard error of mAP over test images: {100 * d.se_images:.1f}"
             sure = "One seed; the sign may change with another."
@@ -281,21 +285,6 @@ def signed(points: float) -> str:
     return f"{points:+.1f}".replace("-", "−")
 
 
-# %% ../nbs/07_tables.ipynb #0e4781b8
-def image_error(without: RunRecord, with_: RunRecord) -> float:
-    """Standard error of the mAP difference over test images; 0 without scores of the same images, or for very
-    many.
-    """
-    try:
-        a, b = without.scores(), with_.scores()
-    except RecordError:
-        return 0.0
-    if not a or not b or list(a["image_ids"]) != list(b["image_ids"]) or a["scores"].size > 1_000_000:
-        return 0.0
-    drawn = [bootstrap(found["scores"], found["targets"], 200)["mAP"] for found in (a, b)]
-    return float((drawn[1] - drawn[0]).std())
-
-
 # %% ../nbs/07_tables.ipynb #6e6e2c7c
 def gain(of: Block, plan: TablePlan) -> Gain | None:
     """The gain over the seeds that both variants have under one recipe; None where there is no such seed."""
@@ -306,8 +295,11 @@ def gain(of: Block, plan: TablePlan) -> Gain | None:
     if not pairs:
         return None
     printed = {row.variant: row.values for row in plan.printed}
-    error, names = image_error(*pairs[0]) if len(pairs) == 1 else 0.0, ("mAP", "CF1", "OF1")
-    found = {m: difference([b.metrics[m] - a.metrics[m] for a, b in pairs], error) for m in names}
+    names = ("mAP", "CF1", "OF1")
+    found = {m: difference([b.metrics[m] - a.metrics[m] for a, b in pairs]) for m in names}
+    before, after = (dict(enumerate(same)) for same in zip(*pairs))
+    with contextlib.suppress(RecordError):  # without scores, the interval is over seeds alone
+        found["mAP"] = compare_runs(after, before)
     claimed = {m: printed["cadm", 0.5][m] - printed["cadm", 0.0][m] for m in names}
     return Gain(of.dataset, found, claimed, plan.data)
 

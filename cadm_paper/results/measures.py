@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 
 from cadm_paper.data.scenes import paired_scenes
 from cadm_paper.data.voc import annotated_size
-from cadm_paper.engine.record import RunRecord
+from cadm_paper.engine.record import RecordError, RunRecord
 from cadm_paper.loss import center_attraction, distances_to_center, hinged
 from cadm_paper.metrics import multilabel_metrics
 from cadm_paper.model import CADM, predicted
@@ -26,12 +26,15 @@ from cadm_paper.results.statistics import Difference, bootstrap, difference, dra
 def replicates(record: RunRecord, array: str = "scores", count: int = 200) -> np.ndarray:
     """mAP of one score array of a record, then its bootstrap replicates over test images: 1 + count.
 
-    `scores_both` is the mean of both streams (Eq. 3), whatever the method predicts with.
+    `scores_both` is the mean of both streams (Eq. 3), whatever the method predicts with. Raises `RecordError`
+    where neither scores nor replicates were kept.
     """
     kept = (record.beside("replicates.npz") or {}).get(array, ())
     if len(kept) == 1 + count:
         return kept
     found = record.scores()
+    if not found:
+        raise RecordError(f"{record.folder} has neither scores.npz nor replicates.npz: train it again")
     if array == "scores_both":
         streams = (logit(np.clip(found[name], 1e-7, 1 - 1e-7)) for name in ("scores_fcls", "scores_scls"))
         found = found | {array: expit(predicted("both", *streams))}
