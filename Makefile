@@ -29,9 +29,8 @@ test: $(STAMP)
 	$(BIN)/ruff check --quiet $(SOURCES)
 	$(BIN)/ruff format --quiet --check $(SOURCES) cadm_paper
 	$(BIN)/lint-imports --no-logo >/dev/null 2>&1 || $(BIN)/lint-imports --no-logo
-	$(BIN)/mypy --no-error-summary
 	$(BIN)/python tools/count.py
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 # what takes longer: kills, browsers (a Chromium on the machine, or CADM_CHROMIUM), wheels; what the machine lacks is skipped with its reason
 test-slow: $(VENV)/.installed-slow

@@ -60,7 +60,7 @@ def test_the_area_under_precision_and_recall_is_the_average_precision(images, le
 
 
 def test_figures_of_photographs_that_the_record_does_not_hold(tmp_path):
-    small = dict(images=20, drawn=2, thumbnails=False)
+    small = dict(images=20, drawn=2, classes=6, thumbnails=False)
     runs = [synthetic_run(tmp_path / str(lam), lam=lam, **small) for lam in (0, 0.5)]
     for picture in (figure2(runs[1]), figure4(*runs), overlays(runs[1], 1)):
         files = picture.save(tmp_path)

@@ -262,12 +262,10 @@ def test_float64_gradients_of_the_head():
 # ---- compiled and exported -------------------------------------------------------------------------------------------
 
 
-# the other methods have their turn in the slow tests
-EACH = ["cadm", *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS if method != "cadm")]
-
-
-@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", EACH)
+# CADM's own compiled model is in test_ecosystem, its ONNX file in 01_model
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", METHODS)
 def test_no_graph_breaks(method, training):
     """fullgraph=True raises at the first graph break; label vectors at another size than f_embed's are in it, too."""
     model = network(method, image_size=48).train(training)
@@ -279,7 +277,8 @@ def test_no_graph_breaks(method, training):
         assert compiled(images()).logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", EACH)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_onnx_file_agrees(tmp_path, method, size=(64, 96)):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -93,6 +93,12 @@ def test_imports_are_light_and_need_nothing_of_notebooks():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_types_of_the_public_modules_hold():
+    pytest.importorskip("mypy")
+    done = run(sys.executable, "-m", "mypy", "--no-error-summary")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_no_machine_path_in_what_is_committed():
     files = run("git", "ls-files", "-z").stdout.split("\0")[:-1]
     if not files:
