@@ -21,6 +21,7 @@ SCRIPTS = {  # name of the result -> script; `make bench` runs all, train_step o
     "loss_scaling-cpu": "loss_scaling",
     "metrics": "metrics",
     "index": "index",
+    "heads-cpu": "heads",
     "train_step-gpu": "train_step",
 }
 # what, result, where in it, how it is written, aim, peer
@@ -167,15 +168,35 @@ def line(what: str, name: str, place: tuple, form: str, aim: str, peer: str) -> 
     return f"| {what} | {measured} | {aim} | {peer} | {machine} | {found.get('date', 'old')} | `{SCRIPTS[name]}.py` |"
 
 
+def heads() -> str:
+    """The table of what each method's head costs."""
+    if not (found := result("heads-cpu")):
+        return "\nWhat each method's head costs over a plain ResNet-101: **not measured** (`heads.py`).\n"
+    of, about = found["settings"], found["environment"]
+    lines = [
+        f"\nWhat each method's head costs over pooling and a linear layer on {of['backbone']} at {of['size']} px, batch {of['batch']} "
+        f"(`heads.py`, {about['device']}, {found['date']}; medians of {of['repeats']} turns, one training step or prediction each):\n",
+        "| method | more parameters | training step | prediction | peak memory |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    for name, cost in found["methods"].items():
+        times = (cost["step_ratio"]["median"], cost["predict_ratio"]["median"], cost["peak_memory_ratio"])
+        lines.append(
+            f"| `{name}` | {cost['more_parameters']:,} | {' | '.join(f'{t:.2f} x' for t in times)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def written() -> str:
     """README.md with the table as the results are."""
     before, _, rest = README.read_text(encoding="utf-8").partition(START)
-    heads = "| what | measured | aim | over or of | machine | date | script |\n| --- | --- | --- | --- | --- | --- | --- |\n"
+    titles = "| what | measured | aim | over or of | machine | date | script |\n| --- | --- | --- | --- | --- | --- | --- |\n"
     return (
         before
         + START
-        + heads
+        + titles
         + "".join(f"{line(*entry)}\n" for entry in LINES)
+        + heads()
         + END
         + rest.partition(END)[2]
     )
