@@ -102,11 +102,12 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **h
 
 # %% ../nbs/06_figures.ipynb #8a82011e
 def small_png(buffer: io.BytesIO, description: str) -> bytes:
-    """The same image with a palette of 256 colours, and a description in it."""
+    """The same image with a palette of 256 colours where it shows no photograph, and a description in it."""
     info, out = PngImagePlugin.PngInfo(), io.BytesIO()
     info.add_itxt("Description", description)
-    palette = dict(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    image = Image.open(buffer).convert("RGB").quantize(256, **palette)
+    image = Image.open(buffer).convert("RGB")
+    if image.getcolors(40_000):  # None for more
+        image = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     image.save(out, format="png", optimize=True, pnginfo=info)
     return out.getvalue()
 
