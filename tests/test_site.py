@@ -136,7 +136,7 @@ def test_the_headline_numbers_lead_to_the_committed_records():
     for part in ("confirm", "photographs"):
         for r in load_runs(reference_folder() / part):
             groups.setdefault(f"{r.dataset['name']}-{Variant.of(r).slug}", []).append(r)
-    cells = re.findall(r'<a href="#([^"]+)">([\d.]+ ± [\d.]+)</a> (\(\d+\))', text)
+    cells = re.findall(r'<a href="#([^"]+)">([\d.]+ ± [\d.]+) (\(\d+\))</a>', text)
     assert len(cells) == len(named) == 12
     for place, number, n in cells:
         runs = sorted(groups[place], key=lambda r: r.config.seed)
