@@ -24,6 +24,7 @@ from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.record import RecordError, RunRecord, source
 from cadm_paper.engine.variants import Variant, group
 from cadm_paper.files import whole_file
+from cadm_paper.results.measures import check_same_test
 from cadm_paper.results.statistics import difference
 
 # %% auto #0
@@ -683,9 +684,8 @@ def class_changes(mine: dict[int, RunRecord], theirs: dict[int, RunRecord]) -> t
     (one, *_), (other, *_) = mine.values(), theirs.values()
     if not (seeds := sorted(mine.keys() & theirs.keys())):
         raise RecordError(f"no seed that {one.name} and {other.name} have in common")
-    for part, what in (("classes", "classes"), ("test", "test images or labels")):
-        if any(mine[s].dataset.get(part) != theirs[s].dataset.get(part) for s in seeds):
-            raise RecordError(f"{one.name} and {other.name} cannot be compared: tested on different {what}")
+    for s in seeds:
+        check_same_test(mine[s], theirs[s])
     return seeds, np.stack([class_precision(mine[s]) - class_precision(theirs[s]) for s in seeds])
 
 

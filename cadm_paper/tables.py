@@ -298,7 +298,7 @@ def gain(of: Block, plan: TablePlan) -> Gain | None:
     names = ("mAP", "CF1", "OF1")
     found = {m: difference([b.metrics[m] - a.metrics[m] for a, b in pairs]) for m in names}
     before, after = (dict(enumerate(same)) for same in zip(*pairs))
-    with contextlib.suppress(RecordError):  # without scores, the interval is over seeds alone
+    with contextlib.suppress(RecordError):  # without scores of the same images, over seeds alone
         found["mAP"] = compare_runs(after, before)
     claimed = {m: printed["cadm", 0.5][m] - printed["cadm", 0.0][m] for m in names}
     return Gain(of.dataset, found, claimed, plan.data)

@@ -51,6 +51,14 @@ def spread(runs: Mapping[int, RunRecord], metric: str = "mAP") -> str:
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} ({len(values)})"
 
 
+# %% ../../nbs/results/measures.ipynb #39239b03
+def check_same_test(one: RunRecord, other: RunRecord) -> None:
+    """Raise `RecordError` unless two runs were tested on the same classes, images and labels."""
+    for part, what in (("classes", "classes"), ("test", "test images or labels")):
+        if one.dataset.get(part) != other.dataset.get(part):
+            raise RecordError(f"{one.name} and {other.name} cannot be compared: tested on different {what}")
+
+
 # %% ../../nbs/results/measures.ipynb #39239a6f
 def compare_runs(
     runs: Mapping[int, RunRecord],
@@ -59,8 +67,13 @@ def compare_runs(
     against_array: str = "scores",
     count: int = 200,
 ) -> Difference:
-    """runs - against in mAP, paired by seed (seed -> record, common seeds) and by image."""
+    """runs - against in mAP, paired by seed (seed -> record, common seeds) and by image.
+
+    Raises `RecordError` for runs tested on other images, of which no two can be paired.
+    """
     pairs = [(runs[seed], against[seed]) for seed in sorted(set(runs) & set(against))]
+    for pair in pairs:
+        check_same_test(*pair)
     return difference([replicates(a, array, count) - replicates(b, against_array, count) for a, b in pairs])
 
 
