@@ -71,7 +71,7 @@ lock: $(STAMP)
 	mv requirements.lock.whole requirements.lock
 	rm requirements.lock.new
 
-# all benchmarks, and the table of benchmarks/README.md: half an hour on two idle cores
+# all benchmarks, and the table of benchmarks/README.md: an hour on two idle cores
 bench: $(STAMP)
 	$(BIN)/python benchmarks/table.py --run
 

@@ -278,9 +278,8 @@ def test_killed_at_random_moments_nothing_stays_and_the_tables_are_the_same(tmp_
 
 @pytest.mark.slow
 def test_two_workflows_on_one_folder_are_refused(site):
-    site.write(
-        [{"method": "baseline"}], defaults={"epochs": 60}
-    )  # longer than the second command takes to start
+    # longer than the second command takes to start
+    site.write([{"method": "baseline"}], defaults={"epochs": 60})
     process = site.start(STUB_SLEEP="1")
     site.wait(lambda: list(site.outputs.glob("runs/*/*/checkpoint")))
     assert "another process is writing here" in site.run(code=2)
