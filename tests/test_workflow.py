@@ -269,7 +269,7 @@ def test_killed_at_random_moments_nothing_stays_and_the_tables_are_the_same(tmp_
         process.send_signal(
             signal.SIGINT if number == 1 else signal.SIGKILL
         )  # the command alone: the rest has to notice
-        killed.wait(lambda: not killed.processes(), seconds=60)  # an interrupt amid imports may get lost
+        killed.wait(lambda: not killed.processes(), seconds=20)
         process.communicate()
     killed.run()
     assert killed.table() == undisturbed.table(), seed
@@ -278,9 +278,7 @@ def test_killed_at_random_moments_nothing_stays_and_the_tables_are_the_same(tmp_
 
 @pytest.mark.slow
 def test_two_workflows_on_one_folder_are_refused(site):
-    # longer than the second command takes to start
-    site.write([{"method": "baseline"}], defaults={"epochs": 60})
-    process = site.start(STUB_SLEEP="1")
+    process = site.start(STUB_SLEEP="3")
     site.wait(lambda: list(site.outputs.glob("runs/*/*/checkpoint")))
     assert "another process is writing here" in site.run(code=2)
     process.send_signal(signal.SIGINT)
