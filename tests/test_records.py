@@ -42,7 +42,10 @@ def honest(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def given(honest, tmp_path) -> Path:
+def given(honest, tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv(
+        "CADM_DATA", str(tmp_path / "data")
+    )  # the checkout may hold scenes, after `make reproduce`
     return Path(shutil.copytree(honest, tmp_path / "given"))
 
 
