@@ -551,7 +551,7 @@ def test_training_refuses_a_split_without_labels(folder, rows, limit):
     (folder / "test.csv").write_text(f"path,labels\n{rows}\n")
     (folder / "classes.txt").write_text("cat\n")
     config = TrainConfig(dataset="own", data_dir=str(folder), limit=limit)
-    with pytest.raises(ValueError, match="no image of test has a label .2 images are there"):
+    with pytest.raises(ValueError, match="no image of test has a label .2 images"):
         prepare_data(config)
 
 
@@ -570,7 +570,7 @@ def test_training_refuses_a_photograph_of_both_splits(folder):
         (folder / f"{name}.csv").write_text(f"path,labels\n{second},cat\n")
     prepare_data(TrainConfig(dataset="own", data_dir=str(folder)))
     (folder / "test.csv").write_text("path,labels\na.jpg,cat\nb.jpg,cat\n")
-    with pytest.raises(ValueError, match="1 photographs are both in train and in test, such as .*b.jpg"):
+    with pytest.raises(ValueError, match="1 images are in both train and test, such as .*b.jpg"):
         prepare_data(TrainConfig(dataset="own", data_dir=str(folder)))
 
 

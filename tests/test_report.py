@@ -166,7 +166,7 @@ def test_rows_without_a_current_record_have_a_reason(runs_copy):
         "measured",
     ]
     assert [line.note for line in coco.blocks[0].lines[2:4]] == [
-        "seed 0; stale: of another configuration",
+        "seed 0; stale: made with another configuration",
         "seed 0; made by commit 9e05b3d, clean",
     ]
     assert [line.state for line in nus.blocks[0].lines] == ["missing"] * 4 + ["failed"]

@@ -215,7 +215,7 @@ def test_a_record_of_other_labels_is_stale(tmp_path, monkeypatch):
     status._fingerprints.cache_clear()
     assert (
         status.state(record.folder).reason
-        == "made with other train and test images or labels than are there now"
+        == "made with other train and test images or labels than the current ones"
     )
 
 

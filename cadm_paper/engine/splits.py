@@ -20,16 +20,14 @@ from ..files import known
 
 # %% ../../nbs/engine/splits.ipynb #1e5b2369
 def data_root(config: TrainConfig) -> Path:
-    """The dataset's folder: as configured, or its place below `data/`."""
+    """The data set's folder: `data_dir`, or its default below `data/`."""
     known(config.dataset, DATASETS, "dataset =", ConfigError)
     return DATASETS[config.dataset].root(config.data_dir or None)
 
 
 # %% ../../nbs/engine/splits.ipynb #3167fc77
 def unlabelled_in_training(config: TrainConfig) -> str:
-    """keep or drop: what `unlabelled_train='paper'` means for this data set (COCO: 82,081 of 82,783 images;
-    NUS-WIDE: all 161,789).
-    """
+    """keep or drop; "paper" drops them for COCO (82,081 of 82,783 images) and keeps them for NUS-WIDE."""
     if config.unlabelled_train != "paper":
         return config.unlabelled_train
     like_coco = "coco2014", "scenes-coco", "scenes-spatial", "scenes-shuffled"
@@ -38,7 +36,7 @@ def unlabelled_in_training(config: TrainConfig) -> str:
 
 # %% ../../nbs/engine/splits.ipynb #64bf62bb
 def held_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (kept, held out) of a fixed random slice of the training images, each in order."""
+    """Sorted indices (kept, held out) of a fixed random split of the training images."""
     order = np.random.default_rng(2019).permutation(count)
     aside = round(count * fraction)
     return np.sort(order[aside:]), np.sort(order[:aside])
@@ -46,16 +44,16 @@ def held_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../../nbs/engine/splits.ipynb #5cd064a4
 def draw_examples(targets: np.ndarray, count: int = 12) -> np.ndarray:
-    """Rows of up to `count` images with two present labels or more, drawn by a fixed seed, in order."""
+    """Sorted rows of up to `count` images with at least two present labels, drawn with a fixed seed."""
     several = np.flatnonzero((targets == 1).sum(1) >= 2)
     return np.sort(np.random.default_rng(2019).choice(several, min(count, len(several)), replace=False))
 
 
 # %% ../../nbs/engine/splits.ipynb #a86dac53
 def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
-    """The images to train on and those to evaluate on; makes the embedded benchmark if it is not there.
+    """Training and test images; generates the embedded benchmark if it does not exist.
 
-    Raises `ConfigError` where no image has a label, the two have different classes, or share a photograph."""
+    Raises `ConfigError` if a split has no labels, or the two have different classes or share an image."""
     root, data = data_root(config), DATASETS[config.dataset]
     if config.dataset.startswith("scenes-"):
         ensure_scenes(config.dataset, root)
@@ -67,17 +65,13 @@ def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
     else:
         test = read(data.test_split)
     if train.classes != test.classes:
-        raise ConfigError(
-            f"{root}: {train.split} and {test.split} have different classes, or in another order"
-        )
+        raise ConfigError(f"{root}: the classes of {train.split} and {test.split} differ in names or order")
     if shared := set(map(os.path.normcase, train.paths)) & set(map(os.path.normcase, test.paths)):
-        what = f"{len(shared)} photographs are both in {train.split} and in {test.split}"
-        raise ConfigError(f"{root}: {what}, such as {min(shared)}: take them out of one of the two")
+        what = f"{len(shared)} images are in both {train.split} and {test.split}"
+        raise ConfigError(f"{root}: {what}, such as {min(shared)}: remove them from one of the two")
     if config.limit:
         train, test = train.take(slice(config.limit)), test.take(slice(config.limit))
     for split in (train, test):
         if not split.labelled.any():
-            raise ConfigError(
-                f"{root}: no image of {split.split} has a label ({len(split)} images are there)"
-            )
+            raise ConfigError(f"{root}: no image of {split.split} has a label ({len(split)} images)")
     return train, test
