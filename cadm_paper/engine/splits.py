@@ -65,7 +65,7 @@ def prepare_data(config: TrainConfig) -> tuple[Split, Split]:
     else:
         test = read(data.test_split)
     if train.classes != test.classes:
-        raise ConfigError(f"{root}: the classes of {train.split} and {test.split} differ in names or order")
+        raise ConfigError(f"{root}: {train.split} and {test.split} have different classes or class orders")
     if shared := set(map(os.path.normcase, train.paths)) & set(map(os.path.normcase, test.paths)):
         what = f"{len(shared)} images are in both {train.split} and {test.split}"
         raise ConfigError(f"{root}: {what}, such as {min(shared)}: remove them from one of the two")
