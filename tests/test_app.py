@@ -155,7 +155,7 @@ def test_files_that_ordinary_folders_hold(tmp_path):
     errors = [line for line in out.splitlines() if line.startswith("cadm: ")]
     assert code == 2 and len(errors) == 3
     assert all(sum(name in line for line in errors) == 1 for name in ("broken.jpg", "empty.png", "gone.jpg"))
-    assert "passed over: 1 ._*, 1 .txt" in out
+    assert "skipped: 1 ._*, 1 .txt" in out
     scores = Predictor.load(tmp_path / "model")(p / "b.jfif")["scores"]  # all are the same image
     for answer, row in zip(answers, rows):
         assert answer["scores"] == scores and float(row["dog"]) == round(scores["dog"], 6)

@@ -183,7 +183,7 @@ def test_paper_lists_every_run_of_tables_1_and_2():
         ({"runs": ["cadm"]}, "run 1"),
         ({"run": []}, "did you mean 'runs'"),
         ({"defaults": {"dataset": "voc2077"}, "runs": [{}]}, "did you mean 'voc2007'"),
-        ({"runs": [{"seed": [0, 0]}]}, "named before"),
+        ({"runs": [{"seed": [0, 0]}]}, "listed twice"),
         ({"notebooks": ["tabel1"]}, "did you mean 'table1'"),
     ],
 )
