@@ -18,13 +18,11 @@ from .paper import DECISIONS, LossOptions, takes
 
 # %% ../nbs/02_loss.ipynb #c8f045ec
 def check_targets(targets: Tensor, shape: tuple[int, ...]) -> None:
-    """ValueError unless targets are images x classes of 1, 0 or -1; values are checked on the CPU only."""
+    """ValueError unless targets are images x classes of 1, 0 or -1 (values are checked on the CPU only)."""
     if tuple(targets.shape) != tuple(shape):
         given, (images, classes) = tuple(targets.shape), shape
-        raise ValueError(
-            f"targets of shape {given} for {images} images and {classes} classes: one label each"
-        )
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():  # would wait for the device
+        raise ValueError(f"targets of shape {given} for {images} images and {classes} classes")
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():  # reading values would synchronise
         return
     wrong = targets[(targets != 1) & (targets != 0) & (targets != -1)]
     if len(wrong):
@@ -36,20 +34,20 @@ def check_targets(targets: Tensor, shape: tuple[int, ...]) -> None:
 def reduce_classes(
     total: Float[Tensor, "batch"], targets: Shaped[Tensor, "batch classes"], reduction: str
 ) -> Float[Tensor, "batch"]:
-    """An image's loss as it is ("sum") or divided by the number of its labels that count ("mean")."""
+    """Per-image loss as it is ("sum") or divided by the number of known labels ("mean")."""
     DECISIONS["reduction_classes"].check(reduction)
     return total if reduction == "sum" else total / (targets >= 0).sum(1).clamp(min=1)
 
 
 # %% ../nbs/02_loss.ipynb #be9fe0af
 def mean_over_images(per_image: Float[Tensor, "batch"], num_images: int | None = None) -> Float[Tensor, ""]:
-    """Sum over the images here, divided by `num_images`: of all, where there are more (default: these)."""
+    """Sum over these images divided by `num_images` (default: their number)."""
     return per_image.sum() / (max(len(per_image), 1) if num_images is None else num_images)
 
 
 # %% ../nbs/02_loss.ipynb #b04fbd06
 def full_precision(x: Tensor) -> Tensor:
-    """float16 and bfloat16 to float32; float32 and float64 as they are."""
+    """float16 and bfloat16 as float32; float32 and float64 unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -69,13 +67,13 @@ def classification_loss(
         targets: B x C; 1 present, 0 absent, -1 ignored.
         sign: "descent", or "printed" for Eq. 4 without a minus.
         reduction_classes: "sum" over classes, or "mean".
-        num_images: what the mean over images divides by; None: B.
+        num_images: denominator of the mean over images; None: B.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: for targets of another shape or other values, or an option that is none of the choices.
+        ValueError: for targets of another shape or with other values, or an invalid option.
 
     Example:
         >>> classification_loss(torch.zeros(2, 3), torch.ones(2, 3))
@@ -106,15 +104,15 @@ def asymmetric_loss(
 
     Args:
         logits, targets, reduction_classes, num_images: as in `classification_loss`.
-        gamma_neg, gamma_pos: focusing of absent and of present labels, >= 0.
-        clip: their m, the score below which an absent label costs nothing.
-        constant_weight: no gradient through the focusing weights, as in the released code.
+        gamma_neg, gamma_pos: focusing parameters of absent and present labels, >= 0.
+        clip: the margin m, a score below which an absent label costs nothing.
+        constant_weight: stop the gradient through the focusing weights, as the released code does.
 
     Returns:
         A scalar: summed over classes, mean over images.
 
     Raises:
-        ValueError: as `classification_loss`, and for a clip outside 0..1 or a gamma below 0.
+        ValueError: as `classification_loss`; also for a clip outside 0..1 or a gamma below 0.
 
     Example:
         >>> asymmetric_loss(torch.zeros(2, 3), torch.ones(2, 3))
@@ -127,7 +125,7 @@ def asymmetric_loss(
         if not 0 <= gamma < float("inf"):
             raise ValueError(f"{name}={gamma!r}: it must be >= 0 and finite")
     x = full_precision(logits)
-    least = torch.finfo(x.dtype).tiny  # at 0 a power below 1 is infinitely steep
+    least = torch.finfo(x.dtype).tiny  # a power below 1 has an infinite gradient at 0
     weight = lambda p, gamma: (p.detach() if constant_weight else p).clamp(min=least) ** gamma
     present = -F.logsigmoid(x) * weight(torch.sigmoid(-x), gamma_pos)
     shifted = F.relu(torch.sigmoid(x) - clip)
@@ -140,7 +138,7 @@ def asymmetric_loss(
 def center_of_present(
     label_vectors: Float[Tensor, "batch classes k"], targets: Shaped[Tensor, "batch classes"]
 ) -> Float[Tensor, "batch k"]:
-    """The mean label vector of the present labels of each image; zero where none is present."""
+    """The mean label vector of the present labels of each image; zero if there are none."""
     present = (targets == 1)[:, :, None]
     return torch.where(present, label_vectors, 0).sum(1) / present.sum(1).clamp(min=1)
 
@@ -162,7 +160,7 @@ def distances_to_center(
     detach_center: bool = LossOptions.detach_center,
     center: str = LossOptions.center,
 ) -> Float[Tensor, "batch classes"]:
-    """Squared (or plain) distance of each class's vector to the image's mean present one, or to 0."""
+    """Squared (or plain) distance of each label vector to the mean of the present ones, or to 0."""
     offsets = label_vectors
     if center == "present":
         mean = center_of_present(label_vectors, targets)
@@ -177,7 +175,7 @@ def hinged(
     margin: float = LossOptions.margin,
     hinge: str = LossOptions.hinge,
 ) -> Float[Tensor, "batch"]:
-    """The second term of Eq. 12 per image, the hinge inside the sum over absent labels or outside."""
+    """The second term of Eq. 12 per image, with the hinge inside or outside the sum over absent labels."""
     absent = targets == 0
     if hinge == "inside":
         return torch.where(absent, F.relu(margin - distances), 0).sum(1)
@@ -219,14 +217,14 @@ def label_correlation_loss(
     Args:
         label_vectors: B x C x k.
         targets: B x C; 1 present, 0 absent, -1 ignored.
-        num_images: what the mean over images divides by; None: B.
+        num_images: denominator of the mean over images; None: B.
         options: the fields of `LossOptions`.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: for targets of another shape or other values, or an option that is none of the choices.
+        ValueError: for targets of another shape or with other values, or an invalid option.
 
     Example:
         >>> label_correlation_loss(torch.zeros(1, 3, 2), torch.tensor([[1, 0, 0]]))
@@ -237,7 +235,7 @@ def label_correlation_loss(
 
 # %% ../nbs/02_loss.ipynb #5baadfd6
 class LossTerms(NamedTuple):
-    """L, L_cls and L_lce of Eq. 5: L_lce without its factor lambda, and not computed (0) at lambda = 0."""
+    """L, L_cls and L_lce of Eq. 5; L_lce is without its factor λ, and 0 (not computed) at λ = 0."""
 
     total: Float[Tensor, ""]
     classification: Float[Tensor, ""]
@@ -245,20 +243,20 @@ class LossTerms(NamedTuple):
 
     @classmethod
     def of_classification(cls, loss: Float[Tensor, ""]) -> "LossTerms":
-        """Of a loss that has the first term alone."""
+        """Terms of a loss that consists of L_cls only."""
         return cls(loss, loss, torch.zeros_like(loss))
 
 
 # %% ../nbs/02_loss.ipynb #afdc1623
 class CADMLoss(nn.Module):
-    """L = L_cls + lambda L_lce (Eq. 5) of a model's output and targets 1, 0, -1 (ignored).
+    """L = L_cls + λ L_lce (Eq. 5) of a model's output and targets 1, 0, -1 (ignored).
 
     Args:
-        lam: the weight lambda, >= 0; at 0 no label vectors are needed: plain logits B x C will do.
+        lam: the weight λ >= 0; at 0 plain logits, B x C, are enough.
         options: the fields of `LossOptions`.
 
     Raises:
-        ValueError: for an option that is none of the choices; on a call, as `classification_loss`.
+        ValueError: for an invalid option; on a call, as `classification_loss`.
 
     Example:
         >>> loss = CADMLoss(lam=0.5, hinge="outside")(model(images), targets)
@@ -275,7 +273,7 @@ class CADMLoss(nn.Module):
     def terms(
         self, output, targets: Shaped[Tensor, "batch classes"], num_images: int | None = None
     ) -> LossTerms:
-        """All of Eq. 5; `num_images` is what the mean is over where `output` holds a part of the images."""
+        """All terms of Eq. 5; `num_images` is the denominator if `output` is part of a batch."""
         logits = getattr(output, "logits", output)
         cls = classification_loss(
             logits, targets, reduction_classes=self.options.reduction_classes, num_images=num_images
@@ -284,7 +282,7 @@ class CADMLoss(nn.Module):
             return LossTerms.of_classification(cls)
         if getattr(output, "label_vectors", None) is None:
             how = "model.train(), or model(images, with_label_vectors=True)"
-            raise ValueError(f"lam={self.lam:g} needs label vectors and the output has none: {how}")
+            raise ValueError(f"lam={self.lam:g} needs label vectors but the output has none: call {how}")
         lce = _label_correlation(output.label_vectors, targets, self.options, num_images)
         return LossTerms(cls + self.lam * lce, cls, lce)
 

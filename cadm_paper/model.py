@@ -32,14 +32,14 @@ from .weights import read_state_dict, start_backbone
 
 # %% ../nbs/01_model.ipynb #05d4743f
 def torchvision_resnet(name: str, **how) -> nn.Sequential:
-    """The convolutional part of a torchvision ResNet (Eq. 1), under torchvision's key names, not trained."""
+    """The convolutional part of a torchvision ResNet (Eq. 1), untrained, with torchvision's names."""
     parts = torchvision.models.get_model(name, weights=None, **how).named_children()
     return nn.Sequential(OrderedDict((key, part) for key, part in parts if key not in ("avgpool", "fc")))
 
 
 # %% ../nbs/01_model.ipynb #6454a68a
 def one_block_stage(inner: int, outer: int, stride: int) -> nn.Sequential:
-    """A stage of one `BasicBlock`, its shortcut a 1x1 convolution where size or channels change."""
+    """A stage of one `BasicBlock`; its shortcut is a 1x1 convolution if size or channels change."""
     shortcut = None
     if stride != 1 or inner != outer:
         shortcut = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
@@ -48,7 +48,7 @@ def one_block_stage(inner: int, outer: int, stride: int) -> nn.Sequential:
 
 # %% ../nbs/01_model.ipynb #dc417f13
 def narrow_resnet(width: int = 16, strides: Sequence[int] = (1, 2, 2, 1), dilation: int = 1) -> nn.Sequential:
-    """The benchmark's ResNet: one `BasicBlock` a stage, 3x3 stem of stride 2, no stem pooling; d = 4 x width.
+    """The benchmark's ResNet: one `BasicBlock` per stage, 3x3 stem of stride 2, no pooling; d = 4 x width.
 
     `dilation` of the last stage widens the receptive field: 79 px at 1, 175 px at 4.
     """
@@ -60,22 +60,22 @@ def narrow_resnet(width: int = 16, strides: Sequence[int] = (1, 2, 2, 1), dilati
         parts[f"layer{stage}"] = one_block_stage(inner, width * factor, stride)
         inner = width * factor
     for m in (m for part in parts.values() for m in part.modules() if isinstance(m, nn.Conv2d)):
-        nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")  # torchvision's own rule
+        nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")  # as in torchvision
     for layer in parts["layer4"].modules():
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
-            layer.dilation = layer.padding = (dilation, dilation)  # torchvision's BasicBlock takes none
+            layer.dilation = layer.padding = (dilation, dilation)  # torchvision's BasicBlock has no dilation
     return nn.Sequential(parts)
 
 
 # %% ../nbs/01_model.ipynb #b4cb0004
 def torchvision_features(name: str) -> nn.Sequential:
-    """The convolutional part of a torchvision network that calls it `features`, not trained."""
+    """The convolutional part, `features`, of a torchvision network, untrained."""
     return torchvision.models.get_model(name, weights=None).features
 
 
 # %% ../nbs/01_model.ipynb #b4cb0002
 def stride16(build: Callable[[], nn.Sequential]) -> nn.Sequential:
-    """A backbone of stride 32 whose last stage does not shrink the maps: stride 1, then dilation 2."""
+    """A backbone of stride 32 with its last stage at stride 1, then dilation 2."""
     backbone = build()
     convs = [m for m in backbone.modules() if isinstance(m, nn.Conv2d)]
     last = max(i for i, m in enumerate(convs) if m.stride == (2, 2) and m.kernel_size != (1, 1))
@@ -97,13 +97,13 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     **{f"{name}_stride16": partial(stride16, build) for name, build in _TORCHVISION.items()},
     **{name: partial(torchvision_features, name) for name in _named(include=["convnext*"])},
     "narrow_resnet": narrow_resnet,
-    "narrow_resnet_dilated": partial(narrow_resnet, dilation=4),  # sees a whole scene
+    "narrow_resnet_dilated": partial(narrow_resnet, dilation=4),  # its receptive field covers a whole scene
 }
 
 
 # %% ../nbs/01_model.ipynb #e0b10985
 def build_backbone(backbone: str | nn.Module) -> nn.Module:
-    """A backbone by name, not trained, or the module that is given; `ValueError` for an unknown name."""
+    """A new, untrained backbone by name, or the given module; `ValueError` for an unknown name."""
     if isinstance(backbone, nn.Module):
         return backbone
     if backbone.startswith("timm/"):
@@ -118,7 +118,7 @@ def build_backbone(backbone: str | nn.Module) -> nn.Module:
 
 # %% ../nbs/01_model.ipynb #cd8fb367
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) from one number or two; anything but whole numbers from 1 to 10,000 is an error."""
+    """(height, width) from one or two whole numbers from 1 to 10,000; `ValueError` otherwise."""
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or any(type(side) is not int or not 1 <= side <= 10_000 for side in sides):
         what = "a positive whole number up to 10,000 or two of them (height, width)"
@@ -133,7 +133,7 @@ LAST = "layer4"  # X of Eq. 1
 def feature_maps(
     backbone: nn.Module, images: Float[Tensor, "batch 3 H W"], layers: Sequence[str] | None = (LAST,)
 ) -> dict[str, Tensor]:
-    """The maps of these stages of a backbone (None: of all), each B x d x h x w; `KeyError` for others."""
+    """Maps of these stages of a backbone (None: all), each B x d x h x w; `KeyError` for an unknown stage."""
     x: Any = images
     found: dict[str, Tensor] = {}
     stages = backbone.named_children() if isinstance(backbone, nn.Sequential) else [(LAST, backbone)]
@@ -154,18 +154,20 @@ def feature_maps(
 def feature_shapes(
     backbone: str | nn.Module, image_size: int | Sequence[int]
 ) -> dict[str, tuple[int, int, int]]:
-    """(d, h, w) of a backbone's maps of an image (pixels), by stage, found without computing anything."""
+    """(d, h, w) of a backbone's maps by stage for an image size (px), without computing values."""
     with torch.device("meta"):
         module = build_backbone(backbone) if isinstance(backbone, str) else copy.deepcopy(backbone)
         maps = feature_maps(module.to("meta").eval(), torch.empty(1, 3, *pair(image_size)), None)
     if wrong := [tuple(x.shape) for x in maps.values() if x.ndim != 4]:
-        raise ValueError(f"a backbone gives maps B x d x h x w, and this one {wrong[0]} of one image")
+        raise ValueError(
+            f"a backbone must return maps B x d x h x w; this one returned {wrong[0]} for one image"
+        )
     return {name: (x.shape[1], x.shape[2], x.shape[3]) for name, x in maps.items()}
 
 
 # %% ../nbs/01_model.ipynb #d403328b
 def global_pool(x: Float[Tensor, "batch channels h w"], pool: str = "max") -> Float[Tensor, "batch channels"]:
-    """Global max (the paper) or average pooling; a maximum of several positions shares its gradient."""
+    """Global max (the paper) or average pooling; tied maxima share the gradient."""
     return x.amax((2, 3)) if pool == "max" else x.mean((2, 3))
 
 
@@ -190,7 +192,7 @@ def embedding_network(
 def upsampled_maps(
     maps: Float[Tensor, "batch classes h w"], size: int | tuple[int, int]
 ) -> Float[Tensor, "batch classes H W"]:
-    """Maps resized (pixels), by bilinear interpolation with values at pixel centres."""
+    """Maps resized to `size` (px) by bilinear interpolation, values at pixel centres."""
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
@@ -198,11 +200,11 @@ def upsampled_maps(
 def fit_maps(
     maps: Float[Tensor, "batch classes h w"], size: tuple[int, int], resize: str
 ) -> Float[Tensor, "batch classes map_h map_w"]:
-    """Maps at the size that f_embed was made for, by the switch `embed_resize`."""
+    """Maps resized to the size of f_embed by the switch `embed_resize`."""
     if tuple(maps.shape[2:]) == tuple(size):
         return maps
     if resize == "error":
-        found = "made for {} x {} maps and got {} x {}".format(*size, *maps.shape[2:])
+        found = "built for {} x {} maps and got {} x {}".format(*size, *maps.shape[2:])
         how = "with this map_size (or image_size), or with embed_resize='interpolate' or 'pool'"
         raise ValueError(f"f_embed was {found}: build the model {how}")
     return upsampled_maps(maps, size) if resize == "interpolate" else F.adaptive_avg_pool2d(maps, size)
@@ -216,7 +218,7 @@ class CADMOutput(NamedTuple):
         logits: before the sigmoid, the mean of both streams (Eq. 3).
         logits_fcls, logits_scls: of the streams (Eq. 2).
         maps: class-aware maps (Eq. 7), at the size of the features.
-        label_vectors: Eq. 8; None where not asked for.
+        label_vectors: Eq. 8; None if not requested.
 
     Example:
         >>> output = model(images)
@@ -235,7 +237,7 @@ class CADMOutput(NamedTuple):
         return self.logits.sigmoid()
 
     def upsampled_maps(self, size: int | tuple[int, int]) -> Float[Tensor, "batch classes H W"]:
-        """The maps at the image's size (pixels); made only when asked for."""
+        """The maps resized to the image's size (px)."""
         return upsampled_maps(self.maps, size)
 
 
@@ -246,7 +248,7 @@ def embedding_maps(
     weights: Float[Tensor, "classes d"],
     detach: str,
 ) -> Float[Tensor, "batch classes h w"]:
-    """The maps as f_embed gets them: with all their gradient, without that of the weights, or with none."""
+    """The input maps of f_embed: with their gradient, without that of the weights, or detached."""
     if detach == "weights":
         return class_maps(features, weights.detach())
     return maps.detach() if detach == "all" else maps
@@ -254,7 +256,7 @@ def embedding_maps(
 
 # %% ../nbs/01_model.ipynb #57e0a001
 def predicted(streams: str, fcls, scls):
-    """The logits that a method predicts with: those of one stream, or the mean of both (Eq. 3)."""
+    """The predicting logits: those of one stream, or the mean of both (Eq. 3)."""
     return {"both": (fcls + scls) / 2, "fcls": fcls, "scls": scls}[streams]
 
 
@@ -265,11 +267,11 @@ class CADMHead(nn.Module):
     Args:
         num_features: channels d of X.
         num_classes: number of classes, C.
-        map_size: (h, w) of X, or one number for both, that f_embed is made for.
+        map_size: (h, w) of X, or one number for both, for which f_embed is built.
         options: the fields of `ModelOptions`; `bias=False` means "none".
 
     Raises:
-        ValueError: for an impossible size, or an option that is none of the choices.
+        ValueError: for an invalid size or option.
 
     Example:
         >>> CADMHead(2048, 80)(torch.rand(2, 2048, 14, 14)).maps.shape
@@ -289,7 +291,7 @@ class CADMHead(nn.Module):
         self.map_size = pair(map_size)
         self.classifier = nn.Linear(num_features, num_classes, bias=choose.bias != "none")
         if self.classifier.bias is not None:
-            nn.init.zeros_(self.classifier.bias)  # with and without: the same function at the start
+            nn.init.zeros_(self.classifier.bias)  # same function at the start with and without bias
         if not choose.share_weights:
             self.map_weight = nn.Parameter(self.classifier.weight.detach().clone())
         self.embed = embedding_network(
@@ -298,13 +300,13 @@ class CADMHead(nn.Module):
 
     @property
     def config(self) -> dict:
-        """The keyword arguments that build this head again, JSON-ready."""
+        """The keyword arguments that rebuild this head, JSON-ready."""
         return {"map_size": list(self.map_size), **vars(self.options)}
 
     def forward(
         self, features: Tensor | Mapping[str, Tensor], with_label_vectors: bool | None = None
     ) -> CADMOutput:
-        """Of X, B x d x h x w, or of maps by name; label vectors come while f_embed is trained."""
+        """Output for X, B x d x h x w, or for maps by name; with label vectors while f_embed is trained."""
         if isinstance(features, Mapping):
             features = features[LAST]
         if with_label_vectors is None:
@@ -334,8 +336,8 @@ SEEN = {name: DECISIONS[name].default for name in ("resize", "normalise", "exif"
 class Network(nn.Module):
     """A backbone and a head over its maps: images to logits.
 
-    `build_head(shapes, num_classes)` makes the head from the maps' (d, h, w). `seen` is how an image becomes
-    an input: `resize`, `normalise` and `exif`; None in a loaded model that does not say.
+    `build_head(shapes, num_classes)` builds the head from the maps' (d, h, w). `seen` is the preprocessing,
+    `resize`, `normalise` and `exif`; None in a loaded model that does not define it.
     """
 
     head: Any  # a method's, or CADMHead
@@ -367,7 +369,9 @@ class Network(nn.Module):
             DECISIONS[known(name, SEEN, "unknown keyword")].check(value)
         shapes = feature_shapes(backbone, self.image_size)
         self.backbone = build_backbone(backbone)
-        start = None if backbone is self.backbone and weights == "imagenet" else weights  # it has weights
+        start = (
+            None if backbone is self.backbone and weights == "imagenet" else weights
+        )  # a module has weights
         self.provenance = start_backbone(self.backbone, self.backbone_name, start, expected_missing, quiet)
         self.head = build_head(shapes, num_classes)
 
@@ -383,7 +387,7 @@ class Network(nn.Module):
 
     @property
     def config(self) -> dict:
-        """All that is needed to build this model again, JSON-ready, and where its first weights came from."""
+        """All that is needed to rebuild this model, and the origin of its first weights; JSON-ready."""
         return {
             "num_classes": self.num_classes,
             "backbone": self.backbone_name,
@@ -395,9 +399,9 @@ class Network(nn.Module):
         }
 
     def save_pretrained(self, folder: str | Path, **hub) -> Path:
-        """Write `model.safetensors` and `config.json` into a folder, both or neither.
+        """Write `model.safetensors` and `config.json` into a folder, atomically.
 
-        `PyTorchModelHubMixin` reads them, too, and what it passes as `hub` is theirs alone.
+        `PyTorchModelHubMixin` reads them, too; its arguments `hub` are ignored here.
         """
         with whole_folder(folder, MODEL_FILES, "a saved model") as new:
             state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
@@ -418,7 +422,7 @@ class Network(nn.Module):
 
 # %% ../nbs/01_model.ipynb #7e973e87
 def saved_folder(folder: str | Path, **hub) -> Path:
-    """A saved model's folder: on this machine, or else fetched from the hub if its name is like `user/name`."""
+    """A saved model's folder on this machine, or fetched from the hub for a name like `user/name`."""
     path = Path(folder).expanduser()
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         return path
@@ -427,36 +431,35 @@ def saved_folder(folder: str | Path, **hub) -> Path:
         return Path(fetch(str(folder), allow_patterns=list(MODEL_FILES), **hub))
     except Exception as error:  # no network, no such repository, no package
         why = f"{error}".strip().partition("\n")[0]
-        raise FileNotFoundError(f"there is no folder {folder}, and none from the hub: {why}") from error
+        raise FileNotFoundError(f"there is no folder {folder}, and the hub has none: {why}") from error
 
 
 # %% ../nbs/01_model.ipynb #9c59ea5b
 def load_network(
     folder: str | Path, build: Callable[..., Network], backbone: nn.Module | None = None, **hub
 ) -> Any:
-    """The model of a saved folder, on the CPU, to evaluate: `build(**config)` with the checked weights."""
+    """The model of a saved folder, on the CPU, in evaluation mode: `build(**config)` with checked weights."""
     path, file = (saved_folder(folder, **hub) / name for name in MODEL_FILES)
     if missing := [name for name in MODEL_FILES if not (path.parent / name).is_file()]:
-        raise FileNotFoundError(f"{folder} is no saved model: there is no {missing[0]} in it")
+        raise FileNotFoundError(f"{folder} is not a saved model: it has no {missing[0]}")
     config = read_json(path)
     if not isinstance(config, dict) or config.pop("schema", None) != SCHEMA:
-        raise ValueError(f"{path} has another schema than {SCHEMA!r}, which this version reads")
+        raise ValueError(f"{path}: this version reads schema {SCHEMA!r} only")
     if sha256_file(file) != config.pop("sha256", None):
-        why = "(checksum differs): damaged, or of another run"
-        raise ValueError(f"{file} is not the file that config.json describes {why}")
+        raise ValueError(f"{file}: checksum differs from config.json: damaged, or from another run")
     config.pop("cadm_paper", None)
     provenance = config.pop("provenance", None) or config.get("weights") or {"source": None}
     config |= {"weights": None, "quiet": True} | ({} if backbone is None else {"backbone": backbone})
     try:
-        with torch.device("meta"):  # shapes without numbers: no time or random numbers for an initialisation
+        with torch.device("meta"):  # no values: the initialisation takes no time and no random numbers
             model = build(**config)
         state = read_state_dict(file)
         model.load_state_dict(state, assign=True)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder}: config.json and model.safetensors do not make a model: {why}") from error
+        raise ValueError(f"{folder}: config.json and model.safetensors do not match: {why}") from error
     model.provenance = provenance
-    if not {"resize", "normalise"} <= config.keys():  # of an earlier version: unknown
+    if not {"resize", "normalise"} <= config.keys():  # saved by an earlier version
         model.seen = None
     return model.float().eval()
 
@@ -467,22 +470,22 @@ class CADM(Network):
 
     Args:
         num_classes: number of classes, C.
-        backbone: a name in `BACKBONES` (torchvision's ResNets, "narrow_resnet"), one of timm's as "timm/NAME", or a
-            module from images to maps.
-        weights: where the backbone starts: "imagenet", "imagenet-v2", torchvision's words and names, a file or
-            a saved model's folder; None: random numbers. A module starts as it is, unless a file is given.
-        image_size: pixels (or height, width) that f_embed is made for; 448, the narrow ResNet 80.
-        map_size: (h, w) of the maps that f_embed is made for; None: those of `image_size`.
+        backbone: a name in `BACKBONES` (torchvision's ResNets, "narrow_resnet"), "timm/NAME", or a module
+            from images to maps.
+        weights: initial weights of the backbone: "imagenet", "imagenet-v2", torchvision's words and names, a
+            file or a saved model's folder; None: random. A module keeps its weights unless a file is given.
+        image_size: px (or height, width) for which f_embed is built; 448, for the narrow ResNet 80.
+        map_size: (h, w) of the maps for which f_embed is built; None: from `image_size`.
         classes: C different names.
-        expected_missing: patterns of names that a weights file may lack.
-        quiet: no warning of random weights.
-        resize, normalise, exif: how images become inputs; saved, for whoever predicts.
+        expected_missing: patterns of parameter names that a weights file may lack.
+        quiet: do not warn about random weights.
+        resize, normalise, exif: the preprocessing, saved with the model.
         options: the fields of `ModelOptions`.
 
     Raises:
-        ValueError: for anything impossible, and weights that do not fit.
-        FileNotFoundError: no weights there.
-        WeightsUnavailable: ImageNet's weights cannot be fetched.
+        ValueError: for an invalid argument, or weights that do not fit.
+        FileNotFoundError: if there is no weights file.
+        WeightsUnavailable: if ImageNet's weights cannot be fetched.
 
     Example:
         >>> model = CADM(80, "resnet101", classes=names).eval()
@@ -519,20 +522,20 @@ class CADM(Network):
     def forward(
         self, images: Float[Tensor, "batch 3 H W"], with_label_vectors: bool | None = None
     ) -> CADMOutput:
-        """Normalised images of any size; label vectors in training only, unless asked for or refused."""
+        """Output for normalised images of any size; label vectors in training or on request."""
         return super().forward(images, with_label_vectors)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, backbone: nn.Module | None = None, **hub) -> "CADM":
-        """The model that `save_pretrained` wrote, on the CPU and in evaluation mode; draws no random numbers.
+        """The model that `save_pretrained` wrote, on the CPU and in evaluation mode; uses no random numbers.
 
         Args:
             folder: a folder, or `user/name` on the Hugging Face hub (extra `hub`).
-            backbone: a module of the kind that the model was made with, where that has no name.
+            backbone: a module of the model's class, if its backbone has no name.
             hub: revision, token, cache_dir ... as in `huggingface_hub.snapshot_download`.
 
         Raises:
-            FileNotFoundError, ValueError: the file that is missing, damaged or of another model.
+            FileNotFoundError, ValueError: for a file that is missing, damaged or of another model.
         """
         return load_network(folder, cls, backbone, **hub)
 
@@ -544,11 +547,11 @@ def export_onnx(model: Network, path: str | Path, image_size: int | Sequence[int
     Args:
         model: of any method.
         path: the file.
-        image_size: pixels (or height, width) of its input; None: the model's.
+        image_size: px (or height, width) of its input; None: the model's.
 
     Returns:
-        The path. Inputs: `images` (any batch size); outputs: the tensors of the model's output by name; its
-        metadata holds the model's configuration as `cadm_paper`.
+        The path. Inputs: `images` (any batch size); outputs: the tensors of the model's output by name; the
+        metadata `cadm_paper` holds the model's configuration.
 
     Raises:
         ModuleNotFoundError: without the extra `onnx`.
@@ -581,7 +584,7 @@ def export_onnx(model: Network, path: str | Path, image_size: int | Sequence[int
 
 # %% ../nbs/01_model.ipynb #f3608c23
 class TupleOutput(nn.Module):
-    """A model whose output has no None, and no tensor twice: torch 2.8 would lose one of its names."""
+    """A model whose output has no None and no duplicates: torch 2.8 would lose the name of one."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -149,7 +149,7 @@ def test_to_the_hub_and_back(hub):
     theirs = type("Mine", (PyTorchModelHubMixin, CADM), {}).from_pretrained(hub / "user" / "cadm").eval()
     for again in (CADM.from_pretrained("user/cadm", revision="main"), load_model("user/cadm"), theirs):
         assert torch.equal(again(image).logits, model(image).logits) and again.classes == ["a", "b"]
-    with pytest.raises(FileNotFoundError, match="no folder user/other, and none from the hub: 404"):
+    with pytest.raises(FileNotFoundError, match="no folder user/other, and the hub has none: 404"):
         CADM.from_pretrained("user/other")
 
 

@@ -20,7 +20,7 @@ from .cadm import BaselineArgs, PaperHead
 # %% ../../nbs/methods/asl.ipynb #1142118d
 @dataclass(frozen=True)
 class AsymmetricArgs(MethodArgs):
-    """Focusing γ- and γ+, margin m, and whether the focusing weights are constants."""
+    """Focusing γ- and γ+, margin m (`clip`), and whether the focusing weights are constants."""
 
     gamma_neg: Annotated[float, Field(ge=0)] = 4.0
     gamma_pos: Annotated[float, Field(ge=0)] = 0.0
@@ -30,7 +30,7 @@ class AsymmetricArgs(MethodArgs):
 
 # %% ../../nbs/methods/asl.ipynb #94a57d21
 class AsymmetricHead(Head):
-    """A head whose parameters include `AsymmetricArgs` and whose loss is theirs."""
+    """A head with the asymmetric loss; its parameters include `AsymmetricArgs`."""
 
     def loss(self, output, targets: Tensor, num_images: int | None = None) -> LossTerms:
         """The asymmetric loss in place of Eq. 4."""
@@ -43,12 +43,12 @@ class AsymmetricHead(Head):
 # %% ../../nbs/methods/asl.ipynb #b41a1ee7
 @dataclass(frozen=True)
 class ASLArgs(AsymmetricArgs, BaselineArgs):
-    """The baseline's switches and the loss's parameters."""
+    """Switches of the baseline and parameters of the loss."""
 
 
 # %% ../../nbs/methods/asl.ipynb #7059a200
 class ASL(AsymmetricHead, PaperHead, method="asl"):
-    """The maximum-pooling baseline under the asymmetric loss; `pool="avg"` is the average-pooling one.
+    """The baseline with the asymmetric loss; `pool="avg"` uses average pooling.
 
     Example:
         >>> train(TrainConfig(method="asl", method_args={"gamma_neg": 2.0}))

@@ -25,11 +25,11 @@ from ..model import CADM, LAST, Network, load_network
 
 # %% ../../nbs/methods/base.ipynb #4e9d0612
 class Output(NamedTuple):
-    """The output of a head of one stream for a batch.
+    """The output of a head with one stream for a batch.
 
     Args:
         logits: before the sigmoid.
-        maps, label_vectors: None where the method has none.
+        maps, label_vectors: None if the method has none.
 
     Example:
         >>> Output(torch.zeros(1, 2)).scores
@@ -51,7 +51,7 @@ class Output(NamedTuple):
 # %% ../../nbs/methods/base.ipynb #7928c40f
 @dataclass(frozen=True)
 class MethodArgs:
-    """Parameters of a method; a subclass adds fields with defaults, and ranges as pydantic writes them.
+    """Parameters of a method; a subclass adds fields with defaults and pydantic ranges.
 
     Args:
         reduction_classes: "sum" or "mean" of the loss over classes, as in `TrainConfig`.
@@ -77,9 +77,9 @@ class Head(nn.Module):
     which takes B x d x h x w by stage and returns an `Output`.
 
     Args:
-        layers: stages of the backbone whose maps it takes.
-        streams: those that its prediction is made of, "both", "fcls" or "scls"; None: it has one. Parameters
-            of that name come first.
+        layers: stages of the backbone whose maps it uses.
+        streams: the predicting streams, "both", "fcls" or "scls"; None: it has one. A parameter `streams`
+            overrides it.
         Args: its `MethodArgs`.
 
     Example:
@@ -100,14 +100,14 @@ class Head(nn.Module):
 
     @property
     def config(self) -> dict:
-        """What a saved model says of its head, JSON-ready."""
+        """The head's entries in a saved model's configuration, JSON-ready."""
         return {"method": self.method, "method_args": asdict(self.args)}
 
     def start(self, labels, classes: Sequence[str]) -> None:
         """Called once before training with the training labels (N x C of 1, 0, -1) and the class names."""
 
     def loss(self, output, targets: Tensor, num_images: int | None = None) -> LossTerms:
-        """Eq. 4; `num_images` is how many images the mean is over where `output` holds a part of them."""
+        """Eq. 4; `num_images` is the denominator of the mean if `output` is part of a batch."""
         reduction = self.args.reduction_classes
         cls = classification_loss(output.logits, targets, reduction_classes=reduction, num_images=num_images)
         return LossTerms.of_classification(cls)
@@ -115,7 +115,7 @@ class Head(nn.Module):
 
 # %% ../../nbs/methods/base.ipynb #b57c94f3
 def method_arguments(method: str, given: Mapping, shared: Mapping | None = None) -> MethodArgs:
-    """The checked parameters of a method: `given`, and those that a run's configuration, `shared`, has."""
+    """The checked parameters of a method, from `given` and from the run's configuration, `shared`."""
     shared, kind = shared or {}, METHODS[known(method, METHODS, "unknown method")].Args
     own = {f.name for f in fields(kind)} - shared.keys()
     for name, value in given.items():
@@ -133,7 +133,7 @@ def method_arguments(method: str, given: Mapping, shared: Mapping | None = None)
 
 # %% ../../nbs/methods/base.ipynb #57e0a004
 def streams_of(method: str, args: MethodArgs) -> str | None:
-    """Which streams a prediction is made of: "both", "fcls" or "scls"; None for a method of one stream."""
+    """The predicting streams, "both", "fcls" or "scls"; None for a method with one stream."""
     return getattr(args, "streams", METHODS[method].streams)
 
 
@@ -141,7 +141,7 @@ def streams_of(method: str, args: MethodArgs) -> str | None:
 def build_network(
     method: str, num_classes: int, backbone: str, weights: str | Path | None, args: MethodArgs, **how
 ) -> Network:
-    """The network of a method with its starting weights; `how` as in `Network`."""
+    """The network of a method with its initial weights; `how` as in `Network`."""
 
     def build_head(shapes: dict, num_classes: int) -> Head:
         head = METHODS[method](shapes, num_classes, args)
@@ -156,15 +156,15 @@ def load_model(folder: str | Path, **hub) -> Network:
     """The model of any method that `save_pretrained` wrote.
 
     Args:
-        folder: of `config.json` and `model.safetensors`, or `user/name` on the hub; nothing in it is run.
+        folder: with `config.json` and `model.safetensors`, or `user/name` on the hub; no code in it is run.
         hub: as in `CADM.from_pretrained`.
 
     Returns:
         The model on the CPU and in evaluation mode.
 
     Raises:
-        FileNotFoundError: no saved model.
-        ValueError: damaged, of another version, or not finite.
+        FileNotFoundError: if there is no saved model.
+        ValueError: if it is damaged, from another version, or not finite.
 
     Example:
         >>> model = load_model("outputs/runs/own/csra/checkpoint/model")

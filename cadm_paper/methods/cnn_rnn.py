@@ -23,14 +23,14 @@ from ..model import LAST, global_pool
 # %% ../../nbs/methods/cnn_rnn.ipynb #d355437c
 @dataclass(frozen=True)
 class CNNRNNArgs(SequenceArgs):
-    """Those of a sequence, and dropout before the projection."""
+    """Parameters of a sequence, and dropout before the projection."""
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 # %% ../../nbs/methods/cnn_rnn.ipynb #d90496de
 class CNNRNN(Head, method="cnn_rnn"):
-    """An LSTM that names labels, frequent ones first; the second stream is the sequence found.
+    """An LSTM that predicts labels, frequent ones first; the second stream is the best sequence.
 
     Example:
         >>> train(TrainConfig(method="cnn_rnn", method_args={"beam": 5}))
@@ -50,7 +50,7 @@ class CNNRNN(Head, method="cnn_rnn"):
         self.register_buffer("rank", torch.arange(num_classes))
 
     def start(self, labels, classes) -> None:
-        """The order of the labels, by how many training images show them."""
+        """Rank the labels by their frequency in the training images."""
         frequency = torch.as_tensor(labels == 1).sum(0)
         self.rank.copy_(frequency.argsort(descending=True, stable=True).argsort())
 
@@ -67,23 +67,20 @@ class CNNRNN(Head, method="cnn_rnn"):
         return zero, zero, image
 
     def forward(self, features: dict[str, Tensor]) -> SequenceOutput:
-        """Logits B x C along the best sequence, and those of the sequence."""
+        """Logits B x C along the best sequence, and logits of the sequence itself."""
         image = global_pool(features[LAST])
-        args, context, beam = (
-            self.args,
-            image if self.training else None,
-            1 if self.training else self.args.beam,
-        )
-        when, history = search(self.step, self.begin(image), self.end, args.steps, beam)
+        beam = 1 if self.training else self.args.beam
+        when, history = search(self.step, self.begin(image), self.end, self.args.steps, beam)
         log_not = lambda p: torch.log1p(-p.clamp(max=1 - 1e-6))
         p, ends = history.exp().split([self.end, 1], 2)
         lasting = F.pad(log_not(ends[:, :-1]).cumsum(1), (0, 0, 1, 0)).exp()
         absent = log_not(lasting * p).sum(1)
         logits = logit_of_log((-absent.expm1()).clamp(min=1e-12).log())
-        return SequenceOutput(logits, path_logits(when, args.steps), context=context)
+        context = image if self.training else None
+        return SequenceOutput(logits, path_logits(when, self.args.steps), context=context)
 
     def loss(self, output: SequenceOutput, targets: Tensor, num_images: int | None = None) -> LossTerms:
-        """Negative log-likelihood of the labels by frequency, and the end."""
+        """Negative log-likelihood of the labels, by frequency, and of the end."""
         present, state, total = targets == 1, self.begin(output.context), 0
         count = present.sum(1)
         ordered = torch.where(present, self.rank, self.end).argsort(1)

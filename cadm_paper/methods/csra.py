@@ -34,9 +34,9 @@ TEMPERATURES = {1: (1,), 2: (1, 99), 4: (1, 2, 4, 99), 6: (1, 2, 3, 4, 5, 99), 8
 
 @dataclass(frozen=True)
 class CSRAArgs(MethodArgs):
-    """Heads, λ and one temperature for all heads (None: the released code's).
+    """Heads, λ (paper: 0.1 for VOC, 0.4 to 0.5 with 4 or 6 heads for COCO) and one temperature for all heads.
 
-    λ of its paper: 0.1 for VOC, 0.4 to 0.5 with 4 or 6 heads for COCO.
+    `T=None` uses the released temperatures.
     """
 
     heads: Literal[1, 2, 4, 6, 8] = 1

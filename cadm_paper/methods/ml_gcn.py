@@ -34,14 +34,14 @@ def label_graph(labels: np.ndarray, tau: float, p: float) -> Tensor:
 # %% ../../nbs/methods/ml_gcn.ipynb #57e0a006
 @dataclass(frozen=True)
 class VectorArgs(MethodArgs):
-    """Label vectors: one-hot, or the name of a file in data/vectors."""
+    """Label vectors: "onehot", or the name of a file in data/vectors."""
 
     vectors: Annotated[str, Field(pattern=r"^[\w-]+$")] = "onehot"
 
 
 # %% ../../nbs/methods/ml_gcn.ipynb #053c2563
 def vectors_buffer(vectors: str, num_classes: int) -> Tensor:
-    """One-hot label vectors, or zeros to be read from a file when training starts."""
+    """One-hot label vectors, or zeros to be filled from a file when training starts."""
     return torch.eye(num_classes) if vectors == "onehot" else torch.zeros(num_classes, 300)
 
 
@@ -53,7 +53,7 @@ def read_vectors(buffer: Tensor, vectors: str) -> None:
         found = np.load(file, allow_pickle=False)
         if found.shape != tuple(buffer.shape):
             raise ValueError(
-                f"{file} holds {found.shape}: one row of 300 numbers for each of {len(buffer)} classes is expected"
+                f"{file} has shape {found.shape}, expected {tuple(buffer.shape)} (classes x 300)"
             )
         buffer.copy_(torch.from_numpy(found))
 
@@ -61,7 +61,7 @@ def read_vectors(buffer: Tensor, vectors: str) -> None:
 # %% ../../nbs/methods/ml_gcn.ipynb #098af010
 @dataclass(frozen=True)
 class MLGCNArgs(VectorArgs):
-    """Threshold τ and share p of the graph, and label vectors."""
+    """Threshold τ and share p of the graph; label vectors."""
 
     tau: Annotated[float, Field(gt=0, le=1)] = 0.4
     p: Annotated[float, Field(ge=0, lt=1)] = 0.25
@@ -69,7 +69,7 @@ class MLGCNArgs(VectorArgs):
 
 # %% ../../nbs/methods/ml_gcn.ipynb #3c2d3561
 class MLGCN(Head, method="ml_gcn"):
-    """Classifiers that a graph network makes of label vectors; maps as CADM's, with these classifiers.
+    """Classifiers from label vectors by a graph network; maps as in CADM, with these classifiers.
 
     Example:
         >>> train(TrainConfig(method="ml_gcn", method_args={"tau": 0.3}))
@@ -89,7 +89,7 @@ class MLGCN(Head, method="ml_gcn"):
             nn.init.uniform_(layer.weight, -(layer.out_features**-0.5), layer.out_features**-0.5)
 
     def start(self, labels, classes) -> None:
-        """The graph of the training labels, and the vectors of a file."""
+        """Compute the graph of the training labels and read the vectors of a file."""
         self.graph.copy_(label_graph(np.asarray(labels), self.args.tau, self.args.p))
         read_vectors(self.vectors, self.args.vectors)
 

@@ -21,7 +21,7 @@ from ..model import LAST
 
 # %% ../../nbs/methods/ml_zsl.ipynb #8597e7e5
 def relations(labels: np.ndarray, lift: float) -> Tensor:
-    """Positive and negative relation, 2 x C x C with rows that sum to 1 or 0, of labels N x C (1 present)."""
+    """Positive and negative relation, 2 x C x C with row sums 1 or 0, of labels N x C (1 present)."""
     present = torch.as_tensor(labels == 1).double()
     frequency = present.mean(0)
     together, chance = present.T @ present / len(present), frequency[:, None] * frequency
@@ -33,7 +33,7 @@ def relations(labels: np.ndarray, lift: float) -> Tensor:
 # %% ../../nbs/methods/ml_zsl.ipynb #229c003b
 @dataclass(frozen=True)
 class MLZSLArgs(VectorArgs):
-    """Size of a state, steps of propagation, lift of a relation, and label vectors."""
+    """Size of a state, steps of propagation, lift of a relation; label vectors."""
 
     size: Annotated[int, Field(ge=1)] = 5
     steps: Annotated[int, Field(ge=0)] = 5
@@ -42,7 +42,7 @@ class MLZSLArgs(VectorArgs):
 
 # %% ../../nbs/methods/ml_zsl.ipynb #f5f9a669
 class MLZSL(Head, method="ml_zsl"):
-    """States of labels, updated over a graph of the training labels.
+    """Label states, updated over a graph of the training labels.
 
     Example:
         >>> train(TrainConfig(method="ml_zsl", method_args={"steps": 3}))
@@ -64,7 +64,7 @@ class MLZSL(Head, method="ml_zsl"):
         self.cell, self.readout = nn.GRUCell(args.size, args.size), nn.Linear(args.size, 1)
 
     def start(self, labels, classes) -> None:
-        """The relations of the training labels, and the vectors of a file."""
+        """Compute the relations of the training labels and read the vectors of a file."""
         self.edges.copy_(relations(np.asarray(labels), self.args.lift))
         read_vectors(self.vectors, self.args.vectors)
 

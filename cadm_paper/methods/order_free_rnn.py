@@ -20,7 +20,7 @@ from ..model import LAST
 
 # %% ../../nbs/methods/order_free_rnn.ipynb #77d8bc16
 class OrderFreeRNN(Head, method="order_free_rnn"):
-    """An attending LSTM that names the surest label next; the second stream is the sequence found.
+    """An LSTM with attention that predicts the most confident label next; the second stream is the best sequence.
 
     Example:
         >>> train(TrainConfig(method="order_free_rnn", method_args={"beam": 5}))
@@ -54,19 +54,20 @@ class OrderFreeRNN(Head, method="order_free_rnn"):
         return self.predict(torch.cat([h, z], 1)), (h, c, first, x, keys)
 
     def step(self, previous: Tensor, taken: Tensor, state) -> tuple[Tensor, tuple]:
-        """Log confidences of labels and, log 0.5, of the end; and the next state."""
+        """Log confidences of labels and of the end (log 0.5), and the next state."""
         logits, state = self.confidences(previous, state)
         return F.pad(F.logsigmoid(logits), (0, 1), value=math.log(0.5)), state
 
     def forward(self, features: dict[str, Tensor]) -> SequenceOutput:
-        """Logits B x C along the best sequence, and those of the sequence."""
+        """Logits B x C along the best sequence, and logits of the sequence itself."""
         x = features[LAST].flatten(2).transpose(1, 2)
-        args, beam = self.args, 1 if self.training else self.args.beam
-        when, history = search(self.step, self.begin(x), self.end, args.steps, beam)
+        beam = 1 if self.training else self.args.beam
+        when, history = search(self.step, self.begin(x), self.end, self.args.steps, beam)
         history = history[:, :, : self.end]
         last = (history > -math.inf).sum(1, keepdim=True) - 1
         logits = logit_of_log(history.gather(1, last)[:, 0])
-        return SequenceOutput(logits, path_logits(when, args.steps), context=x if self.training else None)
+        context = x if self.training else None
+        return SequenceOutput(logits, path_logits(when, self.args.steps), context=context)
 
     def loss(self, output: SequenceOutput, targets: Tensor, num_images: int | None = None) -> LossTerms:
         """Eq. 4 of the candidates, mean over an image's steps, and of the preliminary confidences."""

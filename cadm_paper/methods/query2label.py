@@ -30,7 +30,7 @@ def sine_positions(h: int, w: int, d: int) -> Tensor:
 
 # %% ../../nbs/methods/query2label.ipynb #b957b2b9
 class AttentionLayer(nn.Module):
-    """One layer, normalised after each sum; returns its output and the attention, mean over heads."""
+    """A layer with normalisation after each sum; returns its output and the mean attention over heads."""
 
     def __init__(self, d: int, heads: int, dropout: float):
         super().__init__()
@@ -40,7 +40,7 @@ class AttentionLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, y: Tensor, q: Tensor, values: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """`y` B x n x d with `q` added for attention to `values` B x m x d with `k` added."""
+        """Attention of `y` + `q`, B x n x d, to `values` + `k`, B x m x d."""
         change, weights = self.attention(y + q, values + k, values)
         y = self.norms[0](y + self.dropout(change))
         return self.norms[1](y + self.dropout(self.feed(y))), weights
@@ -61,7 +61,7 @@ class Query2LabelArgs(AsymmetricArgs):
 
 # %% ../../nbs/methods/query2label.ipynb #c7456309
 class Query2Label(AsymmetricHead, method="query2label"):
-    """A transformer decoder with one query per label; its maps are attention, which sums to 1.
+    """A transformer decoder with one query per label; its maps are attention and sum to 1.
 
     Example:
         >>> train(TrainConfig(method="query2label", optimizer="adamw", lr=1e-4, weight_decay=0.01))

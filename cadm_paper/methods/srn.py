@@ -18,7 +18,7 @@ from ..model import LAST, CADMOutput, fit_maps
 class SRN(Head, method="srn"):
     """Spatial regularisation network; the streams are the main and the regularised prediction.
 
-    A label's map is confidence times attention, S∘A: its sum is the prediction by attention alone.
+    A label's map is confidence times attention, S∘A; its sum is the prediction of the attention.
 
     Example:
         >>> train(TrainConfig(method="srn"))
@@ -57,7 +57,7 @@ class SRN(Head, method="srn"):
         return CADMOutput((main + regularised) / 2, main, regularised, confidence * attention)
 
     def loss(self, output, targets: Tensor, num_images: int | None = None) -> LossTerms:
-        """Eq. 4 of three predictions: the main, the regularised, and the attention's own."""
+        """Eq. 4 of three predictions: main, regularised, and attention."""
         how = dict(reduction_classes=self.args.reduction_classes, num_images=num_images)
         logits = output.logits_fcls, output.logits_scls, output.maps.sum((2, 3))
         total = sum(classification_loss(x, targets, **how) for x in logits)

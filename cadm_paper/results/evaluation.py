@@ -161,7 +161,7 @@ class ScoreFileError(ValueError):
 
     Example:
         >>> evaluate_files("logits.npz")
-        ScoreFileError: logits.npz: scores[0, 1] is 3.1: scores are what sigmoid gives, ...
+        ScoreFileError: logits.npz: scores[0, 1] is 3.1: scores must be in 0..1 ...
     """
 
 
