@@ -168,7 +168,7 @@ UNREADABLE = {
     "empty.pth": (b"", "is empty"),
     "empty.npz": (b"", "is empty"),
     "empty.safetensors": (b"", "is empty"),
-    "page.pth": (b"<html>not found</html>", "no file that torch.save wrote"),
+    "page.pth": (b"<html>not found</html>", "not a file of torch.save"),
     "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\n", "header"),
 }
 
@@ -215,7 +215,7 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
-    with pytest.raises(RuntimeError, match=r"could not get .*resnet18.*\.pth .*no route.*pass its path"):
+    with pytest.raises(RuntimeError, match=r"could not download .*resnet18.*\.pth .*no route.*pass its path"):
         CADM(4, "resnet18")
 
 
