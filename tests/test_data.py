@@ -102,7 +102,7 @@ quick = settings(deadline=None, max_examples=25)
 def drawn(draw, codes=(0, 1)):
     """Names of classes and photographs and a matrix of codes."""
     classes = draw(st.lists(word, min_size=1, max_size=5, unique_by=str.lower))
-    name = word.filter(lambda s: not s.startswith("._"))  # what macOS keeps beside a file is refused
+    name = word.filter(lambda s: not s.startswith("._"))  # macOS metadata files are refused
     images = [f"{draw(name)} {i}.jpg" for i in range(draw(st.integers(1, 7)))]
     y = draw(
         st.lists(
@@ -253,7 +253,7 @@ def test_the_index_is_used_also_in_a_copy_and_never_stale(nus, tmp_path, monkeyp
     changed = load_split("nuswide", nus, "train").labels
     assert (changed != read.labels).nonzero()[1].tolist() == [0] * 6
     (nus / IMAGES).unlink()
-    with pytest.raises(DataError, match="TrainImagelist.txt: the image list is not there"):
+    with pytest.raises(DataError, match="TrainImagelist.txt: the image list is missing"):
         load_split("nuswide", nus, "train")
 
 
@@ -282,7 +282,7 @@ def test_placeholders_count_as_missing_and_are_listed(nus):
         (nus / f"Flickr/folder/{i}.jpg").write_bytes(b"this photo is no longer available")
     (nus / "Flickr/folder/5.jpg").unlink()
     (nus / "Flickr/folder/7.jpg").write_bytes(b"")
-    says = "6 of the 6 photographs.*5 of them are no photographs: folder/0.jpg is placeholder"
+    says = "6 of the 6 photographs.*5 of them are not photographs: folder/0.jpg is placeholder"
     with pytest.raises(MissingPhotographs, match=says):
         load_split("nuswide", nus, "train")
     test = load_split("nuswide", nus, "test", missing="drop")
@@ -314,15 +314,15 @@ NUS_MISTAKES = [
     (LABELS, b"", "Labels_sky_Train.txt"),
     (LABELS, "0\n1\n0\n1\n0\n１\n".encode(), "Labels_sky_Train.txt, line 6"),
     (LABELS, "0\n1\n0\n1\n0\n1\n".encode("utf-16"), "Labels_sky_Train.txt, line 1"),
-    (LABELS, None, "Labels_sky_Train.txt not there"),
+    (LABELS, None, "Labels_sky_Train.txt missing"),
     (IMAGES, b"a\\1.jpg\n..\\..\\2.jpg\n", "TrainImagelist.txt, line 2: "),
     (IMAGES, b"/etc/passwd\n", "TrainImagelist.txt, line 1: "),
     (IMAGES, b"a\\1.jpg\na\\1.jpg\n", "TrainImagelist.txt: 'a/1.jpg' occurs twice"),
     (IMAGES, b"a\\\xe9.jpg\n", "TrainImagelist.txt, line 1: not UTF-8"),
-    (IMAGES, None, "TrainImagelist.txt: the image list is not there"),
+    (IMAGES, None, "TrainImagelist.txt: the image list is missing"),
     (CONCEPTS, b"sky\nsky\n", "Concepts3.txt: 'sky' occurs twice"),
-    (CONCEPTS, "sky\nsea side\nété\nmoon\n".encode(), "Labels_moon_Train.txt not there"),
-    (CONCEPTS, b"sky\nsea side\n", "Labels_été_Train.txt of no concept"),
+    (CONCEPTS, "sky\nsea side\nété\nmoon\n".encode(), "Labels_moon_Train.txt missing"),
+    (CONCEPTS, b"sky\nsea side\n", "Labels_été_Train.txt for no concept"),
     (CONCEPTS, None, "no Concepts81.txt"),
     ("ConceptsList/Concepts4.txt", b"sky\n", "Concepts3.txt, Concepts4.txt; "),
 ]
@@ -346,7 +346,7 @@ COCO_MISTAKES = [  # part, change of its second entry (None: part removed), what
     *((part, dict(id=1), f"ids of {part}: 1 occurs twice") for part in GOOD),
     *((p, {k: v}, f"{p}[1].{k}: ") for p in GOOD for k in GOOD[p][0] for v in (1.5, None, []) if k != "bbox"),
     *(
-        ("annotations", {key: 7}, "annotation 2: its image or category is in no list")
+        ("annotations", {key: 7}, "annotation 2: its image or category is not listed")
         for key in ("image_id", "category_id")
     ),
     *(
@@ -383,7 +383,7 @@ def test_coco_mistakes(tmp_path, part, change, says):
         ("000001\n000002 1\n", "cow_train.txt, line 1: '000001'"),
         ("000001 1\n../000002 1\n", "cow_train.txt, line 2: "),
         ("000001 1\n000001 1\n", "cow_train.txt: '000001' occurs twice"),
-        (None, "cow_train.txt not there"),
+        (None, "cow_train.txt missing"),
     ],
 )
 def test_voc_mistakes(tmp_path, text, says):
@@ -417,9 +417,9 @@ def test_mistakes_of_the_caller(tmp_path, name, folder, switches, says):
 OWN_DOUBTS = {
     "path,labels,ignore\na.jpg,cat,dog\n": "train.csv, line 1: unknown column 'ignore'; did you mean 'ignored'",
     "path,labels,Ignored\na.jpg,cat,dog\n": "train.csv, line 1: unknown column 'Ignored'",
-    "path,cat,dog,ignored\na.jpg,1,0,dog\n": "train.csv, line 1: the column 'ignored' is no class",
-    "path,cat,Labels\na.jpg,1,0\n": "train.csv, line 1: the column 'Labels' is no class",
-    "path,caf\u00e9,cafe\u0301\na.jpg,1,0\n": "train.csv, line 1: the columns are path and labels, or path and one",
+    "path,cat,dog,ignored\na.jpg,1,0,dog\n": "train.csv, line 1: the column 'ignored' is not a class",
+    "path,cat,Labels\na.jpg,1,0\n": "train.csv, line 1: the column 'Labels' is not a class",
+    "path,caf\u00e9,cafe\u0301\na.jpg,1,0\n": "train.csv, line 1: the columns must be path and labels, or path and one",
     "path,labels\na.jpg,cat|dog\n": "train.csv, line 2: label 'cat|dog' may be several labels",
     'path,labels\na.jpg,"cat, dog"\n': "train.csv, line 2: label 'cat, dog' may be several labels",
     "path,labels\na.jpg,\"['cat']\"\n": "train.csv, line 2: label \"['cat']\" may be several labels",
@@ -430,7 +430,7 @@ OWN_DOUBTS = {
     "path,labels\nd.jpg,cat\ntrain/d.jpg,dog\n": "'d.jpg' and 'train/d.jpg' are one photograph",
     "path,labels\nA.JPG,cat\n": "'A.JPG' is there as 'a.jpg': one name must change",
     "path,labels\nempty.jpg,cat\n": "empty.jpg is an empty file",
-    "path,labels\ndangling.jpg,cat\n": "dangling.jpg is a link that leads nowhere",
+    "path,labels\ndangling.jpg,cat\n": "dangling.jpg is a dangling link",
     "path,labels\ntrain,cat\n": "train is a folder",
     "path,labels\n,cat\n": "train.csv, line 2: '' is not the name of a file",
 }
@@ -467,7 +467,7 @@ def test_what_is_no_photograph_is_dropped_everywhere_alike(folder):
     got = load_split("own", folder, "train", missing="drop", cache=False)
     assert got.image_ids == ("a.jpg",) and got.missing == tuple(names[1:])
     said = str(data_check("own", folder))
-    assert "1 photographs are missing: none.jpg" in said and "3 files are no photographs" in said
+    assert "1 photographs are missing: none.jpg" in said and "3 files are not photographs" in said
 
 
 CHECKS = [  # tables of training and test, what the check says, is it complete?
@@ -542,7 +542,7 @@ def test_placeholders_written_in_place_are_found_again(nus):
     for i in range(6):
         (nus / f"Flickr/folder/{i}.jpg").write_bytes(b"this photo is no longer available")
     assert len(load_split("nuswide", nus, "train", missing="drop")) == 0
-    assert "6 files are no photographs" in str(data_check("nuswide", nus))
+    assert "6 files are not photographs" in str(data_check("nuswide", nus))
 
 
 @pytest.mark.parametrize("rows, limit", [("a.jpg,\nb.jpg,", 0), ("a.jpg,\nb.jpg,\nc.jpg,cat", 2)])

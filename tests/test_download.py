@@ -296,13 +296,13 @@ def test_names_that_leave_the_folder_are_refused_before_anything_is_written(tmp_
 def test_links_and_devices_in_tar_files_are_refused(tmp_path, kind):
     refused(
         tar_of(tmp_path / "s.tar", *GOOD, ("d/l", b"../../evil", kind), ("d/l/x", b"through")),
-        "no plain file",
+        "not a plain file",
     )
 
 
 @pytest.mark.parametrize("mode", [stat.S_IFLNK | 0o777, stat.S_IFCHR, stat.S_IFIFO])
 def test_links_devices_and_encrypted_files_in_zip_files_are_refused(tmp_path, mode):
-    refused(zip_of(tmp_path / "s.zip", *GOOD, ("d/link", b"/etc/passwd", mode)), "no plain file")
+    refused(zip_of(tmp_path / "s.zip", *GOOD, ("d/link", b"/etc/passwd", mode)), "not a plain file")
     raw = bytearray(zip_of(tmp_path / "s.zip", *GOOD).read_bytes())
     raw[raw.index(b"PK\1\2") + 8] |= 1
     (tmp_path / "s.zip").write_bytes(raw)
@@ -399,7 +399,7 @@ def test_a_failure_while_moving_into_place_never_looks_finished_and_is_made_good
 
     with (
         monkeypatch.context() as patched,
-        pytest.raises(DataError, match="No space left on device. What has arrived is kept"),
+        pytest.raises(DataError, match="No space left on device. Downloaded data is kept"),
     ):
         patched.setattr(G.os, "replace", full)
         tiny(tmp_path)

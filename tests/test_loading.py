@@ -263,7 +263,7 @@ def test_where_nothing_may_be_written_the_array_is_elsewhere_or_nowhere(split, t
     assert same(before, passed(split)) and len(list((tmp_path / "outputs/cache").glob("*.npy"))) == 1
     split.root.chmod(0o755)
     (split.root / ".cadm-index").write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="cannot keep decoded images"):
+    with pytest.warns(UserWarning, match="cannot store decoded images"):
         assert same(before, passed(split))
     monkeypatch.setattr(loading, "CACHE_BYTES", 100)
     assert same(before, passed(split))  # too large: no array, no warning

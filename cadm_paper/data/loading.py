@@ -35,7 +35,7 @@ from ..files import default_folder, folder_lock, regular, sha256_file, whole_fil
 # %% ../../nbs/data/loading.ipynb #a4937aff
 @functools.cache
 def torchvision_decoder():
-    """torchvision's JPEG decoder (encoded bytes as a uint8 tensor -> 3 x H x W), or None where none works."""
+    """torchvision's JPEG decoder (encoded bytes as a uint8 tensor -> 3 x H x W), or None if none works."""
     try:
         import torchvision.io
 
@@ -51,7 +51,7 @@ def torchvision_decoder():
 
 # %% ../../nbs/data/loading.ipynb #20ab3f3a
 def decode_rgb(data: bytes, name, *, exif: bool = False) -> Tensor:
-    """An encoded photograph as uint8 3 x H x W, in memory pixel after pixel. Raises `ImageError`."""
+    """An encoded photograph as uint8 3 x H x W, channels last in memory. Raises `ImageError`."""
     image = open_image(data, name)
     plain = image.format in ("JPEG", "MPO") and image.mode == "RGB" and not exif
     try:
@@ -59,14 +59,14 @@ def decode_rgb(data: bytes, name, *, exif: bool = False) -> Tensor:
             return decoder(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         pixels = np.array(to_rgb(ImageOps.exif_transpose(image) if exif else image))
         return torch.from_numpy(pixels).permute(2, 0, 1)
-    except Exception as error:  # whatever a decoder throws at bytes that are no image
+    except Exception as error:  # decoders raise many kinds of errors
         what = f"cannot be decoded ({str(error).rpartition('.cpp:')[2].partition(chr(10))[0]})"
-        raise ImageError(f"{name}: {what}; fetch the file again or take it off the list") from error
+        raise ImageError(f"{name}: {what}; fetch the file again or remove it from the list") from error
 
 
 # %% ../../nbs/data/loading.ipynb #5bc40f28
 def central_window(image: Tensor, height: int, width: int) -> Tensor:
-    """The largest centred window of this shape in a 3 x H x W image, as a view; an odd rest goes right and down."""
+    """The largest centred view of this aspect ratio in 3 x H x W; odd margins go right and down."""
     h, w = image.shape[1:]
     scale = min(h / height, w / width)
     rows, columns = max(round(height * scale), 1), max(round(width * scale), 1)
@@ -76,15 +76,15 @@ def central_window(image: Tensor, height: int, width: int) -> Tensor:
 
 # %% ../../nbs/data/loading.ipynb #ea9581b8
 def resized(image: Tensor, size: int | tuple[int, int], resize: str = "squash") -> Tensor:
-    """uint8 3 x H x W at a size (a side, or height and width): the whole image (`squash`) or its centre (`crop`)."""
+    """Resize uint8 3 x H x W to a side, or height and width; `crop` takes only the centre."""
     if resize not in ("squash", "crop"):
-        raise ValueError(f"resize is squash or crop, not {resize!r}")
+        raise ValueError(f"resize must be squash or crop, not {resize!r}")
     height, width = (size, size) if isinstance(size, int) else size
     if resize == "crop":
         image = central_window(image, height, width)
     if image.shape[1:] == (height, width):
         return image
-    # written like this, torch sees that the bytes of a pixel lie together, and works three times as fast
+    # torch recognises this view as channels last and works three times as fast
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
 
@@ -93,7 +93,7 @@ def resized(image: Tensor, size: int | tuple[int, int], resize: str = "squash") 
 def displayed_image(
     image: Tensor, size: int | tuple[int, int], resize: str, longest: int = 448
 ) -> np.ndarray:
-    """What the network sees of a decoded photograph, at its own aspect, to look at: uint8 H x W x 3."""
+    """The network's view of a decoded photograph in its own aspect ratio, for display: uint8 H x W x 3."""
     if resize == "crop":
         image = central_window(image, *np.broadcast_to(size, 2))
     shape = np.array(image.shape[1:])
@@ -103,7 +103,7 @@ def displayed_image(
 
 # %% ../../nbs/data/loading.ipynb #0910cdc0
 def load_image(path, size: int | tuple[int, int], *, resize: str = "squash", exif: bool = False) -> Tensor:
-    """A photograph as the network takes it (Sec. 3.2).
+    """Load a photograph as the network's input (Sec. 3.2).
 
     Args:
         path: the file.
@@ -115,7 +115,7 @@ def load_image(path, size: int | tuple[int, int], *, resize: str = "squash", exi
         uint8 3 x height x width, RGB.
 
     Raises:
-        ImageError: the file is no photograph; the message names it.
+        ImageError: the file is not a photograph; the message names it.
 
     Example:
         >>> load_image("photo.jpg", 448).shape  # doctest: +SKIP
@@ -154,7 +154,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 # %% ../../nbs/data/loading.ipynb #3eae8007
 def flip_mask(indices, seed: int, epoch: int) -> np.ndarray:
-    """Which images to mirror (bool, one per index): a fair coin of seed, epoch and index only."""
+    """Which images to mirror (bool, one per index), with probability 1/2, by seed, epoch and index only."""
     return (random_words(indices, seed, epoch, FLIP) >> np.uint64(63)).astype(bool)
 
 
@@ -170,9 +170,9 @@ def batch_plan(
     rank: int = 0,
     world: int = 1,
 ) -> list[np.ndarray]:
-    """Image indices of each batch from number `start` on, this process's part. Raises `ValueError`."""
+    """This process's image indices of each batch, from batch `start` on. Raises `ValueError`."""
     if batch_size < 1 or start < 0 or not 0 <= rank < world:
-        raise ValueError(f"impossible batches: {batch_size=}, {start=}, {rank=} of {world=}")
+        raise ValueError(f"invalid batches: {batch_size=}, {start=}, {rank=} of {world=}")
     order = np.arange(n)
     if shuffle:
         if seed is None:
@@ -216,7 +216,7 @@ class Images(Dataset):
 
 # %% ../../nbs/data/loading.ipynb #778e18dd
 class Pairs(Dataset):
-    """A split's images one by one: `(transform(image), target)`, as `Split.as_dataset` says."""
+    """A split's single images as `(transform(image), target)`; see `Split.as_dataset`."""
 
     def __init__(self, split, transform: Callable | None, exif: bool):
         self.split, self.transform, self.exif = split, transform, exif
@@ -233,13 +233,14 @@ class Pairs(Dataset):
 
 
 # %% ../../nbs/data/loading.ipynb #ff0e83e2
-CACHE_BYTES, CACHE_VERSION = 2**32, 1  # of a split's resized images; of how they are decoded and resized
-RECENT = 2_000_000_000  # nanoseconds: times of files are not trusted to be finer than this
+CACHE_BYTES = 2**32  # limit for a split's resized images
+CACHE_VERSION = 1  # of decoding and resizing
+RECENT = 2_000_000_000  # nanoseconds: assumed resolution of file times
 
 
 # %% ../../nbs/data/loading.ipynb #7a7970de
 def file_state(path, now: int) -> list:
-    """Size, times and inode of a file; its content too if younger than 2 s. Raises `ImageError`."""
+    """Size, times and inode of a file, and its SHA-256 if younger than 2 s. Raises `ImageError`."""
     if problem := unusable(path):
         raise ImageError(f"{path}: {problem}")
     s = os.stat(path)
@@ -249,7 +250,7 @@ def file_state(path, now: int) -> list:
 
 # %% ../../nbs/data/loading.ipynb #f0d3c232
 def cache_file(images: Images, now: int) -> Path:
-    """Where the array of exactly these images in their state at `now` belongs. Raises `ImageError`."""
+    """Path of the array of these images in their state at `now`. Raises `ImageError`."""
     root, paths = images.split.root, images.split.paths
     own = may_write(root) and os.access(root, os.W_OK)
     folder = index_folder(root) if own else default_folder("outputs") / "cache"
@@ -261,7 +262,7 @@ def cache_file(images: Images, now: int) -> Path:
 
 # %% ../../nbs/data/loading.ipynb #0f9ad11f
 def open_array(path, shape: tuple) -> np.ndarray | None:
-    """The array in a file, mapped into memory; None if there is none of this shape, or not all of it."""
+    """A file's array, mapped into memory; None if it is absent, incomplete or of another shape."""
     with contextlib.suppress(OSError, ValueError, EOFError):
         array = np.load(regular(path), mmap_mode="r", allow_pickle=False)
         fits = isinstance(array, np.memmap) and (array.shape, array.dtype) == (shape, np.uint8)
@@ -271,7 +272,7 @@ def open_array(path, shape: tuple) -> np.ndarray | None:
 
 # %% ../../nbs/data/loading.ipynb #f9f4b529
 def write_array(path: Path, shape: tuple, batches: Iterable[Batch]) -> None:
-    """Write the batches' images as one array, atomically; those of an older state of the files go, finished or not."""
+    """Write the batches' images as one array, atomically, and remove arrays of older file states."""
     with whole_file(path, through=False) as file:
         np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
         file.writelines(batch.images.contiguous().numpy() for batch in batches)
@@ -284,7 +285,7 @@ def write_array(path: Path, shape: tuple, batches: Iterable[Batch]) -> None:
 
 # %% ../../nbs/data/loading.ipynb #7d548836
 def shared_array(images: Images, batches: Iterable[Batch]) -> np.ndarray | None:
-    """All images, N x 3 x S x S, mapped from the cache, which `batches` fill first; None: no room."""
+    """All images, N x 3 x S x S, mapped from the cache, which `batches` fill first; None if too large."""
     shape, now = (len(images.split), 3, images.size, images.size), time.time_ns()
     if not 0 < np.prod(shape) <= CACHE_BYTES:
         return None
@@ -299,7 +300,7 @@ def shared_array(images: Images, batches: Iterable[Batch]) -> np.ndarray | None:
                     )
             return open_array(path, shape)
     except OSError as error:
-        warnings.warn(f"{path.parent}: cannot keep decoded images here ({error})", stacklevel=3)
+        warnings.warn(f"{path.parent}: cannot store decoded images here ({error})", stacklevel=3)
         return None
 
 
@@ -316,7 +317,7 @@ class Loader:
         cache: decode a split that takes at most 4 GB once, for all runs.
 
     Raises:
-        ImageError: a file is no photograph (at once with `cache`, else at its batch).
+        ImageError: a file is not a photograph (at once with `cache`, else at its batch).
 
     Example:
         >>> batches = Loader(split, 448).epoch(16, seed=0, shuffle=True)  # doctest: +SKIP
@@ -342,12 +343,12 @@ class Loader:
         workers = workers if images.pixels is None else 0
         self._batches = DataLoader(
             images,
-            sampler=self._plan,  # batches of the pass that begins next
+            sampler=self._plan,  # batches of the next pass
             batch_size=None,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else each pass would take a number from the caller's
+            generator=torch.Generator(),  # else each pass would draw from the global generator
         )
 
     def epoch(self, batch_size: int, **how) -> Iterator[Batch]:
@@ -355,10 +356,10 @@ class Loader:
 
         Args:
             batch_size: images of a batch over all processes.
-            how: seed, epoch, shuffle, start, rank, world as in `batch_plan`.
+            how: seed, epoch, shuffle, start (first batch), rank and world (of processes).
 
         Raises:
-            ValueError: impossible batches, at once.
+            ValueError: invalid batches, at once.
             ImageError: at the batch with a bad file.
         """
         return self._pass(batch_plan(len(self.split), batch_size, **how))
@@ -380,7 +381,7 @@ PIXELS = {  # mean and standard deviation of red, green, blue in 0..1
 
 # %% ../../nbs/data/loading.ipynb #b4bc982a
 def pixel_rows(normalise: str, width: int, device=None) -> tuple[Tensor, Tensor]:
-    """What to subtract from, then multiply with, a row of `width` pixels (RGB RGB ...) in 0..255."""
+    """What to subtract from a row of `width` pixels (RGB RGB ...) in 0..255, and its factor."""
     if normalise not in PIXELS:
         raise ValueError(f"normalise is one of {', '.join(PIXELS)}, not {normalise!r}")
     mean, std = (torch.tensor(v, dtype=torch.float64) * 255 for v in PIXELS[normalise])
@@ -392,12 +393,12 @@ def pixel_rows(normalise: str, width: int, device=None) -> tuple[Tensor, Tensor]
 def prepare(
     images: Tensor, *, normalise: str = "imagenet", flip=None, channels_last: bool = True, device=None
 ) -> Tensor:
-    """Bytes become numbers, on the device where they are used.
+    """Convert bytes to normalised numbers on the device.
 
     Args:
         images: uint8 B x 3 x H x W.
         normalise: a name in `PIXELS`.
-        flip: bool, B: which to mirror; None: none.
+        flip: bool, B: images to mirror; None: none.
         channels_last: memory layout of the result.
         device: None: that of `images`.
 
