@@ -1,4 +1,4 @@
-"""The metrics on many inputs: against scikit-learn, torchmetrics and a slow reading of the definitions, and every invariance."""
+"""The metrics on many inputs: against scikit-learn, torchmetrics and slow loops, and their invariances."""
 
 import math
 import pickle
@@ -17,7 +17,7 @@ CHECKED = settings(max_examples=60, deadline=None)
 
 @st.composite
 def evaluations(draw, ignored=True, ties=None):
-    """Scores and labels N x C: few or many ties, rare or frequent labels, with or without ignored ones, float32 or float64."""
+    """Scores and labels N x C: few or many ties, rare or frequent labels, some ignored, float32 or float64."""
     n, c, seed = draw(st.integers(1, 30)), draw(st.integers(1, 9)), draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
     levels = draw(st.sampled_from([2, 4, 10, 10**6])) if ties is None else 10 if ties else 10**9
@@ -25,12 +25,12 @@ def evaluations(draw, ignored=True, ties=None):
     targets = (rng.random((n, c)) < draw(st.sampled_from([0.05, 0.3, 0.8]))).astype(np.int8)
     if ignored and draw(st.booleans()):
         targets[rng.random((n, c)) < 0.2] = -1
-    targets[rng.integers(n), rng.integers(c)] = 1  # without a single label there is nothing to evaluate
+    targets[rng.integers(n), rng.integers(c)] = 1  # an evaluation needs a present label
     return scores.astype(draw(st.sampled_from([np.float32, np.float64]))), targets
 
 
 def slow_metrics(scores, targets, threshold=0.5, k=3):
-    """The 13 numbers by loops over images and classes, straight from the definitions."""
+    """The 13 metrics by loops over images and classes, from the definitions."""
     (n, c), known, positive = scores.shape, targets >= 0, targets == 1
     top, aps, threshold = np.zeros((n, c), bool), [], scores.dtype.type(threshold)
     for i in range(n):
@@ -78,11 +78,11 @@ def test_ap_is_scikit_learns(ties, data):
 
 @settings(max_examples=20, deadline=None)
 @given(evaluations(), st.sampled_from([0.25, 0.5]))
-def test_torchmetrics_where_definitions_coincide(data, threshold):
-    """All classes occur and every class is given and absent somewhere: then torchmetrics' macro means are ours."""
+def test_torchmetrics_if_definitions_coincide(data, threshold):
+    """If every class is present, absent and predicted somewhere, torchmetrics' macro means are ours."""
     from torchmetrics.functional import classification as theirs
 
-    scores, targets = (np.repeat(x, 2, axis=1) for x in data)  # it wants two classes at least
+    scores, targets = (np.repeat(x, 2, axis=1) for x in data)  # it needs at least two classes
     c = scores.shape[1]
     scores = np.concatenate([scores, np.full((2, c), 0.9, scores.dtype)]).astype(np.float64)
     targets = np.concatenate([targets, np.ones((1, c), np.int8), np.zeros((1, c), np.int8)])
@@ -90,10 +90,8 @@ def test_torchmetrics_where_definitions_coincide(data, threshold):
     ours, more = multilabel_metrics(scores, targets, threshold), dict(num_labels=c, ignore_index=-1)
     expected = {"mAP": theirs.multilabel_average_precision(*arrays, average="macro", **more)}
     for ours_, name in (("P", "precision"), ("R", "recall"), ("F1", "f1_score")):
-        function, of_class = (
-            getattr(theirs, f"multilabel_{name}"),
-            "CF1_mean" if ours_ == "F1" else f"C{ours_}",
-        )
+        function = getattr(theirs, f"multilabel_{name}")
+        of_class = "CF1_mean" if ours_ == "F1" else f"C{ours_}"
         for key, average in ((of_class, "macro"), (f"O{ours_}", "micro")):
             expected[key] = function(*arrays, threshold=threshold, average=average, **more)
     # torchmetrics divides in float32
@@ -111,7 +109,7 @@ def test_order_and_division_of_images_do_not_matter(data, seed):
         batch = scores[i : i + 1].copy(), targets[i : i + 1]
         parts[position % 3].update(*batch)
         batch[0][:] = 0.5  # the caller's buffer is reused
-    for part in pickle.loads(pickle.dumps(parts)):  # what crosses between processes
+    for part in pickle.loads(pickle.dumps(parts)):  # as between processes
         whole.merge(part)
     assert whole.compute() == multilabel_metrics(scores, targets) and len(whole) == len(scores)
 

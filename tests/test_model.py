@@ -1,4 +1,4 @@
-"""What 01_model, weights and methods cannot show in a cell: properties over many inputs, number formats, compilers, exports, other processes."""
+"""Tests of model, weights and methods beyond notebook cells: many inputs, number formats, compilers, exports, files."""
 
 import json
 import os
@@ -13,8 +13,6 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from cadm_paper.methods import METHODS, load_model
 from cadm_paper.methods.base import build_network, method_arguments
@@ -80,23 +78,14 @@ def test_bounds_between_the_streams(seed, d, h, w, signed):
     assert average.abs().max() < 1e-9
 
 
-def test_nothing_of_size_classes_times_channels_times_positions():
-    """The largest tensor of forward and backward is X's size, the weights' or the maps'; C x d x h x w would be 40 times that."""
-    largest = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            found = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor)]
-            largest.extend(t.untyped_storage().nbytes() // t.element_size() for t in found)
-            return out
-
+def test_nothing_of_size_classes_times_channels_times_positions(largest_tensor):
+    """The largest tensor has the size of X, the weights or the maps; C x d x h x w would be 40 times that."""
     B, C, d, hw = 2, 40, 64, 49
     head, X = CADMHead(d, C, 7, embed_hidden=16, embed_dim=8), torch.rand(B, d, 7, 7, requires_grad=True)
-    with Watch():
+    with largest_tensor as found:
         out = head(X)
         (out.logits.sum() + out.label_vectors.square().sum()).backward()
-    assert 0 < max(largest) <= max(B * d * hw, B * C * hw, C * d)
+    assert 0 < found.numel <= max(B * d * hw, B * C * hw, C * d)
 
 
 # ---- backbones and weights ---------------------------------------------------------------------------------------
@@ -119,7 +108,7 @@ def test_every_torchvision_resnet_keeps_its_names_and_fits_the_head(name):
 
 
 def test_the_features_are_those_of_torchvision(tmp_path):
-    """From torchvision's own file, without a warning; its counters may be missing, as in files of torch < 0.4.1, but no layer."""
+    """From torchvision's file, without a warning; counters may be missing (torch < 0.4.1), layers may not."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         theirs = torchvision.models.resnet18(weights=None).eval()
@@ -143,7 +132,7 @@ class Bomb:
 
 
 def test_pickles_are_not_run(tmp_path):
-    """A .pth and an .npz that would make a folder when unpickled are refused, and there is no folder."""
+    """Files that would create a folder when unpickled are rejected, and the folder does not exist."""
     bomb = Bomb(str(tmp_path / "made"))
     (tmp_path / "a.pth").write_bytes(pickle.dumps(bomb, protocol=2))
     torch.save({"conv1.weight": bomb}, tmp_path / "b.pth")
@@ -174,7 +163,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_a_file_of_another_project_is_refused_with_what_to_do(tmp_path, name):
+def test_the_error_for_a_foreign_file_says_what_to_do(tmp_path, name):
     content, says = UNREADABLE[name]
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
@@ -186,18 +175,19 @@ def test_a_file_of_another_project_is_refused_with_what_to_do(tmp_path, name):
     assert name in said and says in said.replace(str(tmp_path), "") and "\n" not in said and len(said) < 600
 
 
-def test_words_for_imagenet_and_for_nothing(tmp_path, monkeypatch):
-    """torchvision's own words and its enum are taken; the file is never unpickled freely, and checked where cached."""
+def test_words_for_imagenet_and_for_no_weights(tmp_path, monkeypatch):
+    """torchvision's words, names and enum work; the file is loaded as weights only, with its checksum."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     calls, state = [], torchvision.models.resnet18(weights=None).state_dict()
     fetch = lambda url, **how: calls.append(how) or state
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
     enum = torchvision.models.ResNet18_Weights.DEFAULT
-    for word in ("imagenet", "IMAGENET1K_V1", "DEFAULT", enum):
+    words = ("imagenet", "IMAGENET1K_V1", "DEFAULT", enum, f"{enum}", "ResNet18_Weights.DEFAULT")
+    for word in words:
         model = CADM(4, "resnet18", word, image_size=64)
         assert model.provenance["version"] == "IMAGENET1K_V1"
         assert torch.equal(model.backbone.conv1.weight, state["conv1.weight"])
-    assert len(calls) == 4 and all(how["weights_only"] and how["check_hash"] for how in calls)
+    assert len(calls) == len(words) and all(how["weights_only"] and how["check_hash"] for how in calls)
     for word in (None, "none", "None"):
         assert CADM(4, "resnet18", word, image_size=64, quiet=True).provenance == {"source": None}
     cached = tmp_path / "hub" / "checkpoints" / Path(enum.url).name
@@ -205,9 +195,10 @@ def test_words_for_imagenet_and_for_nothing(tmp_path, monkeypatch):
     cached.write_bytes(pickle.dumps(Bomb(str(tmp_path / "made")), protocol=2))
     with pytest.raises(ValueError, match=f"{cached.name} is not torchvision's file"):
         CADM(4, "resnet18", image_size=64)
-    with pytest.raises(ValueError, match="no ResNet18_Weights.IMAGENET1K_V1 weights for resnet34"):
-        CADM(4, "resnet34", enum, image_size=64)
-    assert len(calls) == 4 and not (tmp_path / "made").exists()
+    for other in (enum, f"{enum}"):
+        with pytest.raises(ValueError, match="no ResNet18_Weights.IMAGENET1K_V1 weights for resnet34"):
+            CADM(4, "resnet34", other, image_size=64)
+    assert len(calls) == len(words) and not (tmp_path / "made").exists()
 
 
 def test_without_a_network_the_error_says_what_to_do(monkeypatch):
@@ -219,7 +210,7 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch):
         CADM(4, "resnet18")
 
 
-def test_training_from_nothing_is_warned_of_at_the_callers_line():
+def test_random_weights_warn_at_the_callers_line():
     with pytest.warns(UntrainedBackbone, match="resnet18 starts from random weights") as caught:
         CADM(4, "resnet18", None)
     assert caught[0].filename == __file__
@@ -231,7 +222,7 @@ def test_training_from_nothing_is_warned_of_at_the_callers_line():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast(method, dtype):
-    """Forward and backward, on a GPU where there is one; every head answers in float32, near the float32 answer."""
+    """Forward and backward, on a GPU if available; every head returns float32, close to the float32 result."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, x = network(method).to(device), images().to(device)
     expected = seeded(model, x)
@@ -262,12 +253,11 @@ def test_float64_gradients_of_the_head():
 # ---- compiled and exported -------------------------------------------------------------------------------------------
 
 
-# CADM's own compiled model is in test_ecosystem, its ONNX file in 01_model
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_no_graph_breaks(method, training):
-    """fullgraph=True raises at the first graph break; label vectors at another size than f_embed's are in it, too."""
+    """fullgraph=True raises at the first graph break; label vectors are resized, too."""
     model = network(method, image_size=48).train(training)
     expected = seeded(model, images())
     torch._dynamo.reset()
@@ -299,52 +289,41 @@ def test_onnx_file_agrees(tmp_path, method, size=(64, 96)):
 # ---- saved and loaded ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "switches",
-    [
-        {},
-        {"share_weights": False},
-        {"bias": "both", "embed_relu": "both"},
-        {"embed_resize": "pool", "map_size": (3, 5)},
-    ],
-)
-def test_round_trip(tmp_path, switches):
-    model = CADM(3, "narrow_resnet", None, image_size=(64, 48), **switches)
+SWITCHES = {"share_weights": False}, {"bias": "both", "embed_relu": "both"}, {"embed_resize": "pool"}
+
+
+@pytest.mark.parametrize("method, given", [*((m, {}) for m in METHODS), *(("cadm", of) for of in SWITCHES)])
+def test_every_method_is_loaded_as_it_was_saved(tmp_path, method, given, monkeypatch, recwarn):
+    """Bit for bit, without random numbers, unpickling or a warning; and the loaded model can be trained."""
+    model = network(method, image_size=(64, 48), **given)
     model(images())  # batch statistics move
-    again = CADM.from_pretrained(model.save_pretrained(tmp_path / "m"))
-    assert again.config == model.config and not again.training
-    expected = model.eval()(images(), with_label_vectors=True)
-    close(again(images(), with_label_vectors=True), expected, rtol=0, atol=0)
-    again.train()(images()).logits.sum().backward()  # what was loaded can be trained
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_loaded_as_it_was_saved(tmp_path, method, monkeypatch, recwarn):
-    """No random number is drawn, nothing is unpickled, nobody is warned."""
-    model = network(method)
-    model(images())
     folder, before = model.save_pretrained(tmp_path / "m"), torch.get_rng_state()
     for place, name in ((torch, "load"), (pickle, "loads"), (pickle, "load")):
         monkeypatch.setattr(place, name, lambda *a, **k: pytest.fail("unpickled"))
     again = load_model(folder)
     assert torch.equal(before, torch.get_rng_state()) and again.config == model.config and not recwarn.list
-    close(again(images()), model.eval()(images()), rtol=0, atol=0)
+    assert not again.training
+    vectors = (True,) if method == "cadm" else ()
+    close(again(images(), *vectors), model.eval()(images(), *vectors), rtol=0, atol=0)
+    again.train()(images()).logits.sum().backward()
 
 
-def test_a_model_says_how_it_sees_images_or_is_silent(tmp_path):
+def test_saved_preprocessing_and_models_of_earlier_versions(tmp_path):
+    """A model saves its preprocessing; earlier versions did not, and had their origin in `weights`."""
     model = CADM(3, "narrow_resnet", None, image_size=(32, 64), normalise="half", resize="crop")
     config = json.loads((model.save_pretrained(tmp_path / "m") / "config.json").read_text())
     assert {name: config[name] for name in ("normalise", "resize", "exif", "image_size")} == dict(
         normalise="half", resize="crop", exif=False, image_size=[32, 64]
     )
     assert load_model(tmp_path / "m").seen == model.seen
-    del config["normalise"]  # as versions before this one wrote it
+    config["weights"] = config.pop("provenance") | {"source": "digits"}
+    del config["normalise"], config["quiet"]
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     again = load_model(tmp_path / "m")
-    assert again.seen is None and "normalise" not in again.config
+    assert again.seen is None and "normalise" not in again.config and again.provenance == {"source": "digits"}
 
 
-def test_a_saved_model_that_is_not_finite_is_refused(small, tmp_path):
+def test_a_saved_model_that_is_not_finite_is_rejected(small, tmp_path):
     with torch.no_grad():
         small.head.classifier.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="head.classifier.weight is not finite"):

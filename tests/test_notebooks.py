@@ -1,4 +1,4 @@
-"""Every notebook runs from its own folder as nbdev runs it, and is committed as a reader should find it."""
+"""Every notebook runs from its folder, as in nbdev, and is committed executed and clean."""
 
 import json
 import re
@@ -21,13 +21,13 @@ NOTEBOOKS = sorted(
 
 @pytest.fixture
 def undisturbed(monkeypatch, tmp_path):
-    """Notebooks share this process: settings that one of them changes are put back, and none may touch data/ or outputs/."""
+    """Notebooks share this process: restore settings, and keep them out of data/ and outputs/."""
     threads, state = torch.get_num_threads(), np.random.get_state()
-    monkeypatch.chdir(Path.cwd())  # which is undone at the end
+    monkeypatch.chdir(Path.cwd())  # restored at the end
     monkeypatch.setenv("CADM_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("CADM_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("MPLBACKEND", "agg")
-    monkeypatch.setenv("IN_TEST", "1")  # which nbdev sets for good
+    monkeypatch.setenv("IN_TEST", "1")  # nbdev sets it permanently
     with torch.random.fork_rng(devices=[]):
         yield
     torch.set_num_threads(threads)
@@ -36,7 +36,7 @@ def undisturbed(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
 def test_runs(path, undisturbed, monkeypatch):
-    # pictures are drawn and laid out here; test_figures writes them as files
+    # figures are drawn here; test_figures writes them as files
     monkeypatch.setattr(Picture, "_repr_png_", lambda picture: b"")
     if path.parent.name == "experiments":
         monkeypatch.setattr(Picture, "save", lambda picture, folder: {"svg": Path(folder, picture.name)})
@@ -45,8 +45,8 @@ def test_runs(path, undisturbed, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
-def test_is_committed_as_readers_should_find_it(path):
-    """Executed without errors or warnings, small, clean, naming no machine's path."""
+def test_is_committed_clean(path):
+    """Executed without errors or warnings, small, without paths of a machine."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     assert path.stat().st_size < 1_500_000

@@ -1,4 +1,4 @@
-"""What the notebook 00_paper cannot show in a cell: the transcription against the paper's own text, and the register against the code."""
+"""The transcribed tables against the paper's text, and the register of decisions against the code."""
 
 import inspect
 import os
@@ -16,7 +16,7 @@ TEXT = SHARED.parent / "paper" / "cadm-icme2019.txt"
 
 
 def tables_in_text():
-    """The lines of the paper's text that are table rows: (name, thirteen cells), in order."""
+    """Table rows in the paper's text: (name, thirteen cells), in order."""
     lines = []
     for line in TEXT.read_text(encoding="utf-8").splitlines():
         name, *cells = re.split(r"\s*\t\s*", line.strip())
@@ -27,12 +27,12 @@ def tables_in_text():
 
 
 @pytest.mark.skipif(not TEXT.is_file(), reason="the paper's text is not here")
-def test_every_cell_is_the_texts():
+def test_every_cell_matches_the_text():
     assert [(r.label, list(r.values.values())) for r in (*TABLE1, *TABLE2)] == tables_in_text()
 
 
 @pytest.mark.parametrize("table", [TABLE1, TABLE2])
-def test_the_companions_rows_are_named(table):
+def test_rows_with_a_variant(table):
     assert [r.variant for r in table if r.variant] == [("baseline",), ("cadm", 0.0), ("cadm", 0.5)]
 
 
@@ -47,7 +47,7 @@ def test_counts_of_coco():
 
 
 def defaults(place):
-    """Switches and their defaults as they really are in a place of the register."""
+    """Actual switches and defaults in a place of the register."""
     from cadm_paper import data, figures, loss, metrics, model
     from cadm_paper.data import loading
     from cadm_paper.engine import config
@@ -70,9 +70,9 @@ def defaults(place):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_every_switch_exists_with_the_registers_default(place):
+def test_every_switch_exists_with_its_registered_default(place):
     real, here = defaults(place), [d for d in DECISIONS.values() if place in d.where]
-    if place == "result":  # a variant stands beside the default, and both are computed
+    if place == "result":  # default and variant are both computed
         assert here and {key for d in here for key in (d.switch, *d.choices)} <= real.keys()
     else:
         assert here and {d.switch: d.default for d in here}.items() <= real.items()
