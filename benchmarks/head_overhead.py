@@ -1,14 +1,14 @@
-"""What the CADM head and loss cost over a plain ResNet: time and peak memory of forward and backward, as ratios.
+"""Time and peak memory of CADM's head and loss relative to a plain ResNet, forward and backward.
 
-Plain: backbone, global average pooling, one linear layer, binary cross-entropy. CADM: the same backbone (the very same
-parameters), both streams, the maps, f_embed, Eq. 4 and Eq. 12 with lambda 0.5. Two kinds of time ratio, because whole steps on
-a busy machine scatter by more than the head costs:
+Plain: backbone, global average pooling, one linear layer, binary cross-entropy. CADM: the same backbone with the same
+parameters, both streams, the maps, f_embed, Eq. 4 and Eq. 12 with lambda 0.5. There are two time ratios, because on a busy
+machine whole steps vary by more than the head costs:
 
-- `whole`: steps of both taken in turn, the ratio of each adjacent pair (median, quartiles, extremes) and of the fastest;
-- `parts`: 1 + (head step of CADM - head step of plain) / plain whole step, where the head steps run alone on ready features.
+- `whole`: alternating steps, ratio of each adjacent pair (median, quartiles, extremes) and of the fastest;
+- `parts`: 1 + (head step of CADM - head step of plain) / plain whole step; head steps run on precomputed features.
 
-Peak memory is what the step allocates on top of parameters and images: counted by CUDA's allocator on a GPU, and on a CPU
-from the profiler's record of every allocation and release, which is exact and does not scatter.
+Peak memory is what the step allocates besides parameters and images: from CUDA's allocator on a GPU, and on a CPU
+from the profiler's list of allocations and releases, which is exact.
 
     python benchmarks/head_overhead.py                      # ResNet-101, 448 px, batch 2 on a CPU, 16 on a GPU
     python benchmarks/head_overhead.py --batch 32 --precision bf16 --out benchmarks/results/head_overhead-gpu.json
@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make_steps(a: argparse.Namespace) -> dict:
-    """name -> a function that runs one forward and backward: both whole steps, both heads alone."""
+    """Functions by name that run one forward and backward pass: both whole steps and both heads."""
     torch.manual_seed(0)
     model = CADM(a.classes, a.backbone, None, quiet=True, image_size=a.size).to(a.device)
     plain_head = torch.nn.Linear(model.head.classifier.in_features, a.classes).to(a.device)

@@ -1,8 +1,8 @@
-"""What each method's head costs over a plain ResNet: parameters, time and peak memory of a training step, and of a prediction.
+"""Cost of each method's head relative to a plain ResNet: parameters, peak memory, time of a training step and a prediction.
 
-Plain: backbone, global average pooling, one linear layer, Eq. 4. All methods' steps are taken in turn, plain's in each turn, and a ratio is that of
-one turn (median, quartiles, extremes): whole steps scatter by more than some heads cost. Peak memory as in `head_overhead.py`, which measures CADM's
-head alone and more sharply. Graphs and label orders are those of drawn labels.
+Plain: backbone, global average pooling, one linear layer, Eq. 4. Each method's step alternates with the plain one; ratios are of adjacent steps (median,
+quartiles, extremes), because whole steps vary by more than some heads cost. Peak memory as in `head_overhead.py`, which measures CADM's head with
+higher precision. Graphs and label orders come from random labels.
 
     python benchmarks/heads.py                                # ResNet-101, 448 px, batch 2 on a CPU, 16 on a GPU
     python benchmarks/heads.py --backbone narrow_resnet --size 80 --classes 20 --batch 32 --out benchmarks/results/heads-scenes-cpu.json

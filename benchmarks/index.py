@@ -1,12 +1,11 @@
-"""How long `load_split` takes at full size: COCO's 82,783 training images and NUS-WIDE's 269,648, first reading and from the cached index.
+"""Time of `load_split` at full size: COCO's 82,783 training images and NUS-WIDE's 269,648, first reading and cached index.
 
-No data are needed: files of the official form and size are made in a temporary folder (COCO's JSON with as many objects as the real one and outlines that bring
-it to the real one's size; NUS-WIDE's 162 label files; one file for each photograph, so that looking whether it is there costs what it costs, for NUS-WIDE of a size like a photograph's, so
-that the search for placeholders costs what it costs). Labels are drawn at random, about as many as the real ones. Every time is of a new process, measured inside
-it around `load_split` alone (check that the index is fresh, open it, search every photograph): `load` is by the clock, `cpu` what the processor worked, which
-is less where others use the machine or the disk is slow; `process` is everything from start to end of the interpreter, by the clock.
+No data are needed: files in the official format and size are generated in a temporary folder (COCO's JSON with the real number of objects and bytes; NUS-WIDE's
+162 label files; one file per photograph, for NUS-WIDE with a photograph's size, so that the checks for missing photographs and placeholders cost the same).
+Labels are random, about as many as the real ones. Each time is of a new process, measured around `load_split` (check that the index is current, open it, check every photograph):
+`load` is wall-clock time, `cpu` CPU time; `process` is the wall-clock time of the whole interpreter.
 
-As yardsticks in the same run: pycocotools on the same JSON file, and NumPy's `loadtxt` on all label files of NUS-WIDE.
+References in the same run: pycocotools on the same JSON file, and NumPy's `loadtxt` on all label files of NUS-WIDE.
 
     python benchmarks/index.py --out benchmarks/results/index.json        # minutes, 2 GB of temporary disk
 """
@@ -47,7 +46,7 @@ print(json.dumps(dict(load=time.perf_counter() - start, cpu=time.process_time() 
 
 
 def new_process(code: str, *args) -> dict:
-    """Run a piece of Python in a new process; its one line of JSON, and the time of the whole process."""
+    """Run Python code in a new process; returns its line of JSON with the time of the whole process."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True
@@ -56,7 +55,7 @@ def new_process(code: str, *args) -> dict:
 
 
 def stand_ins(root: Path, names, sizes=None) -> None:
-    """Files in place of photographs: empty, or of the sizes given (holes, but for the first bytes, which differ)."""
+    """Placeholder files for photographs: empty, or sparse files of the given sizes with distinct first bytes."""
     for folder in {str(Path(n).parent) for n in names}:
         (root / folder).mkdir(parents=True, exist_ok=True)
     for k, n in enumerate(names):
@@ -68,7 +67,7 @@ def stand_ins(root: Path, names, sizes=None) -> None:
 
 
 def make_coco(root: Path) -> Path:
-    """COCO's training file at full size: ids with gaps, outlines of about 20 points, so that the file is as large as the real one."""
+    """COCO's training annotations at full size: ids with gaps, outlines that give the real file size."""
     g = np.random.default_rng(0)
     ids = np.sort(g.choice(581_921, COCO["images"], replace=False)).tolist()
     carrying = g.permutation(COCO["images"])[: COCO["labelled"]]
@@ -114,7 +113,7 @@ def make_coco(root: Path) -> Path:
 
 
 def make_nus(root: Path) -> None:
-    """NUS-WIDE's label files at full size: 162 files of 0 and 1, image lists with backslashes, 704 folders of photographs."""
+    """NUS-WIDE's label files at full size: 162 label files, image lists with backslashes, 704 folders of photographs."""
     g = np.random.default_rng(0)
     concepts = [f"concept{c:02d}" for c in range(NUS["concepts"])]
     rate = 0.28 / np.arange(1, len(concepts) + 1) ** 0.8
@@ -141,7 +140,7 @@ def make_nus(root: Path) -> None:
 
 
 def measure(name: str, root: Path, splits, repeats: int) -> dict:
-    """First reading without a cache, then the one that writes the index, then `repeats` readings from it; answers must agree."""
+    """First reading without a cache, one that writes the index, then `repeats` from it; fingerprints must agree."""
     result = {}
     for split in splits:
         first = new_process(LOAD, name, root, split, False)

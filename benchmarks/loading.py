@@ -1,11 +1,11 @@
-"""Images per second from files to normalised tensors ready for the model, as ratios to the field's usual loader.
+"""Images per second from files to normalised tensors, as ratios to the usual PIL loader.
 
 Usual: `Image.open`, `convert("RGB")`, resize to 448 x 448, random flip, `ToTensor`, `Normalize`, in a `DataLoader`.
-Ours: `Loader` and `prepare` (flip, normalisation), once with photographs decoded in each epoch by as many worker processes,
-and once from the shared array of decoded images, which needs none.
+Ours: `Loader` and `prepare` (flip, normalisation), with photographs decoded in each epoch by as many worker processes,
+and from the shared array of decoded images, without workers.
 
-The ways take turns, one epoch each, so that whatever else the machine does falls on all; a ratio is taken in each round,
-and its median reported: of wall-clock times, and of the CPU time of all processes, which a busy machine distorts less.
+Loaders alternate, one epoch each, so that other load on the machine affects all. Ratios are computed per round, and their median
+is reported: of wall-clock time, and of the CPU time of all processes, which other load affects less.
 
     python benchmarks/loading.py --out benchmarks/results/loading.json
 """
@@ -34,7 +34,7 @@ SHARED = Path(os.environ.get("CADM_SHARED_DATA", ROOT.parent / "shared" / "data"
 
 
 class Usual(Dataset):
-    """What most multi-label code does with one photograph."""
+    """Loading of one photograph in most multi-label code."""
 
     def __init__(self, split: Split, size: int, flip: float = 0.5):
         self.split = split
@@ -76,7 +76,7 @@ class OurWay:
 
 
 def copies(folder: Path, times: int) -> Split:
-    """coco-tiny's photographs, `times` times each, as files of their own."""
+    """coco-tiny's photographs, each copied `times` times into separate files."""
     originals = sorted((SHARED / "coco-tiny").glob("*/*.jpg"))
     if not originals:
         sys.exit(f"{SHARED}: no coco-tiny; set CADM_SHARED_DATA to the folder that holds it")
@@ -88,7 +88,7 @@ def copies(folder: Path, times: int) -> Split:
 
 
 def cpu_seconds(way) -> float:
-    """CPU time of this process and of a way's worker processes, seconds."""
+    """CPU time of this process and of a loader's worker processes, seconds."""
     ticks = 0
     for worker in getattr(way.loader._iterator, "_workers", []):
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
@@ -97,7 +97,7 @@ def cpu_seconds(way) -> float:
 
 
 def one_epoch(way, epoch: int, images: int) -> dict:
-    """Wall and CPU time of one pass; the sum of a pixel column makes sure that every batch arrived."""
+    """Wall and CPU time of one pass; summing a pixel column forces every batch to be ready."""
     wall, cpu, seen = time.perf_counter(), cpu_seconds(way), 0
     for batch in way(epoch):
         seen += len(batch)
@@ -107,9 +107,9 @@ def one_epoch(way, epoch: int, images: int) -> dict:
 
 
 def rounds(ways: dict, count: int, images: int) -> dict:
-    """Epochs of all ways in turn, the order reversed every other time; images/s and ratios to `usual`."""
+    """Alternating epochs of all loaders, in reversed order every other round; images/s and ratios to `usual`."""
     times = {name: [] for name in ways}
-    for r in range(-1, count):  # the first round starts workers and fills caches
+    for r in range(-1, count):  # warm-up round
         for name in list(ways) if r % 2 == 0 else reversed(ways):
             taken = one_epoch(ways[name], r + 1, images)
             times[name] += [taken] if r >= 0 else []
@@ -126,7 +126,7 @@ def rounds(ways: dict, count: int, images: int) -> dict:
 
 
 def largest_difference(split, size: int) -> float:
-    """Between the tensors of the usual way and ours, no flip, in steps of 1/255 before the normalisation."""
+    """Largest difference of the two loaders' tensors without flip, in 1/255 before normalisation."""
     usual, batch = Usual(split, size, flip=0.0), next(Loader(split, size, cache=False).epoch(32))
     theirs = torch.stack([usual[i][0] for i in batch.indices.tolist()])
     scale = torch.tensor(PIXELS["imagenet"][1]).view(1, 3, 1, 1) * 255

@@ -1,8 +1,8 @@
-"""How the loss (Eq. 4, 5, 12) grows with the number of classes: time and peak memory of forward and backward.
+"""Time and peak memory of the loss (Eq. 4, 5, 12), forward and backward, against the number of classes.
 
-Ours at C = 80, 1,000 and 10,000, and in the same run the form that is quickest to write: all C x C differences of label vectors,
-masked to the pairs of present labels (Eq. 9 divided by |S|, which is Eq. 11 by Eq. 10), at C = 80 and 1,000. Both forms must give
-the same value before anything is measured. The three labels an image of all cases are what COCO has.
+Ours at C = 80, 1,000 and 10,000, and in the same run the naive form at C = 80 and 1,000: all C x C differences of label vectors,
+masked to pairs of present labels (Eq. 9 divided by |S|, which equals Eq. 11 by Eq. 10). Both forms must give the same value before
+the measurement. Each image has three labels, about as in COCO.
 
     python benchmarks/loss_scaling.py --out benchmarks/results/loss_scaling.json
 """
@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make_batch(a: argparse.Namespace, classes: int, images: int) -> tuple[SimpleNamespace, torch.Tensor]:
-    """A model's output with gradients wanted, and targets with three present labels an image."""
+    """A model's output with gradients, and targets with three present labels per image."""
     g = torch.Generator().manual_seed(classes)
     draw = lambda *shape: torch.randn(*shape, generator=g).to(a.device).requires_grad_()
     targets = torch.zeros(images, classes, dtype=torch.int8)
@@ -55,7 +55,7 @@ def make_batch(a: argparse.Namespace, classes: int, images: int) -> tuple[Simple
 
 
 def naive(output: SimpleNamespace, targets: torch.Tensor) -> torch.Tensor:
-    """Eq. 5 with the first term of Eq. 12 from all pairs of classes; every image has present labels."""
+    """Eq. 5 with the first term of Eq. 12 over all pairs of classes; every image has present labels."""
     a, present = output.label_vectors, (targets == 1).float()
     size = present.sum(1)
     pairs = (a[:, :, None] - a[:, None]).square().sum(-1) * present[:, :, None] * present[:, None]

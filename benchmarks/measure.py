@@ -1,4 +1,4 @@
-"""What the benchmarks of the model and the loss share: the time of one step, its peak memory, the spread over repetitions."""
+"""Common functions of the benchmarks: time and peak memory of a step, spread over repetitions."""
 
 import argparse
 import ctypes
@@ -15,7 +15,7 @@ from cadm_paper.files import write_json
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what is freed (where there is a glibc): else each tensor of some MB is fresh pages, which may cost more than filling it."""
+    """Make glibc (if present) keep freed memory; otherwise new pages for each large tensor can dominate the time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -25,7 +25,7 @@ def keep_freed_memory() -> bool:
 
 
 def network_options(description: str, repeats: str) -> argparse.ArgumentParser:
-    """The options of every benchmark of a whole network; `repeats` says what is repeated."""
+    """Options of benchmarks of a whole network; `repeats` describes the repetitions."""
     p = argparse.ArgumentParser(description=description.splitlines()[0])
     p.add_argument("--backbone", default="resnet101")
     p.add_argument("--size", type=int, default=448, help="side of the images, pixels")
@@ -39,7 +39,7 @@ def network_options(description: str, repeats: str) -> argparse.ArgumentParser:
 
 
 def seconds(step, device: str) -> float:
-    """Time of one step: wall clock on a GPU, CPU time elsewhere (what other programs take of the machine is not counted)."""
+    """Time of one step: wall-clock time on a GPU, CPU time elsewhere (which excludes other programs)."""
     sync, clock = (
         (torch.cuda.synchronize, time.perf_counter)
         if device.startswith("cuda")
@@ -53,7 +53,7 @@ def seconds(step, device: str) -> float:
 
 
 def in_turn(steps: dict, repeats: int, device: str) -> dict[str, list[float]]:
-    """Times of several steps taken in turn, in the opposite order every other time."""
+    """Times of alternating steps, in reversed order every other round."""
     times = {name: [] for name in steps}
     for i in range(repeats):
         for name in list(steps) if i % 2 == 0 else reversed(steps):
@@ -62,7 +62,7 @@ def in_turn(steps: dict, repeats: int, device: str) -> dict[str, list[float]]:
 
 
 def peak_bytes(step, device: str) -> int:
-    """The most that one step holds at a time on top of what was there before: CUDA's allocator counts it, on a CPU the profiler's record of every allocation."""
+    """Peak memory of a step beyond the memory in use before: from CUDA's allocator, or the CPU profiler's allocations."""
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -95,7 +95,7 @@ def spread(values: list[float]) -> dict:
 
 
 def setting(device: str, precision: str = "float32", threads: int = 1) -> dict:
-    """The environment of a measurement, with the load of the machine over the last five minutes (processes that want a CPU)."""
+    """Environment of a measurement, with the machine's five-minute load average."""
     return environment(device) | {
         "precision": precision,
         "threads": threads,
@@ -105,7 +105,7 @@ def setting(device: str, precision: str = "float32", threads: int = 1) -> dict:
 
 
 def write(result: dict, path: Path | None) -> None:
-    """The result with its date as JSON, atomically."""
+    """Write the result and its date as JSON, atomically."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result | {"date": datetime.date.today().isoformat()})

@@ -1,10 +1,10 @@
-"""What the metrics cost: everything of `multilabel_metrics` against one argsort of the scores and scikit-learn's AP, and the bootstrap.
+"""Cost of `multilabel_metrics` against one argsort of the scores and scikit-learn's AP, and of the bootstrap.
 
-One process, one thread, the same arrays for all, taken in turn; every ratio is of neighbours in the same round (median and extremes).
-40,137 x 80 float32 scores, COCO's size. The labels are those of COCO-2014's validation set where a file with them is given or found
-(`--labels`, an .npz with `labels`, whose last rows are taken); else they are drawn, one class with frequency 0.54 and the others falling
-geometrically from 0.13 to 0.0017, which gives COCO's 2.9 labels an image; the result says which. The scores are drawn: sigmoid of noise
-plus a gain for present labels. Ratios are given in CPU time of the process, which a busy machine hardly changes, and in wall time.
+One process, one thread, the same arrays, alternating; ratios are of neighbours in the same round (median and extremes).
+40,137 x 80 float32 scores, COCO's size. Labels are the last rows of `labels` in an .npz (`--labels`, COCO-2014's validation set) if it
+exists; otherwise random, one class with frequency 0.54 and the others decreasing geometrically from 0.13 to 0.0017, which gives COCO's
+2.9 labels per image; the result names the source. Scores are the sigmoid of noise plus a gain for present labels. Ratios are of CPU time,
+which other load hardly affects, and of wall time.
 
     python benchmarks/metrics.py --out benchmarks/results/metrics.json
 """
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make_labels(a: argparse.Namespace) -> tuple[np.ndarray, dict]:
-    """Labels N x C (int8) and where they come from."""
+    """Labels N x C (int8) and their source."""
     if a.labels.is_file():
         y = np.load(a.labels, allow_pickle=False)["labels"][-a.images :].astype(np.int8)
         origin = {"labels": a.labels.name, "sha256": sha256_file(a.labels)}
@@ -78,7 +78,7 @@ def seconds(work) -> tuple[float, float]:
 
 
 def in_turn(works: dict, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Times of every work, taken in turn; one unmeasured round first."""
+    """Times of alternating calls, after a warm-up round."""
     times = {name: [] for name in works}
     for round in range(rounds + 1):
         for name, work in works.items():

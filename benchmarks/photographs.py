@@ -1,10 +1,10 @@
-"""ResNet-50 on photographs on a CPU, at 160 and 224 px: a training step and an epoch, ours against the loop that people write.
+"""ResNet-50 on photographs on a CPU, at 160 and 224 px: a training step and an epoch, ours against a conventional loop.
 
 usual: PIL and a `DataLoader`, float32, contiguous memory, mean cross-entropy, foreach SGD, `.item()` at each step;
 ours:  `Loader` (files decoded in each epoch) and `Trainer.step` with both losses;
-bare:  in the step alone, the backbone with pooling and a linear layer in our number format and memory layout, nothing else.
+bare:  for the step only: backbone, pooling and a linear layer in our number format and memory layout.
 
-Steps and epochs are taken in turn. Times are wall-clock times: measure on a machine that does nothing else.
+Steps and epochs alternate. Times are wall-clock times: measure on an idle machine.
 
     python benchmarks/photographs.py --out benchmarks/results/photographs.json
 """
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from loading import UsualWay, copies
 from measure import keep_freed_memory, setting, spread, write
-from train_step import CLASSES, made_batch, our_trainer, plain_step
+from train_step import CLASSES, our_trainer, plain_step, random_batch
 
 from cadm_paper.data.loading import Loader
 from cadm_paper.engine.config import TrainConfig
@@ -29,7 +29,7 @@ from cadm_paper.model import CADM
 
 
 class UsualLoop:
-    """One epoch of the loop that people write."""
+    """One epoch of a conventional loop."""
 
     def __init__(self, split, config: TrainConfig, workers: int):
         self.batches = UsualWay(split, config.image_size, config.batch_size, workers)
@@ -62,7 +62,7 @@ class OurLoop:
 
 
 def rates(ways: dict, rounds: int, images: int) -> dict:
-    """Images a second of ways taken in turn, and the ratios of `ours` to the others in each round."""
+    """Images per second of alternating loops, and ratios of `ours` to the others in each round."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for r in range(-1, rounds):  # the first is a warm-up
         for name in list(ways) if r % 2 == 0 else reversed(ways):
@@ -89,7 +89,7 @@ def main() -> None:
     p.add_argument("--out", type=Path)
     a = p.parse_args()
     keep_freed_memory()
-    warnings.filterwarnings("ignore", message=".*random weights")  # speed does not care
+    warnings.filterwarnings("ignore", message=".*random weights")  # irrelevant for speed
     cpu, result = torch.device("cpu"), {"what": __doc__.splitlines()[0], "batch": a.batch, "sizes": {}}
     for size in a.sizes:
         given = dict(backbone=a.backbone, image_size=size, batch_size=a.batch)
@@ -97,7 +97,7 @@ def main() -> None:
             TrainConfig(preset="paper", weights="none", lr=1e-6, lam=0.5, device="cpu", **given)
         )
         with machine_settings(config.threads, config.seed), tempfile.TemporaryDirectory() as tmp:
-            batch, trainer = made_batch(config, cpu), our_trainer(config, cpu)
+            batch, trainer = random_batch(config, cpu), our_trainer(config, cpu)
             steps = dict(
                 bare=plain_step(config, batch, cpu, False),
                 usual=plain_step(config, batch, cpu, False, usual=True),
@@ -112,7 +112,7 @@ def main() -> None:
         for what, found in (("step", step), ("epoch", epoch)):
             said = {k: f"{v['median']:.1f}" for k, v in found["images_per_s"].items()}
             print(
-                f"{size} px, {what}, images a second: {said}, ours over usual {found['ours_over_usual']['median']:.2f}"
+                f"{size} px, {what}, images per second: {said}, ours over usual {found['ours_over_usual']['median']:.2f}"
             )
     result["setting"] = setting("cpu", config.precision, config.threads)
     write(result, a.out)

@@ -1,7 +1,7 @@
 """The embedded benchmark's training step as a ratio to its bare backbone's step, in one process on the same batch.
 
-Bare: the narrow backbone with global pooling, one linear layer and binary cross-entropy, plain SGD, nothing of ours around it.
-Ours: `Trainer.step` of `cadm_paper.train` for each row of the tables. Steps are taken in turn; the ratio of each adjacent pair is kept.
+Bare: the narrow backbone with global pooling, one linear layer, binary cross-entropy and SGD, without our trainer.
+Ours: `Trainer.step` of `cadm_paper.train` for each variant. Steps alternate; ratios are of adjacent pairs.
 
     python benchmarks/step_ratio.py [--rounds 30] [--out benchmarks/results/step_ratio.json]
 """
@@ -28,7 +28,7 @@ ROWS = {
 }
 
 
-def made_batch(config: TrainConfig, classes: int) -> Batch:
+def random_batch(config: TrainConfig, classes: int) -> Batch:
     g = torch.Generator().manual_seed(0)
     images = torch.randint(
         0, 256, (config.batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=g
@@ -41,7 +41,7 @@ def made_batch(config: TrainConfig, classes: int) -> Batch:
 
 
 def bare_step(config: TrainConfig, batch: Batch):
-    """The same number format and layout, and nothing else of ours."""
+    """A step of the bare backbone in the same number format and memory layout."""
     backbone = narrow_resnet().to(memory_format=torch.channels_last)
     head = torch.nn.Linear(backbone(torch.zeros(1, 3, 80, 80)).shape[1], batch.targets.shape[1])
     sgd = torch.optim.SGD(
@@ -78,7 +78,7 @@ def main() -> None:
             TrainConfig(preset="mini", weights="none", lr=1e-4, **{"method": name, **row})
         )
         with machine_settings(config.threads, config.seed):
-            batch = made_batch(config, 20)
+            batch = random_batch(config, 20)
             trainer = Trainer(config, build_model(config, range(20)), ProcessGroup(), 10**6)
             trainer.network.train()
 

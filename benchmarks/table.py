@@ -1,4 +1,4 @@
-"""The one table of benchmarks/README.md, from results/*.json: `make bench` measures first, `--check` only compares.
+"""Write the tables of benchmarks/README.md from results/*.json; `make bench` measures first, `--check` only compares.
 
 python benchmarks/table.py [--run [NAME ...]] [--check]
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 README, START, END = HERE / "README.md", "<!-- table: make bench -->\n", "<!-- end -->\n"
-SCRIPTS = {  # name of the result -> script; `make bench` runs all, train_step only where there is a GPU
+SCRIPTS = {  # name of the result -> script; `make bench` runs all, train_step only with a GPU
     "photographs": "photographs",
     "loading": "loading",
     "step_ratio": "step_ratio",
@@ -24,7 +24,7 @@ SCRIPTS = {  # name of the result -> script; `make bench` runs all, train_step o
     "heads-cpu": "heads",
     "train_step-gpu": "train_step",
 }
-# what, result, where in it, how it is written, aim, peer
+# what, result, path in it, format, aim, reference
 step = lambda px, other: ("sizes", px, "step", f"ours_over_{other}", "median")
 epoch = lambda px: ("sizes", px, "epoch", "ours_over_usual", "median")
 LINES = [
@@ -150,7 +150,7 @@ LINES = [
 
 
 def result(name: str) -> dict:
-    """A result; empty where it was not measured."""
+    """A result; empty if it was not measured."""
     path = HERE / "results" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -169,13 +169,13 @@ def line(what: str, name: str, place: tuple, form: str, aim: str, peer: str) -> 
 
 
 def heads() -> str:
-    """The table of what each method's head costs."""
+    """The table of the cost of each method's head."""
     if not (found := result("heads-cpu")):
-        return "\nWhat each method's head costs over a plain ResNet-101: **not measured** (`heads.py`).\n"
+        return "\nCost of each method's head relative to a plain ResNet-101: **not measured** (`heads.py`).\n"
     of, about = found["settings"], found["environment"]
     lines = [
-        f"\nWhat each method's head costs over pooling and a linear layer on {of['backbone']} at {of['size']} px, batch {of['batch']} "
-        f"(`heads.py`, {about['device']}, {found['date']}; medians of {of['repeats']} turns, one training step or prediction each):\n",
+        f"\nCost of each method's head relative to pooling and a linear layer on {of['backbone']} at {of['size']} px, batch {of['batch']} "
+        f"(`heads.py`, {about['device']}, {found['date']}; medians of {of['repeats']} rounds of one training step or prediction):\n",
         "| method | more parameters | training step | prediction | peak memory |",
         "| --- | --: | --: | --: | --: |",
     ]
@@ -188,7 +188,7 @@ def heads() -> str:
 
 
 def written() -> str:
-    """README.md with the table as the results are."""
+    """README.md with tables from the current results."""
     before, _, rest = README.read_text(encoding="utf-8").partition(START)
     titles = "| what | measured | aim | over or of | machine | date | script |\n| --- | --- | --- | --- | --- | --- | --- |\n"
     return (
@@ -205,7 +205,7 @@ def written() -> str:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--run", nargs="*", metavar="NAME", help="measure these first, or all")
-    p.add_argument("--check", action="store_true", help="only say whether README.md is in step")
+    p.add_argument("--check", action="store_true", help="only report whether README.md is up to date")
     a = p.parse_args()
     for name in a.run or (SCRIPTS if a.run is not None else ()):
         if (

@@ -1,14 +1,14 @@
-"""The training step at the paper's setting (ResNet-101, 448 px) against plainer and older ways of taking it, in one process, as ratios.
+"""The training step in the paper's setting (ResNet-101, 448 px) against a bare and a conventional loop, as ratios in one process.
 
-(a) plain:  the backbone with global average pooling and one linear layer, compiled, bfloat16, channels last, fused SGD: no head of ours;
+(a) plain:  the backbone with global average pooling and one linear layer, compiled, bfloat16, channels last, fused SGD; without our head;
 (b) ours:   `Trainer.step` of `cadm_paper.train` with both losses and the same settings;
 (c) usual:  the loop of the field's published code: float32, NCHW, eager, foreach SGD, with TF32 convolutions on and off.
 
-Beside them: the share of the roofline that (b) reaches, reckoned from this device's own measured matrix rate and bandwidth; an
-epoch of generated photographs with the loader in the loop, as a share of the step's own rate; peak memory per batch size.
+Also: the fraction of the roofline that (b) reaches, from the measured matrix rate and bandwidth of this device; the rate of an
+epoch of generated photographs with the loader, relative to the step's rate; peak memory per batch size.
 
     python benchmarks/train_step.py --out benchmarks/results/train_step-gpu.json             # a GPU
-    python benchmarks/train_step.py --small                                                  # a CPU: that it works, not how fast
+    python benchmarks/train_step.py --small                                                  # a CPU: functional check
 """
 
 import argparse
@@ -32,7 +32,7 @@ CLASSES = 80
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--small", action="store_true", help="resnet18, 64 px, batch 4: to see that it works")
+    p.add_argument("--small", action="store_true", help="resnet18, 64 px, batch 4, as a functional check")
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--rounds", type=int, default=10)
     p.add_argument(
@@ -46,14 +46,14 @@ def arguments() -> argparse.Namespace:
         "--loader-images",
         type=int,
         default=2048,
-        help="made photographs for the epoch with the loader; 0: skip",
+        help="generated photographs for the epoch with the loader; 0: skip",
     )
     p.add_argument("--no-compile", action="store_true")
     p.add_argument("--out", type=Path)
     return p.parse_args()
 
 
-def made_batch(config: TrainConfig, device) -> Batch:
+def random_batch(config: TrainConfig, device) -> Batch:
     g = torch.Generator().manual_seed(0)
     images = torch.randint(
         0, 256, (config.batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=g
@@ -122,7 +122,7 @@ def tf32(on: bool):
 
 
 def device_limits(device, small: bool) -> dict:
-    """This device's own rates: bfloat16 matrix products (FLOP/s) and copying (bytes/s read and written)."""
+    """Measured rates of this device: bfloat16 matrix products (FLOP/s) and copying (bytes/s read and written)."""
     n = 512 if small else 8192
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     x = torch.empty((2**22 if small else 2**28), device=device, dtype=torch.uint8)
@@ -136,8 +136,8 @@ def device_limits(device, small: bool) -> dict:
 
 
 def roofline(config: TrainConfig, device, limits: dict) -> dict:
-    """Least time of one step: for every convolution, forward and both gradients, the larger of its arithmetic and of reading and writing
-    its operands once; for every batch norm and ReLU, the traffic of reading and writing its map twice (forward, backward)."""
+    """Minimal time of a step: for each convolution, forward and both gradients, the larger of arithmetic time and time to transfer its
+    operands once; for each BatchNorm and ReLU, the time to read and write its map twice (forward, backward)."""
     model, time_, flops = CADM(CLASSES, config.backbone, None, quiet=True).backbone.to(device), 0.0, 0.0
     half, b = 2, config.batch_size
 
@@ -167,7 +167,7 @@ def roofline(config: TrainConfig, device, limits: dict) -> dict:
 
 
 def generated_photographs(folder: Path, count: int, size: int) -> Split:
-    """A split of smooth noise, written as JPEGs."""
+    """A split of JPEG files with smooth noise."""
     from PIL import Image
 
     rng, paths = np.random.default_rng(0), [folder / f"{i:06}.jpg" for i in range(count)]
@@ -179,7 +179,7 @@ def generated_photographs(folder: Path, count: int, size: int) -> Split:
 
 
 def loader_share(config: TrainConfig, device, step_seconds: float, count: int, workers: int) -> dict:
-    """Images a second of an epoch with the loader in the loop, over the step's own rate."""
+    """Images per second of an epoch with the loader, relative to the step's rate."""
     with tempfile.TemporaryDirectory() as tmp:
         photographs = generated_photographs(Path(tmp), count, config.image_size)
         loader = Loader(photographs, config.image_size, workers=workers)
@@ -231,9 +231,9 @@ def main() -> None:
     }
     import warnings
 
-    warnings.filterwarnings("ignore", message=".*random weights")  # speed does not care
+    warnings.filterwarnings("ignore", message=".*random weights")  # irrelevant for speed
     with machine_settings(config.threads, config.seed):
-        batch = made_batch(config, device)
+        batch = random_batch(config, device)
         usual = plain_step(config, batch, device, False, usual=True)
         steps = {
             "plain": plain_step(config, batch, device, compiled),
@@ -258,7 +258,7 @@ def main() -> None:
         for b in [config.batch_size] if a.small else a.memory:
             one = config.model_copy(update=dict(batch_size=b))
             try:
-                step = our_step(one, made_batch(one, device), device)
+                step = our_step(one, random_batch(one, device), device)
                 step()
                 result.setdefault("peak_bytes", {})[b] = peak_bytes(step, device.type)
             except torch.cuda.OutOfMemoryError:

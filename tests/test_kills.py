@@ -1,4 +1,4 @@
-"""Every writer of files killed at random moments, every reader given damaged ones; the tools do more of both."""
+"""Writers of files killed at random times and readers of damaged files: short campaigns of the tools."""
 
 import subprocess
 import sys
@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool, times", [("kills", "30"), ("fuzz", "80")])
-def test_a_short_campaign_finds_nothing(tool, times):
-    """Kills: two of each writer lose nothing and leave no litter. Fuzz: 80 damaged files for each reader."""
+def test_a_short_campaign_finds_no_fault(tool, times):
+    """Kills: writers lose nothing and leave no temporary file. Fuzz: 80 damaged files per reader."""
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / f"{tool}.py", times], capture_output=True, text=True
     )
@@ -26,7 +26,7 @@ TEMPORARY = [f".{STARTED}.0123abcd.{suffix}" for suffix in ("lock", "part")]
 
 @pytest.mark.parametrize("left", [TEMPORARY, [STARTED]])
 def test_an_unfinished_benchmark_is_built_again(tmp_path, left):
-    """Killed while its first marker was written, or just after."""
+    """Killed while or just after its first marker was written."""
     for name in left:
         (tmp_path / name).write_text('{"form')
     build_scenes(tmp_path, train=4, test=2)

@@ -1,4 +1,4 @@
-"""The pretraining from outside: what it has seen, other processes, several callers at once."""
+"""Pretraining: its images, its caller's state, concurrent callers."""
 
 import os
 import subprocess
@@ -18,8 +18,8 @@ from cadm_paper.train import build_model
 SHORT = PretrainConfig(images=320, epochs=2)
 
 
-def test_every_image_of_the_default_pretraining_is_of_the_training_side():
-    """By identity: each sample and each piece of a photograph that the default configuration paints."""
+def test_the_default_pretraining_uses_training_data_only():
+    """Each digit sample and each crop of the default configuration."""
     digits = digit_indices(TRAIN)
     for plan, digit in (plan_single(PretrainConfig(), i) for i in range(PretrainConfig().images)):
         assert all(g.digit in digits[digit] for g in plan.objects)
@@ -28,8 +28,8 @@ def test_every_image_of_the_default_pretraining_is_of_the_training_side():
     assert not {p.tobytes() for p in train} & {p.tobytes() for p in test}
 
 
-def test_training_paints_nothing_else_and_the_caller_notices_nothing(monkeypatch):
-    """What `pretrain` really paints, seen where pixels are read; random state and threads are as before."""
+def test_pretraining_uses_its_plans_and_restores_the_callers_state(monkeypatch):
+    """Only planned images are generated; random state and threads are restored."""
     torch.manual_seed(5)
     state, threads, painted = torch.random.get_rng_state(), torch.get_num_threads(), []
     monkeypatch.setattr(module, "paint", lambda scene: painted.append(scene) or scenes.paint(scene))
@@ -39,7 +39,7 @@ def test_training_paints_nothing_else_and_the_caller_notices_nothing(monkeypatch
     assert torch.equal(state, torch.random.get_rng_state()) and threads == torch.get_num_threads()
 
 
-def test_each_word_for_a_start_from_digits_has_a_seed_of_its_own(monkeypatch):
+def test_each_name_of_digit_weights_has_a_separate_seed(monkeypatch):
     asked = []
     monkeypatch.setattr(module, "pretrained_digits", lambda config: asked.append(config))
     for word in ("digits", "digits-1"):
@@ -49,8 +49,8 @@ def test_each_word_for_a_start_from_digits_has_a_seed_of_its_own(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_callers_train_once_and_others_get_the_same_bytes(tmp_path):
-    """Two processes at once on one folder, this one on another folder, with other thread settings."""
+def test_concurrent_callers_train_once_and_weights_are_identical(tmp_path):
+    """Two processes share a folder; this one uses another folder and other thread settings."""
     code = f"""
 import sys
 from cadm_paper.engine.pretrain import PretrainConfig, pretrained_digits

@@ -1,4 +1,4 @@
-"""Records from elsewhere: what a forged, damaged or foreign one does, alone and beside others."""
+"""Forged, damaged and foreign records: submitted, listed and shown beside others."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def content_of(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory) -> Path:
-    """A record in which nothing contradicts anything, as a training would write it."""
+    """A consistent record without the mark of a synthetic one."""
     folder = tmp_path_factory.mktemp("honest")
     synthetic_run(folder, images=40, classes=6, drawn=3)
     content = content_of(folder)
@@ -43,21 +43,19 @@ def honest(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def given(honest, tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv(
-        "CADM_DATA", str(tmp_path / "data")
-    )  # the checkout may hold scenes, after `make reproduce`
+    monkeypatch.setenv("CADM_DATA", str(tmp_path / "data"))  # not the scenes of the checkout
     return Path(shutil.copytree(honest, tmp_path / "given"))
 
 
 def submit(folder: Path, by: str = "a reader") -> Path:
-    """Hand a record in; the folder that it went to."""
+    """Submit a record; return its new folder."""
     outputs = folder.parent / "outputs"
     runs_submit(folder, by, outputs)
     return next(outputs.rglob("run.json")).parent
 
 
 def refuse(folder: Path, says: str) -> None:
-    """It is not taken, the reason is told, and nothing of it stays."""
+    """The submission is rejected with this message and leaves no file."""
     with pytest.raises(WorkflowError, match=says):
         submit(folder)
     left = [p for p in (folder.parent / "outputs").rglob("*") if p.is_file() and p.suffix != ".lock"]
@@ -65,7 +63,7 @@ def refuse(folder: Path, says: str) -> None:
 
 
 def relabel(content: dict, **fields) -> None:
-    """Another configuration with its own name and digest: only the rest can contradict it."""
+    """Change the configuration with its name and digest, so that only other parts contradict it."""
     config = TrainConfig(**content["config"] | fields)
     content["config"] |= fields
     content |= {"name": run_name(config), "digest": config_digest(config)}
@@ -135,7 +133,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("change, says", FORGED.values(), ids=FORGED)
-def test_a_forged_record_is_not_taken(given, change, says):
+def test_a_forged_record_is_rejected(given, change, says):
     content = content_of(given)
     change(content)
     write_json(given / "run.json", content)
@@ -145,14 +143,14 @@ def test_a_forged_record_is_not_taken(given, change, says):
 @pytest.mark.parametrize(
     "text", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', "[" * 9999]
 )
-def test_json_that_says_no_number_is_not_taken(given, text):
+def test_json_without_a_finite_number_is_rejected(given, text):
     content = (given / "run.json").read_text()
     (given / "run.json").write_text(content.replace('"mAP": ', f'"mAP": {text}, "was": ', 1))
     refuse(given, "run.json")
 
 
 def rewrite(folder: Path, file: str, **arrays) -> None:
-    """Change arrays of a file, and its checksum."""
+    """Change arrays of a file and update its checksum."""
     found, content = dict(np.load(folder / file)), content_of(folder)
     save_arrays(folder / file, **{k: v for k, v in (found | arrays).items() if v is not None})
     content["files"][file] = sha256_file(folder / file)
@@ -182,18 +180,18 @@ ARRAYS = [
 @pytest.mark.parametrize(
     "file, arrays, says", ARRAYS, ids=[f"{f} {next(iter(a))} {n}" for n, (f, a, _) in enumerate(ARRAYS)]
 )
-def test_forged_arrays_are_not_taken(given, file, arrays, says):
+def test_forged_arrays_are_rejected(given, file, arrays, says):
     rewrite(given, file, **arrays)
     refuse(given, says)
 
 
-def test_arrays_that_unpack_to_too_much_are_not_read(given, monkeypatch):
+def test_a_decompression_bomb_is_rejected(given, monkeypatch):
     monkeypatch.setattr(records, "LARGEST", 1000)
     refuse(given, "unpacks to .* bytes, more than 1,000")
 
 
 @pytest.mark.parametrize("file", ["run.json", "scores.npz"])
-def test_links_and_what_is_no_file_are_not_taken(given, tmp_path, file):
+def test_links_and_special_files_are_rejected(given, tmp_path, file):
     elsewhere = tmp_path / "elsewhere"
     (given / file).rename(elsewhere)
     os.symlink(elsewhere, given / file)
@@ -208,7 +206,7 @@ def test_links_and_what_is_no_file_are_not_taken(given, tmp_path, file):
     refuse(given, f"{file}: No such file")
 
 
-def test_a_linked_folder_is_not_taken(given, tmp_path):
+def test_a_linked_folder_is_rejected(given, tmp_path):
     content = content_of(given)
     content["files"]["checkpoint/model/config.json"] = "0" * 64
     write_json(given / "run.json", content)
@@ -217,7 +215,7 @@ def test_a_linked_folder_is_not_taken(given, tmp_path):
     refuse(given, "checkpoint/model/config.json: a link")
 
 
-def test_an_honest_record_is_taken_once_and_says_who_handed_it_in(given, tmp_path, capsys):
+def test_a_consistent_record_is_accepted_once_and_names_its_submitter(given, tmp_path, capsys):
     (given / "private.txt").write_text("of the sender")
     by = "<img src=x onerror=alert(1)>\n"
     there = submit(given, by)
@@ -240,7 +238,7 @@ def test_an_honest_record_is_taken_once_and_says_who_handed_it_in(given, tmp_pat
     assert page.count("submitted, by") >= 3  # table, bars, runs
 
 
-def test_a_training_of_the_same_name_is_left_alone(given):
+def test_a_submission_does_not_touch_an_unfinished_run(given):
     target = given.parent / "outputs" / "runs" / "scenes-coco" / content_of(given)["name"]
     checkpoint = target / "checkpoint" / "last.safetensors"
     checkpoint.parent.mkdir(parents=True)
@@ -256,7 +254,7 @@ def test_a_training_of_the_same_name_is_left_alone(given):
     assert RunRecord.load(submit(given)).submitted == "a reader"
 
 
-def test_labels_have_to_be_those_of_the_other_runs(given):
+def test_labels_must_match_the_other_runs(given):
     synthetic_run(
         given.parent / "outputs" / "runs" / "scenes-coco" / "other", images=50, classes=6, drawn=2, seed=3
     )
@@ -264,7 +262,7 @@ def test_labels_have_to_be_those_of_the_other_runs(given):
         submit(given)
 
 
-def test_a_run_under_another_seed_is_not_taken(given):
+def test_a_copy_under_another_seed_is_rejected(given):
     shutil.copytree(given, given.parent / "outputs" / "reference" / "scenes-coco" / "original")
     content = content_of(given)
     relabel(content, seed=5)
@@ -273,7 +271,7 @@ def test_a_run_under_another_seed_is_not_taken(given):
         submit(given)
 
 
-def test_the_committed_records_pass_their_own_check():
+def test_the_committed_records_pass_the_audit():
     found = load_runs(ROOT / "outputs" / "reference")
     assert (
         len(found) > 190 and {r.name: problems(r, kept=False) for r in found if problems(r, kept=False)} == {}
@@ -300,7 +298,7 @@ def good(tmp_path_factory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:left out")
-def test_bad_records_take_nothing_from_the_others(good, tmp_path, capsys):
+def test_bad_records_do_not_affect_the_others(good, tmp_path, capsys):
     outputs = Path(shutil.copytree(good, tmp_path / "outputs"))
     rows = table("table1", load_runs(outputs / "runs")).rows()
     template = next((outputs / "runs").rglob("run.json")).read_text()
@@ -323,7 +321,7 @@ def test_bad_records_take_nothing_from_the_others(good, tmp_path, capsys):
     assert runs_list(outputs=outputs) == 0 and capsys.readouterr().out.count("unreadable") == len(BAD) + 1
 
 
-def test_a_foreign_record_and_damaged_arrays_take_no_figure_away(good, tmp_path):
+def test_foreign_and_damaged_records_do_not_affect_figures(good, tmp_path):
     runs = Path(shutil.copytree(good / "runs", tmp_path / "runs"))
     synthetic_run(runs / "scenes-coco" / "foreign", images=30, classes=4, drawn=2, seed=1)
     for lam in (0, 0.5):
@@ -365,8 +363,8 @@ def test_a_run_of_an_unknown_data_set_is_listed(honest, tmp_path, capsys):
     assert not run_status(tmp_path / "runs").unfinished
 
 
-def test_whatever_a_record_holds_it_is_read_or_refused_in_one_line(honest):
-    """300 mutations: a value anywhere is another, is gone, or is twice as deep."""
+def test_a_mutated_record_is_read_or_rejected_in_one_line(honest):
+    """300 random mutations of one value."""
     draw, content, kept = random.Random(7), content_of(honest), 0
     for _ in range(300):
         changed = copy.deepcopy(content)

@@ -1,4 +1,4 @@
-"""The bootstrap against evaluations of the drawn images, and score files as other programs write them."""
+"""Bootstrap replicates against direct evaluations, and score files of other programs."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_a_replicate_is_the_evaluation_of_the_drawn_images(data, seed, threshold
 
 @CHECKED
 @given(evaluations())
-def test_the_lines_of_classes_make_the_numbers(data):
+def test_means_over_classes_equal_the_metrics(data):
     table, numbers = per_class_metrics(*data), multilabel_metrics(*data)
     means = table[table.positives > 0].mean().fillna(0)
     for name, column in dict(
@@ -50,7 +50,7 @@ def test_the_lines_of_classes_make_the_numbers(data):
     assert table.AP.isna().equals(table.positives == 0) and (table.images == (data[1] >= 0).sum(0)).all()
 
 
-def test_differences_of_a_method_with_itself_and_swapped():
+def test_a_method_does_not_differ_from_itself_and_swapping_changes_the_sign():
     rng = np.random.default_rng(0)
     a, b, y = rng.random((60, 5)), rng.random((60, 5)), (rng.random((60, 5)) < 0.3).astype(int)
     assert not compare_scores(a, a, y, 50).filter(like="difference").dropna().to_numpy().any()
@@ -63,7 +63,7 @@ def test_differences_of_a_method_with_itself_and_swapped():
 
 @pytest.fixture
 def files(tmp_path):
-    """Two score files, the second in another order: an ignored label, an unlabelled image, an absent class."""
+    """Two score files in different orders, with an ignored label, an unlabelled image and an absent class."""
     rng = np.random.default_rng(1)
     y = (rng.random((50, 4)) < [0.5, 0.3, 0.2, 0]).astype(np.int8)
     y[0], y[1, 0], turned = 0, -1, rng.permutation(50)
@@ -117,8 +117,8 @@ def test_other_arrays_rules_and_run_folders(files):
     assert dropped["counts"]["images"] == kept.sum()
 
 
-def test_ids_of_one_file_alone_do_not_reorder_it(files):
-    """Without ids on both sides, files are compared image by image as they are; bytes name images as text does."""
+def test_ids_in_one_file_only_do_not_reorder_it(files):
+    """Without ids in both files the order is kept; ids may be bytes or text."""
     folder, a, b, y = files
     ids = np.array([f"{i:03d}" for i in range(50)][::-1])
     np.savez(folder / "x.npz", scores=a, targets=y, image_ids=ids)
@@ -129,7 +129,7 @@ def test_ids_of_one_file_alone_do_not_reorder_it(files):
         assert found["against"]["metrics"] == multilabel_metrics(b, y)
 
 
-def test_two_runs_are_called_by_their_names(files, capsys):
+def test_two_runs_are_printed_with_their_names(files, capsys):
     for run, file in (("one", "a"), ("two", "b")):
         (files[0] / run).mkdir()
         (files[0] / f"{file}.npz").rename(files[0] / run / "scores.npz")
@@ -152,7 +152,7 @@ NAMES = {"classes": np.array(["a", "b"]), "image_ids": np.array(["x", "y", "z"])
         ({"scores": np.zeros((0, 2)), "targets": np.zeros((0, 2))}, "no images"),
         ({"targets": np.array([[0, 0], [0, -1], [0, 0]])}, "no label of 3 images is present (1)"),
         ({"classes": np.array(["a"])}, "classes has 1 entries"),
-        ({"classes": np.array(["a", "a"])}, "(1 different ones)"),
+        ({"classes": np.array(["a", "a"])}, "(1 distinct)"),
         ({"image_ids": np.array(["x", "y"])}, "image_ids has 2 entries"),
         ({"image_ids": np.array([{}, {}, {}], dtype=object)}, "Python objects"),
         ({"targets": np.array([[1, 0], [0, 0], [0, -1]])}, "different labels (first at image 1, class 1)"),
@@ -161,10 +161,10 @@ NAMES = {"classes": np.array(["a", "b"]), "image_ids": np.array(["x", "y", "z"])
             "classes (2 and 1",
         ),
         ({"classes": np.array(["b", "a"])}, "different classes"),
-        ({"image_ids": np.array(["x", "y", "w"])}, "'w' is in one of them only (2 such)"),
+        ({"image_ids": np.array(["x", "y", "w"])}, "'w' is in only one of them (2 such images)"),
     ],
 )
-def test_files_that_are_wrong_or_do_not_match_get_one_line(tmp_path, change, says):
+def test_invalid_or_unequal_files_give_one_line(tmp_path, change, says):
     np.savez(tmp_path / "p.npz", **GOOD, **NAMES)
     np.savez(tmp_path / "q.npz", **{name: x for name, x in (GOOD | NAMES | change).items() if x is not None})
     with pytest.raises(ScoreFileError) as error:
@@ -172,7 +172,7 @@ def test_files_that_are_wrong_or_do_not_match_get_one_line(tmp_path, change, say
     assert says in str(error.value) and "q.npz" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_damaged_files_are_refused(tmp_path):
+def test_damaged_files_are_rejected(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", **GOOD)
     whole = (tmp_path / "x.npz").read_bytes()
     np.save(tmp_path / "one.npy", GOOD["scores"])

@@ -1,4 +1,4 @@
-"""Training from outside: kills, several processes, every method, what is refused. The scenes are small and generated once."""
+"""Training end to end: resume, several processes, every method, invalid input; on a few generated scenes."""
 
 import copy
 import multiprocessing
@@ -43,7 +43,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture
 def config(scenes, tmp_path):
-    """A run of less than a second: two epochs of three steps."""
+    """Make the configuration of a run of less than a second: two epochs of three steps."""
 
     def make(out="run", **changes):
         given = dict(data_dir=str(scenes), weights="none", image_size=32, epochs=2, seed=3)
@@ -60,7 +60,7 @@ def same_run(a: RunRecord, b: RunRecord):
 
 
 class StopAt(Progress):
-    """Ends a run after so many steps: by an error as a kill would, or by a signal."""
+    """Stop a run after a number of steps, by an error or a signal."""
 
     def __init__(self, steps, number=None):
         self.left, self.number = steps, number
@@ -74,7 +74,7 @@ class StopAt(Progress):
 
 
 def begun(config, steps=1, error=KeyboardInterrupt):
-    """Stop a run after this many steps, each with a checkpoint."""
+    """Stop a run after some steps, each with a checkpoint."""
     with pytest.raises(error):
         train(config, progress=StopAt(steps), checkpoint_minutes=1e-9)
 
@@ -85,12 +85,12 @@ def other_labels(config, monkeypatch):
     monkeypatch.setattr(module, "prepare_data", lambda config: other)
 
 
-# ---- the same numbers again ------------------------------------------------------------------------------------------
+# ---- reproducibility and resume -------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_run_and_another_does_not(config):
+def test_equal_seeds_give_equal_runs(config):
     a = train(config("a"))
-    torch.manual_seed(99)  # what a process did before does not matter
+    torch.manual_seed(99)  # earlier work of the process has no effect
     torch.set_num_threads(2)
     same_run(a, train(config("b")))
     torch.set_num_threads(1)
@@ -106,8 +106,8 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(config):
         pytest.param(dict(method="query2label", precision="bf16"), marks=pytest.mark.slow),  # with dropout
     ],
 )
-def test_a_stopped_run_goes_on_to_the_bit(config, changes):
-    """Stopped after every step in turn, with a checkpoint after each step: the same weights, scores and history as undisturbed."""
+def test_a_stopped_run_resumes_bit_exactly(config, changes):
+    """Stopped after each step: weights, scores and history equal those of an uninterrupted run."""
     whole, record = train(config("whole", **changes)), None
     while record is None:
         try:
@@ -119,7 +119,7 @@ def test_a_stopped_run_goes_on_to_the_bit(config, changes):
     same_run(whole, record)
 
 
-def test_a_finished_run_is_left_alone_unless_its_labels_changed(config, monkeypatch):
+def test_a_finished_run_is_returned_unless_its_labels_changed(config, monkeypatch):
     record = train(config())
     before = {p: p.stat().st_mtime_ns for p in record.folder.rglob("*")}
     for resume in (False, True):
@@ -131,7 +131,7 @@ def test_a_finished_run_is_left_alone_unless_its_labels_changed(config, monkeypa
     assert {p: p.stat().st_mtime_ns for p in record.folder.rglob("*")} == before
 
 
-def test_resuming_with_a_changed_configuration_is_refused_with_the_difference(config):
+def test_resuming_with_a_changed_configuration_names_the_difference(config):
     begun(config())
     with pytest.raises(CheckpointError, match=r"lr: 0\.01 -> 0\.5"):
         train(config(lr=0.5), resume=True)
@@ -139,14 +139,14 @@ def test_resuming_with_a_changed_configuration_is_refused_with_the_difference(co
         train(config())
     train(config(), resume=True)
     with pytest.raises(CheckpointError, match=r"lr: 0\.01 -> 0\.5"):
-        train(config(lr=0.5))  # another run's finished folder is not written over
+        train(config(lr=0.5))  # a finished run is not overwritten
 
 
 def test_resuming_on_other_data_is_refused(config, monkeypatch):
-    """data_dir is where, not what, and so in no digest; what is in it counts."""
+    """data_dir is not part of the digest; the labels in it are compared."""
     begun(config())
     other_labels(config, monkeypatch)
-    with pytest.raises(CheckpointError, match="from other training labels: give the old data"):
+    with pytest.raises(CheckpointError, match="from other training labels: use the old data"):
         train(config(), resume=True)
     monkeypatch.undo()
     assert train(config(), resume=True).metrics
@@ -158,7 +158,7 @@ def test_a_second_process_cannot_write_the_folder(config):
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_last_checkpoint(config, monkeypatch):
-    """Room for no file, for one, for two, ...: each time the run goes on from what is there."""
+    """Disk space for no file, one, two, ...: each time the run resumes from the existing files."""
     whole, record, sync, most = train(config("whole")), None, os.fsync, 0
 
     def full(descriptor):
@@ -195,7 +195,7 @@ def test_an_infinite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(confi
     assert checkpoint_file(config().out_dir).read_bytes() == before
 
 
-def test_a_record_names_the_code_that_began_it_and_all_that_resumed_it(config, monkeypatch):
+def test_a_record_names_the_code_of_its_start_and_of_each_resume(config, monkeypatch):
     begun(config())
     began = module.code_version()
     monkeypatch.setattr(module, "code_version", lambda: {**began, "commit": "another"})
@@ -203,10 +203,10 @@ def test_a_record_names_the_code_that_began_it_and_all_that_resumed_it(config, m
     assert code.pop("resumed") == [{**began, "commit": "another"}] and code == began
 
 
-BROKEN = {  # what is done to a good checkpoint's parts p and state s
-    "model gone": lambda p, s: p.pop("model"),
-    "a tensor gone": lambda p, s: p["model"].popitem(),
-    "a tensor more": lambda p, s: p["model"].update(more=torch.ones(1)),
+BROKEN = {  # changes of a valid checkpoint's parts p and state s
+    "no model": lambda p, s: p.pop("model"),
+    "missing tensor": lambda p, s: p["model"].popitem(),
+    "additional tensor": lambda p, s: p["model"].update(more=torch.ones(1)),
     "other shape": lambda p, s: p["model"].update({"head.classifier.weight": torch.ones(2)}),
     "buffer's shape": lambda p, s: p["optimiser"].update({"0.momentum_buffer": torch.ones(2)}),
     "buffer of no parameter": lambda p, s: p["optimiser"].update({"99.momentum_buffer": torch.ones(2)}),
@@ -214,13 +214,13 @@ BROKEN = {  # what is done to a good checkpoint's parts p and state s
     "epoch too late": lambda p, s: s.update(epoch=7),
     "step too late": lambda p, s: s.update(done=99),
     "history too short": lambda p, s: s.update(epoch=1),
-    "history of something else": lambda p, s: s.update(epoch=1, history=[{"epoch": 1}]),
+    "malformed history": lambda p, s: s.update(epoch=1, history=[{"epoch": 1}]),
     "sums of two processes": lambda p, s: s.update(sums=2 * s["sums"]),
     "sums too short": lambda p, s: s.update(sums=[[0.0]]),
     "unknown entry": lambda p, s: s.update(more=1),
     "unknown field": lambda p, s: s["config"].update(sede=3),
     "field out of range": lambda p, s: s["config"].update(epochs=0),
-    "nothing in it": lambda p, s: s.clear(),
+    "empty state": lambda p, s: s.clear(),
 } | {
     f"{name} = {value!r}": lambda p, s, name=name, value=value: s.update({name: value})
     for name in "config scaler sums epoch done history seconds code origin".split()
@@ -245,7 +245,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
-def test_a_malformed_checkpoint_is_refused_in_one_line_that_names_it(saved, change):
+def test_a_malformed_checkpoint_gives_one_line_with_its_name(saved, change):
     trainer, good = saved
     parts, state = copy.deepcopy(good)
     change(parts, state)
@@ -255,7 +255,7 @@ def test_a_malformed_checkpoint_is_refused_in_one_line_that_names_it(saved, chan
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_with_a_checkpoint_and_says_how_to_go_on(config, number):
+def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(config, number):
     with pytest.raises(KeyboardInterrupt, match=f"stopped by {number.name}; .*resume with --resume"):
         train(config(), progress=StopAt(3, number))
     state = load_checkpoint(checkpoint_file(config().out_dir))[1]
@@ -263,12 +263,12 @@ def test_a_signal_ends_with_a_checkpoint_and_says_how_to_go_on(config, number):
     same_run(train(config(), resume=True), train(config("whole")))
 
 
-# ---- every method ------------------------------------------------------------------------------------------------------
+# ---- every method ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_leaves_a_record_and_a_model_that_predicts_what_it_says(config, method):
-    """The same form for all, no machine's path in it; the saved model scores the test images as the record does."""
+def test_every_method_saves_a_model_that_gives_the_records_scores(config, method):
+    """A complete record without paths; the saved model reproduces its scores of the test images."""
     record = train(config(method=method, epochs=1, lr=1e-3))
     assert set(COLUMNS) <= set(record.metrics)
     assert (record.maps() is None) == (method in WITHOUT_MAPS)
@@ -279,12 +279,12 @@ def test_every_method_leaves_a_record_and_a_model_that_predicts_what_it_says(con
     np.testing.assert_allclose(predicted, record.scores()["scores"], atol=1e-5)
 
 
-# ---- parts and processes ---------------------------------------------------------------------------------------------
+# ---- micro-batches and processes ------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_two_processes_and_two_parts_agree(config):
-    """Two processes of B/2 against one that accumulates the same two micro-batches: scores to 1e-4, history to 1e-5."""
+def test_two_processes_equal_two_micro_batches(config):
+    """Two processes against one with the same two micro-batches: scores to 1e-4, losses to 1e-5."""
     assert run_workers(config("two", processes=2)) == [0, 0]
     one, two = train(config("one", accumulate=2)), RunRecord.load(config("two").out_dir)
     for name in module.STREAMS:
@@ -296,14 +296,14 @@ def test_two_processes_and_two_parts_agree(config):
 
 
 def worker(config, environment, steps):
-    """One of several processes; killed in step `steps` + 1. Only the main one's clock calls for checkpoints."""
+    """One of several processes, killed in step `steps` + 1; rank 0's clock asks for checkpoints."""
     os.environ.update(environment)
     minutes = 1e9 if int(environment["RANK"]) else 1e-9
     train(config, resume=True, progress=StopAt(steps, signal.SIGKILL), checkpoint_minutes=minutes)
 
 
 def run_workers(config, steps=10**6):
-    """`config.processes` processes with the variables that torchrun sets; their exit codes."""
+    """Start `config.processes` processes with torchrun's variables; return their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -319,8 +319,8 @@ def run_workers(config, steps=10**6):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3])
-def test_processes_killed_within_an_epoch_go_on_to_the_bit(config, n):
-    """Killed in the last step of the second epoch, the run goes on after its middle one."""
+def test_processes_killed_within_an_epoch_resume_bit_exactly(config, n):
+    """Killed in the last step of the second epoch, the run resumes after its middle step."""
     how = dict(processes=n, batch_size=30, flip=True)
     whole, killed = config("whole", **how), config("killed", **how)
     assert run_workers(whole) == [0] * n
@@ -331,8 +331,8 @@ def test_processes_killed_within_an_epoch_go_on_to_the_bit(config, n):
     same_run(RunRecord.load(whole.out_dir), RunRecord.load(killed.out_dir))
 
 
-def test_parts_differ_from_a_whole_batch_only_through_batch_norm(config, monkeypatch):
-    """With batch norm in evaluation mode a batch in parts is the same batch."""
+def test_micro_batches_differ_from_a_batch_only_through_batch_norm(config, monkeypatch):
+    """With BatchNorm in evaluation mode, micro-batches give the scores of the whole batch."""
     step = module.Trainer.step
 
     def without_statistics(self, batch, n):
@@ -344,8 +344,8 @@ def test_parts_differ_from_a_whole_batch_only_through_batch_norm(config, monkeyp
     np.testing.assert_allclose(whole.scores()["scores"], parts.scores()["scores"], atol=1e-5)
 
 
-def test_five_images_in_four_parts_are_three_parts(config):
-    """Five images cut into at most four parts come back as three (2, 2, 1), as with three; weights and batch-norm statistics must know."""
+def test_five_images_in_four_parts_make_three_micro_batches(config):
+    """chunk(4) of five images gives three parts (2, 2, 1), as chunk(3): equal scores."""
     how = dict(batch_size=12, limit=5)
     four, three = (train(config(str(parts), accumulate=parts, **how)) for parts in (4, 3))
     for name, values in four.scores().items():
@@ -353,8 +353,8 @@ def test_five_images_in_four_parts_are_three_parts(config):
 
 
 @pytest.mark.slow
-def test_processes_end_with_the_one_that_started_them(config):
-    """Killed, it leaves no process and a checkpoint; a probe in two processes is written once."""
+def test_processes_end_with_their_parent(config):
+    """A killed parent leaves a checkpoint and no process; a probe works in two processes."""
     endless = config(processes=2, epochs=10**6).model_dump_json(exclude_none=True)
     code = "import sys, json; from cadm_paper.train import *; train(TrainConfig(**json.loads(sys.argv[1])))"
     process = subprocess.Popen([sys.executable, "-c", code, endless], cwd=ROOT, env=ENV)
@@ -372,7 +372,7 @@ def wait_until(done, seconds=100):
         time.sleep(0.2)
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- invalid input --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -387,15 +387,15 @@ def wait_until(done, seconds=100):
         (dict(expected_missing="a,b", weights="nowhere/x.pth"), "nowhere/x.pth"),
     ],
 )
-def test_what_cannot_be_trained_leaves_no_folder(config, changes, said):
+def test_an_impossible_run_leaves_no_folder(config, changes, said):
     with pytest.raises((ValueError, OSError), match=said):
         train(config(**changes))
     assert not Path(config().out_dir).exists()
 
 
 @pytest.mark.parametrize("processes, said", [(1, "processes = 1"), (2, "RANK=7")])
-def test_variables_of_another_process_group_are_reported_at_once(config, monkeypatch, processes, said):
-    """WORLD_SIZE of a cluster or a hosted notebook; RANK alone does not matter."""
+def test_variables_of_another_process_group_are_reported(config, monkeypatch, processes, said):
+    """WORLD_SIZE set by a cluster or a hosted notebook; RANK alone has no effect."""
     for name, value in dict(RANK="7", LOCAL_RANK="3", MASTER_ADDR="localhost", MASTER_PORT="1").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -407,7 +407,7 @@ def test_variables_of_another_process_group_are_reported_at_once(config, monkeyp
 
 
 @pytest.mark.parametrize("name, value", [("sede", "3"), ("epochs", "three"), ("resume", "perhaps")])
-def test_the_notebook_refuses_wrong_parameters_before_anything_is_computed(name, value, tmp_path):
+def test_the_notebook_rejects_wrong_parameters_before_training(name, value, tmp_path):
     with pytest.raises(ValueError, match=name if name != "resume" else "bool"):
         run_cells("train", **{name: value, "out_dir": str(tmp_path / "run")})
     assert not (tmp_path / "run").exists()
@@ -415,7 +415,7 @@ def test_the_notebook_refuses_wrong_parameters_before_anything_is_computed(name,
 
 @pytest.mark.slow
 def test_the_notebook_trains_from_another_folder(tmp_path, scenes):
-    """The papermill command from outside, casting the words that papermill hands over."""
+    """The papermill command casts text parameters."""
     args = '{"heads": 2}'
     given = (
         f"method csra seed 3 epochs 1 weights none flip true lr 1e-3 data_dir {scenes} out_dir here".split()
@@ -429,19 +429,19 @@ def test_the_notebook_trains_from_another_folder(tmp_path, scenes):
     assert (found.method_args, found.seed, found.flip, found.lr) == ({"heads": 2}, 3, True, 1e-3)
 
 
-# ---- kills -------------------------------------------------------------------------------------------------------------
+# ---- kills ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_twenty_kills(config):
-    """SIGKILL at random fractions of the run's own duration; each time it goes on; equal weights and metrics at the end."""
+    """SIGKILL at random fractions of the duration, then resume: equal weights and metrics at the end."""
     command = lambda out: [
         *(sys.executable, "-m", "cadm_paper.train"),
         config(out, epochs=6).model_dump_json(exclude_none=True),
         *("--resume", "--checkpoint-minutes=1e-3"),
     ]
     how, kills = dict(cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL), 0
-    for out in ("whole", "timed"):  # the first one fills the image cache, so the second one's duration counts
+    for out in ("whole", "timed"):  # the first fills the image cache; the second is timed
         started = time.monotonic()
         subprocess.run(command(out), check=True, **how)
     duration = time.monotonic() - started
@@ -459,8 +459,8 @@ def test_twenty_kills(config):
 
 
 @pytest.mark.slow
-def test_the_paper_preset_starts_trains_and_resumes_at_full_resolution(tmp_path):
-    """ResNet-101 at 448 px from nothing on generated images in COCO's layout: two steps, stopped after the first; it warns loudly."""
+def test_the_paper_preset_trains_and_resumes_at_full_resolution(tmp_path):
+    """ResNet-101 at 448 px with random weights, which warns; stopped after one of two steps."""
     from cadm_paper.weights import UntrainedBackbone
 
     root = build_scenes(tmp_path / "coco", train=4, test=2, size=448)
@@ -481,6 +481,6 @@ def test_the_paper_preset_starts_trains_and_resumes_at_full_resolution(tmp_path)
     not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))),
     reason="torch.compile on a CPU needs a C++ compiler",
 )
-def test_compiled_training_is_the_same_training(config):
+def test_compiled_training_equals_eager_training(config):
     eager, compiled = train(config("eager", lr=1e-3)), train(config("compiled", lr=1e-3, compile=True))
     np.testing.assert_allclose(eager.scores()["scores"], compiled.scores()["scores"], atol=1e-3)
