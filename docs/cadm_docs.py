@@ -1,4 +1,4 @@
-"""What Sphinx needs by name."""
+"""Functions that Sphinx imports by name."""
 
 
 def jupyter_slug(title: str) -> str:

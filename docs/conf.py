@@ -1,4 +1,6 @@
-"""Sphinx's settings. `make docs` writes the sources (notebooks, API pages, data) to _proc/ first: see tools/docs.py."""
+"""Sphinx's settings. `make docs` writes the sources (notebooks, API pages, data) to _proc/ first: see
+tools/docs.py.
+"""
 
 import ast
 import configparser
@@ -40,7 +42,7 @@ extensions = [
 exclude_patterns = ["**/.*"]
 suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure", "ref.python"]
 
-# notebooks are committed executed: nothing runs here, and nothing is fetched
+# notebooks are committed with outputs: nothing is executed or fetched
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
 nb_render_text_lexer = "none"
@@ -76,7 +78,7 @@ html_domain_indices = False
 nb_code_prompt_show = nb_code_prompt_hide = "code"
 mathjax3_config = {"options": {"enableMenu": False}}
 
-napoleon_numpy_docstring = False  # ours are Google's
+napoleon_numpy_docstring = False  # Google style
 autodoc_member_order = "bysource"
 autodoc_default_options = {
     "members": True,
@@ -91,7 +93,7 @@ maximum_signature_line_length = 90
 
 
 def written_signature(obj) -> str | None:
-    """The signature as it stands in the source: `Float[Tensor, "batch d h w"]`, and defaults by their names."""
+    """The signature as written in the source: `Float[Tensor, "batch d h w"]`, and defaults by their names."""
     function = obj.__init__ if inspect.isclass(obj) else obj
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
@@ -109,7 +111,7 @@ def written_signature(obj) -> str | None:
 
 
 def signature(app, what, name, obj, options, given, returns):
-    """autodoc's signature, replaced by the written one where there is one; functions made elsewhere keep autodoc's."""
+    """The signature as written in the source, if available; else autodoc's."""
     if what not in ("function", "method", "class") or (what == "class" and "__init__" not in vars(obj)):
         return None
     written = written_signature(obj)
@@ -120,7 +122,7 @@ def signature(app, what, name, obj, options, given, returns):
 
 
 def without_type(app, what, name, obj, options, lines):
-    """What comes back is described, not typed: an empty type keeps napoleon from splitting it at a colon."""
+    """Returns sections have no type; an empty one keeps napoleon from splitting the text at a colon."""
     of_value = what in ("property", "attribute", "data")
     for i, line in enumerate(lines):
         if of_value and i == 0 or i and lines[i - 1].strip() in ("Returns:", "Yields:"):
@@ -128,7 +130,9 @@ def without_type(app, what, name, obj, options, lines):
 
 
 def docstring(app, what, name, obj, options, lines):
-    """Our docstrings are plain text with `code`: single backticks become literals, and nothing else is markup."""
+    """Our docstrings are plain text with `code`: single backticks become literals, and nothing else is
+    markup.
+    """
     example = False
     for i, line in enumerate(lines):
         example = bool(line.strip()) and (example or line.lstrip().startswith(">>> "))
@@ -143,7 +147,7 @@ def docstring(app, what, name, obj, options, lines):
 
 
 def skip(app, what, name, obj, skipped, options):
-    """Functions of other libraries under a name of ours are documented there, fields under the class's parameters."""
+    """Skip functions of other libraries, and fields that are documented as the class's parameters."""
     if (
         what == "class"
         and not callable(obj)
@@ -156,7 +160,7 @@ def skip(app, what, name, obj, skipped, options):
 
 
 class LinkSymbols(SphinxPostTransform):
-    """Every `name` of the library, in notebooks and docstrings alike, leads to its page of the API."""
+    """Link each `name` of the library in notebooks and docstrings to its API page."""
 
     default_priority = 5
 
@@ -188,14 +192,14 @@ class LinkSymbols(SphinxPostTransform):
 
 
 def short_values(app, doctree):
-    """Tables of numbers and of classes are named, not written out in a signature."""
+    """Leave long values out of signatures."""
     for node in list(doctree.findall(addnodes.desc_annotation)):
         if node.astext().lstrip().startswith("=") and len(node.astext()) > 200:
             node.parent.remove(node)
 
 
 def editable(app, page, template, context, doctree):
-    """Pages that are written anew for the site have no file to edit."""
+    """Generated pages have no source to edit."""
     if not (ROOT / f"{page}{context.get('page_source_suffix', '')}").is_file():
         context["page_source_suffix"] = ""
 

@@ -1,4 +1,4 @@
-"""A notebook of nbs/experiments in this process, with parameters where papermill puts them."""
+"""Run notebooks of nbs/experiments in this process, with parameters as papermill injects them."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "nbs" / "experiments"
 
 
 def run_cells(notebook: str, until: str = "", **parameters) -> dict:
-    """Run its code cells in order, up to the first that holds `until`; the parameters follow the tagged cell.
+    """Run the code cells in order, up to the first that contains `until`; parameters follow the tagged cell.
 
-    Returns their variables.
+    Returns the variables.
     """
     cells = [c for c in nbformat.read(EXPERIMENTS / f"{notebook}.ipynb", 4).cells if c.cell_type == "code"]
     (tagged,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", ())]

@@ -1,4 +1,4 @@
-"""Prediction, export and the command line with the inputs of ordinary life."""
+"""Prediction, export and the command line with realistic inputs."""
 
 import contextlib
 import csv
@@ -53,14 +53,14 @@ def given_to_papermill(**parameters):
 def test_a_finished_run_is_reported_as_not_trained(monkeypatch, tmp_path, capsys):
     record = synthetic_run(tmp_path / "there", images=30, drawn=2)
     monkeypatch.setattr("cadm_paper.train.train", lambda config, **how: record)
-    for place, said in (("there", True), ("new", False)):
+    for place, reported in (("there", True), ("new", False)):
         with pytest.raises(SystemExit) as end:
             cli.main(["train", "--out-dir", str(tmp_path / place)])
-        assert end.value.code == 0 and ("nothing was trained" in capsys.readouterr().out) == said
+        assert end.value.code == 0 and ("nothing was trained" in capsys.readouterr().out) == reported
 
 
-def test_what_is_given_is_never_dropped(monkeypatch, capsys):
-    """`None` for weights is none of them, not the preset's; for a number it is refused; "" is not nothing."""
+def test_given_values_are_never_dropped(monkeypatch, capsys):
+    """`None` for weights means no weights, not the preset's; for a number it is an error; so is ""."""
     assert TrainConfig(preset="paper").weights == "imagenet" and TrainConfig(weights=None).weights == "none"
     assert TrainConfig(weights=ResNet18_Weights.DEFAULT).weights == "IMAGENET1K_V1"
     for word in ("None", "none"):
@@ -88,7 +88,7 @@ def test_papermill_reads_every_line_of_the_parameters_cell(recwarn, caplog):
 
 
 def image(path, seed=0, size=(40, 32)):
-    """A small image of noise."""
+    """Save a small image of noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, "JPEG")
@@ -96,7 +96,7 @@ def image(path, seed=0, size=(40, 32)):
 
 
 def model(folder, classes=("traffic light", "dog", "cat"), **how):
-    """A small model that was never trained, saved."""
+    """Save a small untrained model."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         how = dict(image_size=32, classes=classes, quiet=True) | how
@@ -104,7 +104,7 @@ def model(folder, classes=("traffic light", "dog", "cat"), **how):
 
 
 def predicted(tmp_path, *words):
-    """Exit code of `cadm predict` without maps, and what it printed."""
+    """Exit code and output of `cadm predict` without maps."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit) as end:
         words = [*map(str, words), "--checkpoint", str(tmp_path / "model"), "--maps", "None"]
@@ -112,8 +112,8 @@ def predicted(tmp_path, *words):
     return end.value.code, out.getvalue()
 
 
-def test_every_answer_is_in_the_files_when_the_next_image_is_opened(tmp_path, monkeypatch):
-    """A crash at the fourth image keeps three; both files are complete."""
+def test_every_answer_is_written_before_the_next_image_is_read(tmp_path, monkeypatch):
+    """After a crash at the fourth image, both files hold three answers."""
     model(tmp_path)
     for n in range(5):
         image(tmp_path / "p" / f"{n}.jpg", n)
@@ -132,13 +132,15 @@ def test_every_answer_is_in_the_files_when_the_next_image_is_opened(tmp_path, mo
     assert [row["image"] for row in csv.DictReader((tmp_path / "o.csv").open())] == names
 
 
-def test_files_that_ordinary_folders_hold(tmp_path):
-    """A name that is no UTF-8, suffixes beyond .jpg, damaged, empty and dangling files: a line each, the others go on."""
+def test_unusual_files_in_a_folder(tmp_path):
+    """Names that are not UTF-8, other suffixes; damaged, empty and dangling files give a line each and are
+    skipped.
+    """
     model(tmp_path)
     p = tmp_path / "p"
     for name in (b"caf\xe9.jpg", b"b.jfif", b"c.jpe", b"d.JPG"):
         image(p / os.fsdecode(name))
-    (p / "broken.jpg").write_bytes(b"no photograph")
+    (p / "broken.jpg").write_bytes(b"not an image")
     (p / "empty.png").touch()
     (p / "gone.jpg").symlink_to("nowhere")
     (p / "._d.JPG").write_bytes(b"Mac")
@@ -170,8 +172,8 @@ def test_files_that_ordinary_folders_hold(tmp_path):
         ("$5_$10", "$5", "x^$"),
     ],
 )
-def test_labels_of_any_spelling(tmp_path, classes):
-    """They can be told apart in the CSV file, and are drawn as they are, not as formulas."""
+def test_labels_with_special_characters(tmp_path, classes):
+    """They stay distinct in the CSV file, and are plotted literally, not as formulas."""
     model(tmp_path, classes)
     where = dict(csv_file=tmp_path / "o.csv", maps=tmp_path / "maps")
     (answer,), _ = predict_files([image(tmp_path / "a.jpg")], tmp_path / "model", threshold=0, **where)
@@ -181,16 +183,16 @@ def test_labels_of_any_spelling(tmp_path, classes):
     assert Path(answer["maps"]).is_file()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("option", ["--json", "--csv"])
-def test_a_full_disk_is_named(tmp_path, option):
+def test_a_full_disk_is_reported(tmp_path, option):
     model(tmp_path)
     code, out = predicted(tmp_path, image(tmp_path / "a.jpg"), option, "/dev/full")
     assert code == 2 and "cadm: [Errno 28] No space left on device: '/dev/full'" in out
 
 
 @pytest.mark.parametrize("threshold", ["5", "-1", "nan", "inf"])
-def test_impossible_thresholds(tmp_path, threshold):
+def test_invalid_thresholds(tmp_path, threshold):
     model(tmp_path)
     code, out = predicted(tmp_path, image(tmp_path / "a.jpg"), f"--threshold={threshold}")
     assert code == 2 and "threshold" in out
@@ -208,15 +210,17 @@ def test_an_ascii_terminal(tmp_path, monkeypatch):
     assert not end.value.code and rb"K\xe4se" in shown and rb"\u72ac" in shown
 
 
-def test_a_model_is_predicted_with_as_it_was_trained(tmp_path):
-    """Size (oblong, too), resize, normalisation and orientation are the model's; unknown ones are refused."""
+def test_prediction_uses_the_preprocessing_of_the_training(tmp_path):
+    """Size (also oblong), resize, normalisation and orientation come from the model; missing ones are an
+    error.
+    """
     folder = model(tmp_path, image_size=(32, 64), normalise="half", resize="crop", exif=True)
     photo, turned = tmp_path / "a.jpg", Image.Exif()
     turned[0x0112] = 6  # a quarter turn
     noise = np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8)
     Image.fromarray(noise).save(photo, exif=turned)
     found = Predictor.load(folder)(photo)
-    assert found["picture"].shape == (20, 40, 3)  # the centre of the turned photograph, of the input's shape
+    assert found["picture"].shape == (20, 40, 3)  # the centre of the rotated image, in the input's shape
     seen = prepare(load_image(photo, (32, 64), resize="crop", exif=True)[None], normalise="half")
     expected = CADM.from_pretrained(folder)(seen).scores[0].tolist()
     np.testing.assert_allclose(list(found["scores"].values()), expected, rtol=1e-5)
@@ -229,8 +233,8 @@ def test_a_model_is_predicted_with_as_it_was_trained(tmp_path):
     assert predicted(tmp_path, photo, "--resize", "crop", "--exif", "True", "--normalise", "half")[0] == 0
 
 
-def test_an_exported_run_predicts_as_the_run(tmp_path):
-    """Also a run of an earlier version, whose saved model does not say how it sees images."""
+def test_an_exported_run_predicts_like_the_run(tmp_path):
+    """Also for a run of an earlier version, whose saved model lacks the pre-processing."""
     run, config = tmp_path / "run", dict(preset="mini", resize="crop", normalise="half", image_size=32)
     classes = synthetic_run(run, **config, lam=0.5).dataset["classes"]
     model(run / "checkpoint", classes, normalise="half")
@@ -244,15 +248,15 @@ def test_an_exported_run_predicts_as_the_run(tmp_path):
     assert processor["do_center_crop"] and processor["image_mean"] == [0.5, 0.5, 0.5]
 
 
-def test_names_are_text_in_the_card(tmp_path):
+def test_names_are_escaped_in_the_model_card(tmp_path):
     record = synthetic_run(tmp_path / "run", preset="mini")
     record.dataset["classes"], record.dataset["name"] = ["<img src=x>", "a|b"], "<b>own</b>\n---"
     card = model_card(record, 'x")<i>')
     assert "<" not in card and r"a\|b" in card and card.count("\n---\n") == 1
 
 
-def test_paths_that_no_shell_expanded(tmp_path, monkeypatch):
-    """`~` in options of commands, in papermill and in environment variables."""
+def test_home_folders_are_expanded(tmp_path, monkeypatch):
+    """`~` in options, papermill parameters and environment variables."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     model(tmp_path)
@@ -276,14 +280,12 @@ def test_paths_that_no_shell_expanded(tmp_path, monkeypatch):
     )
 
 
-# the object's box in the photograph: left, right, upper and lower end as parts of its width and height
+# the object's box: left, right, top and bottom as fractions of the image
 @pytest.mark.parametrize(
     "name, label, box",
     [("chelsea.png", "cat", (0.0, 0.8, 0.0, 1.0)), ("astronaut.png", "person", (0.05, 0.85, 0.03, 1.0))],
 )
-def test_the_model_of_the_package_sees_what_is_there_and_where(
-    tmp_path, monkeypatch, capsys, name, label, box
-):
+def test_the_packaged_model_recognises_and_locates(tmp_path, monkeypatch, capsys, name, label, box):
     photo = Path(skimage.data.__file__).parent / name
     found = Predictor.load()(photo)
     assert max(found["scores"], key=found["scores"].get) == label
@@ -298,7 +300,7 @@ def test_the_model_of_the_package_sees_what_is_there_and_where(
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_overlays_have_a_scale_where_a_map_is_drawn(tmp_path, monkeypatch, sign):
+def test_overlays_have_a_colour_scale_if_a_map_is_visible(tmp_path, monkeypatch, sign):
     scales = []
     monkeypatch.setattr("cadm_paper.figures.colour_bar", lambda figure, axes, limit: scales.append(limit))
     picture, maps = np.zeros((30, 40, 3), np.uint8), sign * np.full((2, 3, 3), 0.5, np.float32)
@@ -307,7 +309,7 @@ def test_overlays_have_a_scale_where_a_map_is_drawn(tmp_path, monkeypatch, sign)
     assert scales == ([0.5] if sign > 0 else [])
 
 
-def test_the_model_of_the_package_is_the_one_of_its_record_and_card():
+def test_the_packaged_model_matches_its_record_and_card():
     content = json.loads((PRETRAINED / "record.json").read_text())
     record = RunRecord.from_dict(content, PRETRAINED)
     model, card = Predictor.load().model, (PRETRAINED / "README.md").read_text(encoding="utf-8")

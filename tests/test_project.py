@@ -1,4 +1,4 @@
-"""The project's own promises: notebooks, library, README and badges in step; packaging; the wheel works where nothing else is."""
+"""Notebooks, library, README and badges agree; packaging; the wheel works without the checkout."""
 
 import os
 import re
@@ -30,8 +30,8 @@ def package_files(root):
     return {p.relative_to(root) for p in (root / "cadm_paper").rglob("*.py") if "__pycache__" not in p.parts}
 
 
-def test_notebooks_and_library_are_in_step(tmp_path):
-    """Exporting the notebooks anew changes no file, and every module comes from a notebook."""
+def test_the_library_is_the_export_of_the_notebooks(tmp_path):
+    """A new export changes no file, and every module comes from a notebook."""
     for name in ("nbs", "cadm_paper"):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
@@ -49,14 +49,14 @@ def test_notebooks_and_library_are_in_step(tmp_path):
 
 
 @pytest.mark.parametrize("tool", ["tools/readme", "tools/badges", "tools/parameters", "benchmarks/table"])
-def test_what_is_written_from_elsewhere_is_in_step(tool, monkeypatch, capsys):
+def test_generated_files_are_up_to_date(tool, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [tool, "--check"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / f"{tool}.py"), run_name="__main__")
     assert end.value.code == 0, capsys.readouterr()
 
 
-def test_versions_and_reasons_agree():
+def test_versions_agree_and_every_dependency_has_a_reason():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for file in ("settings.ini", "CITATION.cff"):
         assert re.search(
@@ -69,7 +69,7 @@ def test_versions_and_reasons_agree():
     assert [name for name in names if f"`{name}`" not in reasons] == []
 
 
-LIGHT = {  # modules in the order of their import, and what they must not bring in
+LIGHT = {  # modules in import order, and packages that they must not import
     "paper": "torch pandas",
     "loss": "torchvision matplotlib",
     "model": "matplotlib seaborn pandas sklearn pycocotools hypothesis onnx onnxruntime",
@@ -85,21 +85,21 @@ for module in {modules}:
 """
 
 
-def test_imports_are_light_and_need_nothing_of_notebooks():
-    """In a process where nbdev, papermill and Jupyter cannot be imported, all modules import."""
+def test_imports_are_light_and_need_no_notebook_tools():
+    """All modules can be imported without nbdev, papermill and Jupyter."""
     parts = (p.with_suffix("").parts for p in package_files(ROOT) if p.name != "_modidx.py")
     modules = [".".join(p).removesuffix(".__init__") for p in parts]
     done = run(sys.executable, "-c", WITHOUT_NOTEBOOKS + IMPORTS.format(light=LIGHT, modules=modules))
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_types_of_the_public_modules_hold():
+def test_types_of_the_public_modules():
     pytest.importorskip("mypy")
     done = run(sys.executable, "-m", "mypy", "--no-error-summary")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_no_machine_path_in_what_is_committed():
+def test_committed_files_contain_no_machine_path():
     files = run("git", "ls-files", "-z").stdout.split("\0")[:-1]
     if not files:
         pytest.skip("not a git checkout")
@@ -128,7 +128,7 @@ def test_no_machine_path_in_what_is_committed():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy of what git would release."""
+    """The wheel, built from a copy of the released files."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     shutil.copytree(ROOT / "cadm_paper", source / "cadm_paper", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
@@ -139,7 +139,7 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_library_and_nothing_else(wheel):
+def test_the_wheel_contains_only_the_library(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     files = (p for p in (ROOT / "cadm_paper").rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     assert {n for n in names if ".dist-info/" not in n} == {p.relative_to(ROOT).as_posix() for p in files}
@@ -152,7 +152,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
 
 
 @pytest.mark.slow
-def test_tests_of_the_source_distribution_are_collected(tmp_path):
+def test_the_source_distribution_contains_working_tests(tmp_path):
     files = run("git", "ls-files", "-z").stdout.split("\0")[:-1] or pytest.skip("not a git checkout")
     for name in files:
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def test_tests_of_the_source_distribution_are_collected(tmp_path):
     assert done.returncode == 0 and "tests collected" in done.stdout, done.stdout[-2000:]
 
 
-def test_workflows_pin_every_action_and_ask_for_few_rights():
+def test_workflows_pin_every_action_and_limit_permissions():
     for path in (ROOT / ".github" / "workflows").glob("*.yml"):
         workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert workflow["permissions"] == {} and all(
@@ -192,8 +192,8 @@ print(cadm_paper.__file__, sorted(multilabel_metrics(output.scores.detach(), tar
 
 
 @pytest.mark.slow
-def test_the_wheel_works_where_nothing_of_the_checkout_is(wheel, tmp_path):
-    """A bare interpreter sees the installed wheel and the dependencies, but neither the checkout nor notebooks' tools."""
+def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
+    """The interpreter has the wheel and its dependencies, but neither the checkout nor notebook tools."""
     lib = tmp_path / "lib"
     done = run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", lib, wheel, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""Tables and report from run records: any numbers, any names, damaged records, the notebooks from elsewhere, the page alone."""
+"""Tables and report from run records: any numbers and names, damaged records, notebooks in other folders, the
+page itself.
+"""
 
 import csv
 import io
@@ -47,7 +49,7 @@ def report(runs_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def runs_copy(runs_dir, tmp_path):
-    """A folder of runs to damage, and the folder of each variant's run."""
+    """A copy of the runs to damage, and the folder of each variant's run."""
     folder = Path(shutil.copytree(runs_dir, tmp_path / "runs"))
     return folder, {Variant.of(r): r.folder for r in load_runs(folder)}
 
@@ -63,7 +65,7 @@ def record(values: dict, seed: int = 0, **config) -> RunRecord:
 
 
 def html_rows(text: str) -> list[list[str]]:
-    """Texts of the cells, by row; the fragment must be well-formed."""
+    """The texts of the cells by row; the fragment must be well-formed."""
     return [["".join(cell.itertext()) for cell in row] for row in ElementTree.fromstring(text).iter("tr")]
 
 
@@ -73,7 +75,7 @@ NUMBERS = st.lists(st.fixed_dictionaries({c: st.floats(0, 1) for c in COLUMNS}),
 
 @given(NUMBERS, NAMES)
 @settings(max_examples=25, deadline=None)
-def test_every_form_of_a_table_says_the_same_and_any_name_stays_text(numbers, name):
+def test_all_formats_of_a_table_agree_and_escape_names(numbers, name):
     runs = [replace(record(v, seed), dataset={"name": name}) for seed, v in enumerate(numbers)]
     shown = table("table1", runs, datasets=[name])
     assert any(name in row[0] for row in html_rows(shown.html()) if len(row) == 1)
@@ -90,7 +92,7 @@ def test_every_form_of_a_table_says_the_same_and_any_name_stays_text(numbers, na
         assert len(numbers) == 1 or abs(line["sd"][c] - np.std(each, ddof=1)) < 1e-9
 
 
-def test_each_measured_number_leads_to_its_records_and_differences_are_taken_before_rounding():
+def test_measured_numbers_link_their_records_and_differences_are_unrounded():
     pairs = [
         (lam, v, seed) for seed in (0, 1) for lam, v in ((0.0, 0.76949), (0.5, 0.77951))
     ]  # 76.9 and 78.0
@@ -111,7 +113,7 @@ def test_each_measured_number_leads_to_its_records_and_differences_are_taken_bef
 
 
 @pytest.mark.parametrize("name, printed", [("table1", TABLE1), ("table2", TABLE2)])
-def test_printed_rows_are_the_papers_and_absent_rows_are_named(name, printed):
+def test_printed_rows_equal_the_paper_and_missing_rows_are_shown(name, printed):
     shown = table(name, [])
     rows = list(csv.DictReader(io.StringIO(shown.csv())))
     in_csv = [
@@ -122,7 +124,7 @@ def test_printed_rows_are_the_papers_and_absent_rows_are_named(name, printed):
     assert shown.html().count("not run") == shown.markdown().count("not run") == len(MAIN)
 
 
-def test_runs_of_other_recipes_are_not_averaged_and_say_so():
+def test_runs_of_other_recipes_are_separate_rows():
     same = {c: 0.5 for c in COLUMNS}
     others = [record(same, 2, epochs=3), record(same, 0, image_size=96), record(same, 0, hinge="outside")]
     shown = table("table1", [record(same, 0), record(same, 1), *others])
@@ -133,7 +135,7 @@ def test_runs_of_other_recipes_are_not_averaged_and_say_so():
 
 
 @pytest.mark.filterwarnings("ignore:left out")
-def test_a_changed_record_is_not_drawn_and_the_report_goes_on(runs_copy, tmp_path):
+def test_a_modified_record_is_not_plotted_and_the_report_is_complete(runs_copy, tmp_path):
     folder, home = runs_copy
     (home[MAIN[4]] / "maps.npz").write_bytes(b"not what it was")
     (home[MAIN[4]] / "scores.npz").unlink()
@@ -173,7 +175,7 @@ def test_rows_without_a_current_record_have_a_reason(runs_copy):
     assert "failed: ValueError: &lt;b&gt;" in nus.html()
 
 
-def test_the_report_stands_alone(report, runs_dir):
+def test_the_report_is_self_contained(report, runs_dir):
     page = (report / "index.html").read_text(encoding="utf-8")
     addresses = set(re.findall(r"""(?:src|href|action|data)=["']([^"']*)""", page))
     inside = {f"#{name}" for name in re.findall(r'id="([^"]*)"', page)}
@@ -182,7 +184,7 @@ def test_the_report_stands_alone(report, runs_dir):
 
 
 @pytest.mark.slow
-def test_the_report_does_not_know_where_and_by_whom_it_is_made(report, runs_dir, tmp_path):
+def test_the_report_does_not_depend_on_folder_time_zone_or_hash_seed(report, runs_dir, tmp_path):
     shutil.copytree(runs_dir, tmp_path / "other place" / "x")
     program = (
         "import sys; from cadm_paper.engine.record import load_runs; from cadm_paper.app.report import build_report\n"
@@ -216,8 +218,10 @@ def test_notebooks_run_from_any_folder(notebook, files, runs_dir, elsewhere):
     assert sorted(p.name for p in (elsewhere / "some folder").iterdir()) == files
 
 
-@pytest.mark.parametrize("given, said", [({}, "cadm reproduce"), ({"imags": "3"}, "did you mean 'images'")])
-def test_notebooks_stop_without_records_and_on_unknown_names(given, said, elsewhere):
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(
+    "given, message", [({}, "cadm reproduce"), ({"imags": "3"}, "did you mean 'images'")]
+)
+def test_notebooks_stop_without_records_and_on_unknown_names(given, message, elsewhere):
+    with pytest.raises(ValueError, match=message):
         run_cells("fig2", **given)
     assert not list(elsewhere.iterdir())

@@ -1,4 +1,6 @@
-"""The documentation: every part of the paper has its place, links resolve, and site, report and explorer work in a real browser."""
+"""The documentation covers every part of the paper, links resolve, and site, report and explorer work in a
+browser.
+"""
 
 import configparser
 import functools
@@ -38,7 +40,7 @@ def markdown(path: Path) -> str:
 
 
 def broken(path: Path, text: str, home: Path) -> list[str]:
-    """Links of a text, as GitHub and JupyterLab follow them from folder `home`, to no file or to no heading of a notebook."""
+    """Links of a text, relative to folder `home`, to missing files or to missing headings of notebooks."""
     bad = []
     for target in re.findall(
         r"\]\(((?:[^()\s]|\([^()\s]*\))+)\)", re.sub(r"`[^`\n]*`|```.*?```", "", text, flags=re.S)
@@ -57,7 +59,7 @@ def broken(path: Path, text: str, home: Path) -> list[str]:
 @pytest.mark.parametrize(
     "path", [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: str(p.relative_to(ROOT))
 )
-def test_links_work_where_they_are_read(path):
+def test_links_resolve(path):
     assert broken(path, markdown(path), path.parent) == []
 
 
@@ -86,8 +88,8 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.parametrize("line", SHELL)
-def test_commands_that_are_shown_are_accepted(line, monkeypatch):
-    """Commands of README and install page: `make` has the target, `cadm` takes the words, other files exist."""
+def test_documented_commands_are_valid(line, monkeypatch):
+    """Commands of README and install page: `make` has the target, `cadm` parses the words, other files exist."""
     program, *words = shlex.split(line, comments=True)
     if program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
@@ -104,7 +106,7 @@ def test_commands_that_are_shown_are_accepted(line, monkeypatch):
         assert all((ROOT / name).is_file() for name in named)
 
 
-def test_every_part_of_the_paper_has_its_place():
+def test_every_part_of_the_paper_is_listed():
     equations = [int(n) for row in re.findall(r"^\| Eq\. ([\d, ]+):", PAPER, re.M) for n in row.split(",")]
     assert sorted(equations) == list(range(1, 13))
     sections = ("1", "2.1", "2.2", "2.3", "2.4", "3.1", "3.2", "3.3.1", "3.3.2", "3.4", "4")
@@ -112,7 +114,7 @@ def test_every_part_of_the_paper_has_its_place():
     assert [part for part in parts if not re.search(rf"^\| {re.escape(part)}\b", PAPER, re.M)] == []
 
 
-def test_its_commands_names_and_files_exist():
+def test_listed_commands_names_and_files_exist():
     commands = [c.split()[1:3] for c in re.findall(r"`(cadm [^`]+)`", PAPER)]
     assert len(commands) > 5 and all(c[0] in cli.COMMANDS or c[1] in cli.GROUPS[c[0]] for c in commands)
     files = re.findall(r"`(cadm_paper/[\w/]+\.py|nbs/[\w/]+\.ipynb)`", PAPER)
@@ -126,8 +128,8 @@ def test_its_commands_names_and_files_exist():
     assert [name for module, name in names if not hasattr(module, name)] == []
 
 
-def test_the_headline_numbers_lead_to_the_committed_records():
-    """What README and article print is the mean over the records that the article names, seed by seed."""
+def test_headline_numbers_match_the_committed_records():
+    """Numbers in README and article are means over the records that the article lists by seed."""
     article = nbformat.read(ROOT / "nbs" / "experiments" / "report.ipynb", 4)
     outputs = [o.get("data", {}) for c in article.cells for o in c.get("outputs", ())]
     text, readme = "\n".join(o.get("text/markdown", "") for o in outputs), markdown(ROOT / "README.md")
@@ -146,7 +148,7 @@ def test_the_headline_numbers_lead_to_the_committed_records():
         assert f"{number} {n}" in readme
 
 
-def test_names_that_readme_tutorials_and_experiments_import_are_documented():
+def test_public_names_in_use_are_documented():
     paths = [p for p in NOTEBOOKS if p.parent.name in ("tutorials", "experiments")]
     cells = [c.source for p in paths for c in nbformat.read(p, 4).cells if c.cell_type == "code"]
     text = "\n".join([markdown(ROOT / "README.md"), *cells])
@@ -163,7 +165,7 @@ def test_names_that_readme_tutorials_and_experiments_import_are_documented():
         parts = ["Example:"] + ["Args:"] * bool(signature.parameters)
         parts += ["Returns:"] * (inspect.isfunction(o) and "->" in str(signature))
         assert [part for part in parts if part not in doc] == [], o
-        assert not re.search(r"\w\. \w+Error: ", doc), o  # an exception a line
+        assert not re.search(r"\w\. \w+Error: ", doc), o  # one exception per line
 
 
 # ---------------------------------------------------------------- the built site
@@ -171,7 +173,7 @@ def test_names_that_readme_tutorials_and_experiments_import_are_documented():
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The site, built without a network from the notebooks and from synthetic records, so that report and explorers are in it."""
+    """The site, built offline from the notebooks and from synthetic records, with report and explorers."""
     [pytest.importorskip(package) for package in ("sphinx", "myst_nb", "furo")]
     folder = tmp_path_factory.mktemp("site")
     synthetic_runs(folder / "runs", preset="mini", drawn=5)
@@ -182,7 +184,7 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_notebook_and_module_has_its_page_and_outputs(site):
+def test_every_notebook_and_module_has_a_page(site):
     for path in NOTEBOOKS:
         page = (site / path.relative_to(ROOT).with_suffix(".html")).read_text(encoding="utf-8")
         shown = [
@@ -209,7 +211,7 @@ def chromium():
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[browser]'")
     program = runpy.run_path(str(ROOT / "tools" / "article.py"))["chromium"]()
     if not program:
-        pytest.skip("no Chromium on this machine (CADM_CHROMIUM names one)")
+        pytest.skip("Chromium not found (set CADM_CHROMIUM to its path)")
     with (
         playwright.sync_playwright() as p,
         p.chromium.launch(executable_path=program, args=["--no-sandbox"]) as browser,
@@ -219,7 +221,7 @@ def chromium():
 
 @pytest.fixture
 def opened(chromium):
-    """A function that opens a file at a width; at the end the console must be silent and nothing requested from elsewhere."""
+    """A function that opens a file; afterwards there must be no console error and no external request."""
     complaints, contexts = [], []
 
     def open_(path, width=1280, height=860, dark=False, fragment=""):
@@ -243,7 +245,7 @@ def opened(chromium):
 
 
 def follow(page, link):
-    """Click on the first of these links, and wait until the page it leads to is loaded."""
+    """Click the first of these links and wait for its page."""
     before = page.url
     page.locator(link).first.click()
     page.wait_for_url(lambda url: url != before)
@@ -259,7 +261,7 @@ FACTS = """() => new Promise(done => { const wait = n => {
 
 
 @pytest.mark.slow
-def test_every_page_opens_on_a_phone_with_its_mathematics_and_its_links_resolve(site, opened):
+def test_every_page_fits_a_phone_renders_formulas_and_has_valid_links(site, opened):
     found = {}
     for path in sorted(p for p in site.rglob("*.html") if "_static" not in p.parts):
         page = opened(path, 390, 844)
@@ -314,7 +316,7 @@ LEGIBLE = """() => {
     ["index.html", "results.html", "nbs/experiments/report.html"]
     + [f"report/{page}.html" for page in ("index", "article", "explorer")],
 )
-def test_pages_are_legible_and_in_order(site, opened, name, dark):
+def test_pages_have_contrast_ordered_headings_and_alt_texts(site, opened, name, dark):
     page = opened(site / name, 1280, 860, dark=dark)
     if name.endswith("explorer.html"):
         page.wait_for_selector("body[data-ready]")
@@ -342,7 +344,7 @@ def test_search_finds(site, opened, words, found):
 
 
 @pytest.mark.slow
-def test_the_landing_page_leads_to_the_report_and_to_the_explorers_of_its_records(site, opened):
+def test_the_landing_page_links_the_report_and_its_explorers(site, opened):
     page = opened(site / "index.html", 1280, 860)
     box, text = page.locator(".cards").bounding_box(), page.locator(".cards").inner_text()
     assert box["y"] + box["height"] <= 860 and all(
@@ -359,7 +361,7 @@ def test_the_landing_page_leads_to_the_report_and_to_the_explorers_of_its_record
 
 
 @pytest.mark.slow
-def test_where_a_number_comes_from_and_whether_it_holds_takes_three_clicks(site, opened):
+def test_a_number_is_three_clicks_from_its_record_and_verdict(site, opened):
     def after(*clicks):
         page = opened(site / "index.html")
         for click in clicks:
@@ -376,7 +378,7 @@ def test_where_a_number_comes_from_and_whether_it_holds_takes_three_clicks(site,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width, most", [(1280, 5200), (390, 7500)])
-def test_the_report_is_short_its_numbers_lead_to_records_and_it_prints_whole(site, opened, width, most):
+def test_the_report_is_short_links_records_and_prints_unfolded(site, opened, width, most):
     page = opened(site / "report" / "index.html", width)
     assert page.evaluate("document.documentElement.scrollHeight") < most
     hidden = """[...document.querySelectorAll('details > :not(summary)')]
@@ -392,7 +394,7 @@ def test_the_report_is_short_its_numbers_lead_to_records_and_it_prints_whole(sit
 
 
 @pytest.mark.slow
-def test_the_explorer_changes_on_a_choice_and_says_what_the_records_say(site, opened):
+def test_the_explorer_reacts_and_shows_the_values_of_the_records(site, opened):
     page = opened(site / "report" / "explorer.html")
     page.wait_for_selector("body[data-ready]")
     maps = "() => [...document.querySelectorAll('canvas.map')].map(c => c.toDataURL())"
@@ -422,7 +424,7 @@ def test_the_explorer_changes_on_a_choice_and_says_what_the_records_say(site, op
 
 
 @pytest.mark.slow
-def test_an_address_leads_to_a_case_and_pointing_tells_the_value(site, opened):
+def test_explorer_addresses_and_values_under_the_pointer(site, opened):
     page = opened(site / "report" / "explorer.html", 390, 844, fragment="#image=3&label=7")
     page.wait_for_selector("body[data-ready]")
     assert page.evaluate("[state.image, state.label]") == [3, 7]
@@ -433,7 +435,7 @@ def test_an_address_leads_to_a_case_and_pointing_tells_the_value(site, opened):
 
 
 @pytest.mark.slow
-def test_names_are_only_text_and_a_notebook_frames_the_same_page(tmp_path, opened):
+def test_class_names_are_escaped_in_the_explorer_in_a_notebook(tmp_path, opened):
     name = "</script><img src=x onerror=\"document.title='run'\">"
     run = synthetic_run(tmp_path)
     maps = run.maps()

@@ -1,7 +1,7 @@
-"""What the notebooks of app/ cannot show in a cell: whole batches through Snakemake and papermill, killed, broken and gone on with.
+"""Whole batches through Snakemake and papermill: complete, killed, failing and continued.
 
-Most runs are made by a stand-in for train.ipynb that computes nothing but keeps the promises of the real one: a checkpoint after each epoch, a
-record at the end, a result that depends on the whole sequence of epochs.
+Most runs are made by a stand-in for train.ipynb that computes nothing but behaves like the real one: a checkpoint after each epoch, a
+record at the end, a result that depends on all epochs.
 """
 
 import json
@@ -88,7 +88,7 @@ class Site:
 
     def __init__(self, folder: Path, real: bool = False):
         self.folder, self.outputs, self.data = folder, folder / "outputs", folder / "data"
-        self.temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # names of sockets have to be short
+        self.temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # socket names must be short
         books = folder / "nbs" / "experiments"
         write_notebook(books / "train.ipynb", PARAMETERS, STAND_IN.replace("NAMES", NAMES))
         if real:
@@ -123,29 +123,29 @@ class Site:
         return subprocess.Popen(line, cwd=self.folder, env=environ, **kwargs)
 
     def run(self, *more, code=0, **environ):
-        """What was printed; the exit code has to be `code`."""
+        """The output; the exit code must be `code`."""
         process = self.start(*more, **environ)
         output = process.communicate(timeout=600)[0]
         assert process.returncode == code, output
         return output
 
     def table(self):
-        """States and numbers of the runs by name, as the table saw them."""
+        """States and numbers of the runs by name, as the table read them."""
         reasons, rows = json.loads((self.outputs / "table.json").read_text())
         return {name: word for name, (word, _) in reasons.items()}, rows, reasons
 
     def made(self):
-        """What the stand-in noted in each record, and when the record was written."""
+        """The stand-in's notes in each record, and the time it was written."""
         return {r.folder.name: r.extra["made"] for r in load_runs(self.outputs / "runs")}
 
     def processes(self):
-        """Live processes that work for this site."""
+        """Live processes of this site."""
         named = lambda p: str(self.folder) in " ".join([*(p.info["cmdline"] or []), p.info["cwd"] or ""])
         every = psutil.process_iter(["cmdline", "cwd", "status"])
         return [p.info for p in every if named(p) and p.info["status"] != psutil.STATUS_ZOMBIE]
 
     def sockets(self):
-        """Sockets of kernels, and whatever else is temporary."""
+        """Sockets of kernels and other temporary files."""
         return [p for p in self.temporary.glob("cadm-*/**/*") if not p.is_dir()]
 
     def wait(self, condition, seconds=120):
@@ -187,12 +187,12 @@ def test_paper_lists_every_run_of_tables_1_and_2():
         ({"notebooks": ["tabel1"]}, "did you mean 'table1'"),
     ],
 )
-def test_a_wrong_line_is_refused_with_a_hint(content, hint):
+def test_an_invalid_line_is_rejected_with_a_hint(content, hint):
     with pytest.raises(ValueError, match=hint):
         batch.parse_batch(content)
 
 
-def test_uncommitted_code_is_refused_where_the_batch_wants_none(monkeypatch):
+def test_uncommitted_code_is_rejected_if_the_batch_requires_it(monkeypatch):
     monkeypatch.setattr(batch, "code_version", lambda: {"modified": True})
     clean = batch.parse_batch({"clean": True})
     with pytest.raises(ValueError, match="uncommitted changes"):
@@ -200,7 +200,7 @@ def test_uncommitted_code_is_refused_where_the_batch_wants_none(monkeypatch):
     for allowed in (clean.model_copy(update={"dirty": True}), batch.parse_batch({})):
         batch.check_code(allowed, ["a run"])
     batch.check_code(clean, [])
-    for unknown in ({}, {"modified": None}):  # neither commit nor changes are known: nothing to refuse
+    for unknown in ({}, {"modified": None}):  # neither commit nor changes are known
         monkeypatch.setattr(batch, "code_version", lambda: unknown)
         batch.check_code(clean, ["a run"])
 
@@ -210,7 +210,7 @@ def test_a_record_of_other_labels_is_stale(tmp_path, monkeypatch):
     record = synthetic_run(tmp_path / "run", images=40, drawn=2)
     content = json.loads((record.folder / "run.json").read_text()) | {"synthetic": False}
     (record.folder / "run.json").write_text(json.dumps(content))
-    assert status.state(record.folder).word == "finished"  # there is no data to compare it with
+    assert status.state(record.folder).word == "finished"  # no data to compare with
     build_scenes(tmp_path / "scenes-coco", "coco", train=16, test=8)
     status._fingerprints.cache_clear()
     assert (
@@ -220,7 +220,7 @@ def test_a_record_of_other_labels_is_stale(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_batch_is_run_once_and_only_content_counts(site):
+def test_a_batch_runs_once_and_time_stamps_are_ignored(site):
     output = site.run()
     assert "[2/2]" in output and "epoch" in output and set(site.table()[0].values()) == {"finished"}
     made = site.made()
@@ -235,7 +235,7 @@ def test_a_batch_is_run_once_and_only_content_counts(site):
 
 
 @pytest.mark.slow
-def test_failures_leave_the_others_going_and_what_other_code_made_is_run_again_only_by_force(site):
+def test_failures_do_not_stop_other_runs_and_force_reruns_records_of_other_code(site):
     output = site.run(STUB_FAIL="baseline", STUB_CODE="other", code=1)
     states = site.table()[0]
     assert "ValueError: told to fail" in output and sorted(states.values()) == ["failed", "finished"]
@@ -244,12 +244,12 @@ def test_failures_leave_the_others_going_and_what_other_code_made_is_run_again_o
     assert any(o.get("ename") == "ValueError" for c in cells for o in c.get("outputs", []))
     assert site.run(STUB_CODE="other").count("[1/1]") == 1
     made = site.made()
-    assert [m["first"] for m in made.values()] == [1, 0]  # gone on from the checkpoint
+    assert [m["first"] for m in made.values()] == [1, 0]  # continued from the checkpoint
     assert (
         site.run("--dry-run").count("made by commit") == 2 and "0 to do" in site.run() and site.made() == made
     )
     site.run("--force", STUB_FAIL="cadm", code=1)
-    again = site.made()  # what fails leaves the older record
+    again = site.made()  # a failure keeps the older record
     assert ["baseline" in name for name in made if made[name] != again[name]] == [True]
     assert set(site.table()[0].values()) == {"finished"} and site.table()[1].keys() == made.keys()
     site.run("--force")
@@ -257,7 +257,7 @@ def test_failures_leave_the_others_going_and_what_other_code_made_is_run_again_o
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_nothing_stays_and_the_tables_are_the_same(tmp_path):
+def test_kills_at_random_moments_leave_no_process_and_do_not_change_the_tables(tmp_path):
     undisturbed, killed = Site(tmp_path / "a"), Site(tmp_path / "b")
     undisturbed.run("--jobs", "1")
     draw = random.Random(seed := int(os.environ.get("CADM_TEST_SEED", time.time_ns() % 2**31)))
@@ -268,7 +268,7 @@ def test_killed_at_random_moments_nothing_stays_and_the_tables_are_the_same(tmp_
         time.sleep(draw.uniform(0, 8))
         process.send_signal(
             signal.SIGINT if number == 1 else signal.SIGKILL
-        )  # the command alone: the rest has to notice
+        )  # the command only; the other processes must end by themselves
         killed.wait(lambda: not killed.processes(), seconds=20)
         process.communicate()
     killed.run()
@@ -277,7 +277,7 @@ def test_killed_at_random_moments_nothing_stays_and_the_tables_are_the_same(tmp_
 
 
 @pytest.mark.slow
-def test_two_workflows_on_one_folder_are_refused(site):
+def test_a_second_workflow_in_a_folder_is_rejected(site):
     process = site.start(STUB_SLEEP="3")
     site.wait(lambda: list(site.outputs.glob("runs/*/*/checkpoint")))
     assert "another process is writing here" in site.run(code=2)
@@ -296,7 +296,7 @@ def test_two_runs_never_share_a_gpu(site):
 
 
 @pytest.mark.slow
-def test_a_real_training_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path):
+def test_a_killed_training_ends_with_the_results_of_an_undisturbed_one(tmp_path):
     results = []
     for site, kill in ((Site(tmp_path / "a", real=True), False), (Site(tmp_path / "b", real=True), True)):
         site.write([{"method": "cadm"}], evidence=True, notebooks=[], defaults={"epochs": 8})
@@ -306,7 +306,7 @@ def test_a_real_training_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_pat
             for p in [*psutil.Process(process.pid).children(recursive=True), process]:
                 p.kill()
             process.communicate()
-            assert not list(site.outputs.glob("runs/*/*/run.json")), "killed too late to show anything"
+            assert not list(site.outputs.glob("runs/*/*/run.json")), "killed too late for this test"
         site.run()
         (record,) = load_runs(site.outputs / "runs")
         results.append((record.metrics, record.history, record.files, set(record.beside("evidence.npz"))))
@@ -315,8 +315,8 @@ def test_a_real_training_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_clone_comes_to_its_first_report(tmp_path):
-    """What a new user does, with one epoch: clone, reproduce, open the report."""
+def test_a_fresh_clone_makes_its_first_report(tmp_path):
+    """Clone, reproduce with one epoch, open the report."""
     clone = tmp_path / "clone"
     done = subprocess.run(["git", "clone", "-q", ROOT, clone], capture_output=True)
     if done.returncode:
@@ -338,7 +338,7 @@ def test_a_clone_comes_to_its_first_report(tmp_path):
 
 
 @pytest.mark.slow
-def test_other_data_and_snakemake_without_our_command(site):
+def test_other_data_and_snakemake_alone(site):
     site.write([{"method": "baseline"}], data="mine", notebooks=[])
     shutil.copytree(site.data / "scenes-coco", site.data / "mine" / "scenes-coco")
     line = "snakemake --configfile batch.yaml"
@@ -351,7 +351,7 @@ def test_other_data_and_snakemake_without_our_command(site):
 
 
 SLURM = """#!/bin/sh
-# Takes a job in and runs it at once; keeps the call for the test.
+# Accepts a job and runs it at once; keeps the call for the test.
 case "$(basename $0)" in sacct|squeue) for f in "$STANDIN"/*.state; do [ -e "$f" ] && echo "$(basename $f .state)|$(cat $f)"; done; exit 0;; sbatch) ;; *) exit 0;; esac
 id=$$; printf '%s\\n' "$@" > "$STANDIN/$id.call"; log=/dev/null; command=
 while [ $# -gt 0 ]; do case "$1" in --wrap=*) command="${1#--wrap=}";; --wrap) shift; command="$1";; esac; shift; done
@@ -364,7 +364,7 @@ SRUN = '#!/bin/sh\nwhile [ $# -gt 0 ]; do case "$1" in -*) shift;; [0-9]*) shift
 
 
 @pytest.mark.slow
-def test_the_slurm_profile_submits_what_each_rule_asks_for(site):
+def test_the_slurm_profile_submits_the_resources_of_each_rule(site):
     pytest.importorskip("snakemake_executor_plugin_slurm", reason="the Slurm executor is not installed")
     tools = site.folder / "slurm"
     tools.mkdir()

@@ -42,7 +42,7 @@ def main() -> int:
     page = build_article(ROOT / "nbs" / "experiments" / "report.ipynb", parser.parse_args().out)
     print(page)
     if not chromium():
-        print("no PDF: no Chromium on this machine (CADM_CHROMIUM names one)")
+        print("no PDF: Chromium not found (set CADM_CHROMIUM to its path)")
         return 1
     print(print_pdf(page))
     return 0

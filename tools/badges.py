@@ -1,4 +1,4 @@
-"""Badges drawn here, from what the repository itself says: `python tools/badges.py [--check]` writes assets/badges/*.svg."""
+"""Badges from the metadata of the repository: `python tools/badges.py [--check]` writes assets/badges/*.svg."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ def facts() -> dict[str, tuple[str, str]]:
 
 
 def width(text: str) -> int:
-    """Room for 11 px type, a little too much rather than too little."""
+    """The width of text of 11 px, rounded up."""
     return round(6.7 * len(text)) + 12
 
 
@@ -45,7 +45,9 @@ def main() -> int:
         path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
     ]
     if "--check" in sys.argv:
-        print("\n".join(f"out of date: {path.relative_to(ROOT)}" for path in stale) or "badges are true")
+        print(
+            "\n".join(f"out of date: {path.relative_to(ROOT)}" for path in stale) or "badges are up to date"
+        )
         return 1 if stale else 0
     for path in stale:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Count what a newcomer has to read, beside the same before the rebuild (commit 5f0a1ff): python tools/count.py."""
+"""The size of the code now and before the rebuild (commit 5f0a1ff): python tools/count.py."""
 
 import ast
 import json
@@ -18,12 +18,12 @@ def trees(folder: str) -> dict[Path, ast.Module]:
 
 
 def statements(modules: dict[Path, ast.Module]) -> int:
-    """Statements of all kinds, as the parser sees them."""
+    """The number of statements of all kinds in the syntax trees."""
     return sum(isinstance(node, ast.stmt) for tree in modules.values() for node in ast.walk(tree))
 
 
 def public(modules: dict[Path, ast.Module]) -> int:
-    """Names in all `__all__` together."""
+    """The number of names in all `__all__`."""
     lists = [
         node.value
         for tree in modules.values()
@@ -42,7 +42,7 @@ def cell_lines() -> list[int]:
 
 
 def counts() -> dict[str, float]:
-    """What is counted, by name."""
+    """All counts by name."""
     from cadm_paper.engine.config import TrainConfig
 
     library, cells = trees("cadm_paper"), cell_lines()

@@ -1,8 +1,8 @@
-"""The documentation site from the notebooks as they are committed: `python tools/docs.py [--out site] [--runs DIR]`.
+"""The documentation site from the committed notebooks: `python tools/docs.py [--out site] [--runs DIR]`.
 
-Nothing is executed and nothing fetched. The sources go to _proc/ (notebooks without hidden cells and directives, one API page
-for each module, the landing page with what the committed run records measured), then Sphinx builds them with the settings in docs/.
-nbdev's own `proc_nbs` is not used: it leaves out every exported cell, and here the code is what the reader came for."""
+Nothing is executed or fetched. The sources go to _proc/ (notebooks without hidden cells and directives, one API page for each
+module, the landing page with results from the committed run records), then Sphinx builds them with the settings in docs/.
+nbdev's `proc_nbs` is not used, because it omits exported cells and the site shows the code."""
 
 import argparse
 import ast
@@ -36,7 +36,7 @@ PAGES = ("docs/install.md", "docs/paper-to-here.md", "CONTRIBUTING.md", "DEPENDE
 
 @functools.cache
 def notebooks() -> list[Path]:
-    """All notebooks, in the order of the house."""
+    """All notebooks, in reading order."""
     return sorted(
         p
         for p in (ROOT / "nbs").rglob("*.ipynb")
@@ -45,7 +45,7 @@ def notebooks() -> list[Path]:
 
 
 def module_of(path: Path) -> str | None:
-    """The module that a notebook writes."""
+    """The module that a notebook exports."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     found = re.search(r"^#\|\s*default_exp\s+(\S+)", source, re.M)
@@ -53,7 +53,9 @@ def module_of(path: Path) -> str | None:
 
 
 def linked(text: str, folder: str) -> str:
-    """Links of a page in `folder`: code leads to its API page; files that are no page of the site lose their link."""
+    """Rewrite the links of a page in `folder`: modules link to the API, files outside the site become plain
+    text.
+    """
 
     def link(found):
         label, target = found[1], found[2]
@@ -70,7 +72,7 @@ def linked(text: str, folder: str) -> str:
 
 
 def only_imports(source: str) -> bool:
-    """Whether a cell does nothing but import: it is folded away."""
+    """Whether a cell only imports; such cells are folded."""
     try:
         body = ast.parse(source).body
     except SyntaxError:
@@ -79,7 +81,7 @@ def only_imports(source: str) -> bool:
 
 
 def checks(cell) -> bool:
-    """Whether a cell of code only checks: it exports and shows nothing. It is folded away."""
+    """Whether a code cell only checks, without export or output; such cells are folded."""
     code = (
         cell.cell_type == "code" and not cell.outputs and not re.search(r"^#\|\s*export", cell.source, re.M)
     )
@@ -87,7 +89,9 @@ def checks(cell) -> bool:
 
 
 def page(path: Path) -> nbformat.NotebookNode:
-    """A notebook as its page: no hidden cells, no directives, checks folded, the API named under the title."""
+    """A notebook as a page: without hidden cells and directives, checks folded, a link to the API below the
+    title.
+    """
     read = nbformat.read(path, as_version=4)
     for cell in filter(checks, read.cells):
         cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
@@ -125,7 +129,7 @@ def api_page(module: str, notebook: Path) -> str:
             title,
             "=" * len(title),
             "",
-            f"Written in the notebook :doc:`/{where}`, where each name is shown and checked.",
+            f"Exported from the notebook :doc:`/{where}`, which explains and checks each name.",
             "",
             f".. automodule:: {module}",
             "",
@@ -134,7 +138,7 @@ def api_page(module: str, notebook: Path) -> str:
 
 
 def api_index(modules: dict[str, Path]) -> str:
-    """All modules in the order of the notebooks, with what each is for."""
+    """All modules in the order of the notebooks, with their purpose."""
     rows = []
     for module, notebook in modules.items():
         about = (importlib.import_module(module).__doc__ or "").strip().split("\n")[0]
@@ -145,7 +149,7 @@ def api_index(modules: dict[str, Path]) -> str:
             "API",
             "===",
             "",
-            "Every public function and class, module by module; shapes are part of the signatures, as jaxtyping writes them. One alphabetical list: :ref:`genindex`.",
+            "Public functions and classes by module; signatures include shapes, as in jaxtyping. Alphabetical list: :ref:`genindex`.",
             "",
             ".. list-table::",
             "   :widths: 30 70",
@@ -173,7 +177,7 @@ def measured(runs) -> dict | None:
     synthetic = any(r.extra.get("synthetic") for r in runs)
 
     def cell(block, line) -> str:
-        """A number that leads to its records: in the article, or in the report of synthetic ones."""
+        """A number that links to its records in the article, or in the report if they are synthetic."""
         place = f"nbs/experiments/report.html#{block.dataset}-{line.variant.slug}"
         address = "report/index.html#tables" if synthetic else place
         return f'<a href="{address}">{line.cell("mAP")}</a> ({len(line.runs)})'
@@ -190,7 +194,7 @@ def measured(runs) -> dict | None:
 
 
 def short(gain) -> str:
-    """What the embedding loss changed in mAP, with its certainty, in a few words."""
+    """The effect of the embedding loss on mAP and its uncertainty, in short."""
     from cadm_paper.tables import signed
 
     d = gain.differences["mAP"]
@@ -202,7 +206,9 @@ def short(gain) -> str:
 
 
 def verdict_counts() -> str:
-    """The committed verdicts in a line: how many of each, and what the embedding loss gains; empty without them."""
+    """The committed verdicts in a line: their counts and the gains of the embedding loss; empty without
+    verdicts.
+    """
     from cadm_paper.results.claims import read_verdicts
 
     found = read_verdicts()
@@ -228,7 +234,7 @@ def claims() -> list[tuple[str, list[float]]]:
 
 
 def sources(runs, explorers: dict[str, str]) -> dict[str, str]:
-    """Everything that Sphinx reads: name -> text."""
+    """All sources for Sphinx: name -> text."""
     files: dict[str, str] = {}
     modules = {module: path for path in notebooks() if (module := module_of(path))}
     for path in notebooks():
@@ -258,7 +264,7 @@ def sources(runs, explorers: dict[str, str]) -> dict[str, str]:
 
 
 def write_sources(folder: Path, files: dict[str, str]) -> None:
-    """Write what changed and delete what went, so that Sphinx reads again only what it must."""
+    """Write changed files and delete obsolete ones, so that Sphinx rereads only those."""
     for path in [
         p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in files
     ]:
@@ -272,10 +278,7 @@ def write_sources(folder: Path, files: dict[str, str]) -> None:
 
 SECTIONS = {
     "The paper": [
-        (
-            "What the paper says, equation by equation, with code and checks",
-            ["docs/paper-to-here", "nbs/0[0-3]_*"],
-        )
+        ("The paper equation by equation, with code and checks", ["docs/paper-to-here", "nbs/0[0-3]_*"])
     ],
     "Results": [
         (
@@ -295,7 +298,7 @@ SECTIONS = {
     ],
     "Tutorials": [
         (
-            "Each is a notebook that the test suite runs",
+            "Notebooks that the test suite runs",
             [
                 f"nbs/tutorials/{name}"
                 for name in (
@@ -335,7 +338,7 @@ def about(name: str) -> tuple[str, str]:
 
 
 def section_pages(pages: list[str]) -> dict[str, str]:
-    """The five sections, each page of the site in the first that names it."""
+    """The five section pages; each page of the site is in the first section that matches it."""
     files, left = (
         {},
         dict.fromkeys([*(p.removesuffix(".md") for p in PAGES), *pages, "api/index", "genindex"]),
@@ -356,7 +359,7 @@ def section_pages(pages: list[str]) -> dict[str, str]:
             lines += ["", "```{toctree}", ":hidden:", "", *here, "```", ""]
         files[f"{slug}.md"] = "\n".join(lines)
     if left:
-        raise SystemExit(f"in no section of the site: {', '.join(left)}")
+        raise SystemExit(f"not in any section of the site: {', '.join(left)}")
     return files
 
 
@@ -371,7 +374,7 @@ def first_figure(name: str) -> tuple[str, str] | None:
 
 
 def thumbnails() -> str:
-    """Figures that lead to the pages with their code."""
+    """Figures that link to the pages with their code."""
     names = ["experiments/fig2", "experiments/fig4", "experiments/gallery", "experiments/study_claims"]
     names += ["experiments/study_digitscenes", "experiments/study_maps", "data/scenes"]
     shown = [(f"nbs/{name}", first_figure(f"nbs/{name}")) for name in names]
@@ -384,7 +387,7 @@ def thumbnails() -> str:
 
 
 def records(folder: Path | None) -> list:
-    """Committed records, or the ones of `folder`."""
+    """The committed records, or those in `folder`."""
     from cadm_paper.engine.record import load_runs
 
     place = folder or ROOT / "outputs" / "reference" / "mini"
@@ -392,7 +395,9 @@ def records(folder: Path | None) -> list:
 
 
 def report_pages(folder: Path | None, runs, out: Path) -> dict[str, str]:
-    """Write report and explorers to `out`; the explorers' addresses by data set. Without records the explorer shows synthetic ones and says so."""
+    """Write report and explorers to `out`; the explorers' addresses by data set. Without records the explorer
+    shows synthetic ones and says so.
+    """
     from cadm_paper.app.explorer import build_explorers, explore
     from cadm_paper.app.report import build_article, build_report
     from cadm_paper.engine.synthetic import synthetic_run
@@ -414,7 +419,7 @@ MATHJAX = ("tex-chtml.js", "input", "tex", "tex.js", "extensions", "output", "ch
 
 
 def superfluous(folder: str, names: list[str]) -> list[str]:
-    """What the site does without: MathJax's other builds, Sphinx's bookkeeping."""
+    """Files that the site does not need: other builds of MathJax, Sphinx's internal files."""
     if "mathjax" in Path(folder).parts:
         return [
             name

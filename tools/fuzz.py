@@ -1,4 +1,4 @@
-"""Damaged and hostile files before every reader: an error of one line that names the file, or a value; never more.
+"""Damaged and hostile files for every reader: it must return a value, or raise a one-line error that names the file.
 
 python tools/fuzz.py [FILES [READER ...]]
 """
@@ -45,7 +45,7 @@ from cadm_paper.weights import read_state_dict
 
 SECONDS, BYTES = 10, 2 * 2**30  # limits of one file
 
-# ---- valid files: each function writes into a folder and returns the file to damage
+# ---- valid files: each function writes to a folder and returns the file to damage
 
 
 def put(path: Path, content) -> Path:
@@ -193,7 +193,7 @@ def archive(kind):
 
 
 def unpacked(root, path):
-    """As `fetch` hands archives over: it takes nothing but files."""
+    """As in `fetch`, which passes only files."""
     if path.is_file():
         unpack(path, Archive((path.name,), ("d",), 10**6), root / "out")
 
@@ -208,7 +208,7 @@ pixels = lambda root, path: load_image(path, 24)
 
 
 def again(root, path):
-    """A kept file that is damaged is made anew: never an error, never another value."""
+    """A damaged cache file is rebuilt: no error, no other value."""
     found = load_split("coco2014", root, "train2014")
     assert found.labels.tolist() == [[1, 0], [0, 1]] and [p.name for p in found.paths] == ["a.jpg", "b.jpg"]
     batches = list(Loader(found, 16).epoch(2))
@@ -259,7 +259,7 @@ READERS = {
     "batch": (batch, lambda root, path: load_batch(str(path))),
 }
 
-# ---- how files are damaged: bytes, words, values of JSON, members of archives, and what is no file at all
+# ---- how files are damaged: bytes, words, values of JSON, members of archives, and no regular file
 
 WORDS = [
     b"",
@@ -348,7 +348,7 @@ def value(raw, rng):
 
 
 def member(raw, rng):
-    """Another member of a zip archive (.npz, .pth): a bomb, objects, an array of a length that is not there."""
+    """Another member of a zip archive (.npz, .pth): a bomb, objects, an array of a wrong length."""
     if not zipfile.is_zipfile(io.BytesIO(raw)):
         return flip(raw, rng)
     with zipfile.ZipFile(io.BytesIO(raw)) as old:
@@ -370,7 +370,7 @@ def member(raw, rng):
             new.writestr("bomb.npy", bytes(2**26))
     raw = bytearray(out.getvalue())
     if rng.random() < 0.2:
-        raw[raw.rindex(b"PK\1\2") + 8] |= 1  # says that it is encrypted
+        raw[raw.rindex(b"PK\1\2") + 8] |= 1  # marked as encrypted
     return bytes(raw)
 
 
@@ -388,7 +388,7 @@ def no_file(path, rng):
 DAMAGES = [flip, flip, cut, cut, word, word, line, value, value, member]
 
 
-# ---- one process for each reader, with limits
+# ---- one process per reader, with limits
 
 
 class TooSlow(BaseException):
@@ -400,7 +400,7 @@ def late(*_):
 
 
 def faults(name: str, root: Path, files: int) -> list[str]:
-    """What went wrong with so many damaged files of a reader: in a separate process, with limits."""
+    """Failures of a reader with this many damaged files, in a separate process with limits."""
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
     signal.signal(signal.SIGALRM, late)
@@ -424,7 +424,7 @@ def faults(name: str, root: Path, files: int) -> list[str]:
             content = how(raw, rng)
             path.write_bytes(content)
         signal.alarm(SECONDS)
-        faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # where no signal gets through
+        faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # if no signal is handled
         try:
             read(root / "good", path)
         except TooSlow:
@@ -444,14 +444,14 @@ def faults(name: str, root: Path, files: int) -> list[str]:
 
 
 def main(files: int = 80, *names: str) -> int:
-    """Damage so many files of each reader (all); prints what went wrong."""
+    """Damage this many files for each reader (default all); prints the failures."""
     wrong = 0
     for name in names or READERS:
         with tempfile.TemporaryDirectory() as root, ProcessPoolExecutor(1, get_context("fork")) as pool:
             found = pool.submit(faults, name, Path(root), files).result()
         wrong += len(found)
         print(*(f"{name}: {line}" for line in found), sep="\n", end="\n" * bool(found))
-    print(f"{files} files for each of {len(names or READERS)} readers; {wrong} read wrongly")
+    print(f"{files} files for each of {len(names or READERS)} readers; {wrong} failures")
     return int(wrong > 0)
 
 

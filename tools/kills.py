@@ -1,4 +1,4 @@
-"""Kill every writer of files at random moments: nothing may be lost, and the next run leaves no litter.
+"""Kill every writer of files at random moments: no data may be lost, and the next run leaves no temporary files.
 
 python tools/kills.py [KILLS] [WRITER ...]
 """
@@ -23,7 +23,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "CADM_PROGRESS": "0",
     "MPLBACKEND": "agg",
-}  # processes fork: no threads
+}  # no threads, because processes fork
 
 import numpy as np
 import torch
@@ -48,15 +48,15 @@ from cadm_paper.tables import table
 from cadm_paper.train import train
 
 for slow in ("matplotlib.pyplot", "matplotlib.backends.backend_pdf", "sklearn.linear_model", "torch._dynamo"):
-    importlib.import_module(slow)  # kills should hit writers, not imports
+    importlib.import_module(slow)  # kills must hit writers, not imports
 
-VARYING = {"run.json", "record.json"}  # they hold times
-SHARED = Path(tempfile.gettempdir(), f"cadm-kills-{os.getpid()}")  # what writers read
+VARYING = {"run.json", "record.json"}  # contain times
+SHARED = Path(tempfile.gettempdir(), f"cadm-kills-{os.getpid()}")  # input of the writers
 PORT = 20000 + os.getpid() % 10000
 
 
 def config(home: Path, **changes) -> TrainConfig:
-    """A run of a second or two."""
+    """A run of one or two seconds."""
     how = dict(weights="none", epochs=2, threads=1, precision="fp32", data_dir=str(SHARED / "scenes"))
     return TrainConfig(out_dir=str(home / "run"), **how | changes)
 
@@ -105,7 +105,7 @@ def cached(home: Path, new: bool) -> None:
 
 
 class Writer(NamedTuple):
-    """Writes its files into a folder, `new` or (first, to be replaced) the old ones; `old`: whether those stay."""
+    """Writes `new` files, or first the old ones to replace; `old`: whether there are old files."""
 
     write: Callable[[Path, bool], object]
     old: bool = True
@@ -139,7 +139,7 @@ WRITERS = {
 
 
 def prepare() -> None:
-    """What writers read: scenes, a run, records, an archive."""
+    """The input of the writers: scenes, a run, records, an archive."""
     build_scenes(SHARED / "scenes", train=96, test=48)
     train(config(SHARED, epochs=1))
     for seed, name in enumerate(("old", "new")):
@@ -152,7 +152,7 @@ def prepare() -> None:
 
 
 def forked(act: Callable[[], object], seconds: float | None = None) -> int:
-    """Do something in another process, killed after some seconds; its exit status (-9: killed)."""
+    """Run a function in another process, killed after some seconds; returns its exit status (-9: killed)."""
     pid = os.fork()
     if pid == 0:
         quiet = os.open(os.devnull, os.O_WRONLY)
@@ -172,7 +172,7 @@ def forked(act: Callable[[], object], seconds: float | None = None) -> int:
 
 
 def tree(home: Path) -> dict[str, str]:
-    """Checksums of all files by name; locks of folders stay, and what holds times is only named."""
+    """Checksums of all files by name, without locks; files with times have an empty one."""
     found = {}
     for path in (p for p in home.rglob("*") if p.is_file() and p.name not in (".lock", ".submit.lock")):
         name = re.sub(r"[0-9a-f]{16}", "*", path.relative_to(home).as_posix())
@@ -181,7 +181,7 @@ def tree(home: Path) -> dict[str, str]:
 
 
 class Trial:
-    """A writer with its old and new files and the seconds that it takes."""
+    """A writer with its old and new files and its duration."""
 
     def __init__(self, name: str):
         self.writer, self.home, self.kept = WRITERS[name], SHARED / "homes" / name, SHARED / "kept" / name
@@ -200,7 +200,9 @@ class Trial:
         shutil.copytree(self.kept, self.home)
 
     def kill(self, fraction: float) -> tuple[bool, list[str]]:
-        """Kill it after this part of its time: whether it still ran, and what is wrong then and after the next run."""
+        """Kill it after this fraction of its duration: whether it still ran, and all problems then and after
+        the next run.
+        """
         self.reset()
         killed = forked(lambda: self.writer.write(self.home, True), fraction * self.seconds) < 0
         there = tree(self.home)
@@ -217,7 +219,7 @@ class Trial:
 
 
 def main(kills: int = 300, *names: str) -> int:
-    """Kill each writer in turn; prints what is wrong, returns how many kills had something wrong."""
+    """Kill each writer in turn; prints all problems and returns 1 if there are any."""
     SHARED.mkdir()
     server = [
         sys.executable,
@@ -245,7 +247,7 @@ def main(kills: int = 300, *names: str) -> int:
             serving.kill()
             serving.wait()
         shutil.rmtree(SHARED)
-    print(f"{killed} of {kills} kills hit a running writer; {bad} left something wrong")
+    print(f"{killed} of {kills} kills hit a running writer; {bad} caused problems")
     return int(bad > 0)
 
 

@@ -1,4 +1,6 @@
-"""Write the parameters cell of nbs/experiments/train.ipynb from the fields of TrainConfig; --check: only say whether it is in step."""
+"""Write the parameters cell of nbs/experiments/train.ipynb from the fields of TrainConfig; --check only
+compares.
+"""
 
 import json
 import sys
@@ -12,7 +14,7 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "nbs" / "experiments" / "train.
 
 
 def line(name: str) -> str:
-    """A field as a typed, commented parameter that is not given."""
+    """A field as a typed, commented parameter without a value."""
     field = TrainConfig.model_fields[name]
     kind = field.annotation.__name__ if field.annotation in (bool, int, float) else "str"
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
@@ -21,11 +23,11 @@ def line(name: str) -> str:
 
 
 def cell() -> str:
-    """The source of the cell: what is given wins over the preset."""
+    """The source of the cell."""
     text = (
         "# fmt: off\n"
         + line("preset")
-        + "resume: bool = ...  # go on from the run's checkpoint if there is one\n"
+        + "resume: bool = ...  # continue from the run's checkpoint if there is one\n"
     )
     for group in reversed(TrainConfig.__bases__):
         text += f"# {group.__doc__}\n" + "".join(map(line, group.model_fields))
@@ -33,7 +35,7 @@ def cell() -> str:
 
 
 def found(notebook: dict) -> dict:
-    """The cell that papermill takes for the parameters."""
+    """The cell that papermill reads the parameters from."""
     (tagged,) = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
     return tagged
 

@@ -1,7 +1,7 @@
 """README.md from nbs/index.ipynb, through nbconvert: `python tools/readme.py [--check]`.
 
-Pictures of the notebook go to assets/readme/; links between notebooks are made relative to the root. With --check nothing is
-written, and the exit code says whether README.md and its pictures are what the notebook gives."""
+Figures of the notebook go to assets/readme/; links between notebooks become relative to the root. With --check nothing is
+written; the exit code is 1 if README.md or its figures are out of date."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ NOTE = "<!-- Written from nbs/index.ipynb by `make sync`; edit that. -->\n\n"
 
 
 def readable(notebook):
-    """The notebook without cells that readers need not see, and without nbdev's directives."""
+    """The notebook without hidden cells and without nbdev's directives."""
     cells = []
     for cell in notebook.cells:
         if cell.cell_type == "code" and re.search(r"^#\|\s*(hide|default_exp)\b", cell.source, re.M):
@@ -61,8 +61,8 @@ def main() -> int:
     extra = [p for p in (ROOT / "assets" / "readme").glob("*") if str(p.relative_to(ROOT)) not in files]
     if "--check" in sys.argv:
         print(
-            "\n".join(f"not in step with nbs/index.ipynb: {name}" for name in [*stale, *map(str, extra)])
-            or "README.md is in step"
+            "\n".join(f"differs from nbs/index.ipynb: {name}" for name in [*stale, *map(str, extra)])
+            or "README.md is up to date"
         )
         return 1 if stale or extra else 0
     for path in extra:

@@ -1,4 +1,4 @@
-"""Store finished runs as a study: one record a line in runs.jsonl, their numbers in results.csv, arrays in one .npz a variant.
+"""Store finished runs as a study: one record per line in runs.jsonl, metrics in results.csv, one .npz of arrays per variant.
 
 python tools/store_runs.py outputs/runs outputs/reference/studies/mine --keep replicates.npz evidence.npz
 python tools/store_runs.py outputs/runs outputs/reference/studies/confirm-scenes --config confirm-scenes --scores 1
@@ -27,7 +27,7 @@ def line_of(record: RunRecord) -> dict:
 
 
 def store(records: Iterable[RunRecord], arrays: dict[str, dict[str, np.ndarray]], study: Path) -> None:
-    """Write a study: records, and by a record's name its arrays under file/array. The folder must be new."""
+    """Write a study from records and, by record name, arrays under file/array. The folder must be new."""
     study.mkdir(parents=True)
     records = sorted(records, key=lambda r: (Variant.of(r), r.dataset["name"], r.config.seed, r.name))
     lines, archives = {r.name: line_of(r) for r in records}, {}
@@ -45,7 +45,7 @@ def store(records: Iterable[RunRecord], arrays: dict[str, dict[str, np.ndarray]]
 
 
 def write_results(records: list[RunRecord], path: Path) -> None:
-    """One row a run: which, all metrics (fractions), commit."""
+    """One row per run: variant, seed, data set, all metrics (fractions), commit."""
     metrics = list(dict.fromkeys(name for r in records for name in r.metrics))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["variant", "seed", "dataset", *metrics, "commit", "run"])
@@ -58,7 +58,7 @@ def write_results(records: list[RunRecord], path: Path) -> None:
 
 
 def kept_arrays(record: RunRecord, files: Iterable[str]) -> dict[str, np.ndarray]:
-    """What a run folder holds of some .npz files, under file/array; checked."""
+    """The arrays of some .npz files of a run, under file/array; checksums verified."""
     found = {}
     for file in files:
         if (record.folder / file).is_file():
@@ -72,8 +72,8 @@ if __name__ == "__main__":
     parser.add_argument("runs", type=Path)
     parser.add_argument("study", type=Path)
     parser.add_argument("--keep", nargs="*", default=["replicates.npz", "evidence.npz"])
-    parser.add_argument("--scores", nargs="*", type=int, default=[], help="seeds whose scores are kept, too")
-    parser.add_argument("--config", help="store only the runs that this config names, as in cadm reproduce")
+    parser.add_argument("--scores", nargs="*", type=int, default=[], help="seeds whose scores are also kept")
+    parser.add_argument("--config", help="store only the runs of this config, as in cadm reproduce")
     given = parser.parse_args()
     runs = load_runs(given.runs)
     if given.config:
@@ -82,7 +82,7 @@ if __name__ == "__main__":
     for run in runs if "replicates.npz" in given.keep else ():
         names = [name for name in run.scores() or () if name.startswith("scores")]
         if names and not run.holds("replicates.npz"):
-            names += ["scores_both"] * run.config.method.startswith("baseline")  # two poolings, averaged
+            names += ["scores_both"] * run.config.method.startswith("baseline")  # the average of two poolings
             run.keep("replicates.npz", **{name: replicates(run, name) for name in names})
     files = {r.name: [*given.keep, *["scores.npz"] * (r.config.seed in given.scores)] for r in runs}
     store(runs, {r.name: kept_arrays(r, files[r.name]) for r in runs}, given.study)

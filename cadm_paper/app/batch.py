@@ -49,6 +49,7 @@ def _by_name(given: list | dict) -> dict:
     return given if isinstance(given, dict) else {k: v or {} for item in items for k, v in item.items()}
 
 
+# %% ../../nbs/app/batch.ipynb #2bb4daee
 class Batch(BaseModel, extra="forbid", frozen=True):
     """The content of a config file; `cadm reproduce` sets the last three fields."""
 

@@ -30,7 +30,7 @@ from ..paper import COLUMNS
 
 # %% ../../nbs/app/runs.ipynb #ba03b448
 def summary(record: RunRecord) -> dict:
-    """mAP in percent, seconds, device, and changes to the preset beside the variant."""
+    """mAP in percent, seconds, device, and changes to the preset other than the variant."""
     usual = TrainConfig(preset=record.config.preset, dataset=record.config.dataset)
     where = {"seconds": record.timing["wall_s"], "device": record.environment.get("device")}
     return {"mAP": 100 * record.metrics["mAP"], **where, "differs": recipe_changes(record, usual)}
@@ -190,9 +190,9 @@ def file_problems(record: RunRecord) -> Iterator[str]:
     )
     if record.files.keys() & set(MODEL):
         model = load_model((record.folder / MODEL[0]).parent)
-        told = {"classes": list(model.classes), "backbone": model.config["backbone"]}
-        asked = {"classes": record.dataset["classes"], "backbone": record.config.backbone}
-        yield from differences("checkpoint/model", told, asked)
+        loaded = {"classes": list(model.classes), "backbone": model.config["backbone"]}
+        expected = {"classes": record.dataset["classes"], "backbone": record.config.backbone}
+        yield from differences("checkpoint/model", loaded, expected)
 
 
 # %% ../../nbs/app/runs.ipynb #8812767b
