@@ -1,4 +1,4 @@
-"""Photographs and batches: bad files, other processes, and that seed and epoch alone decide what comes."""
+"""Photographs and batches: unusable files, several processes, dependence on seed and epoch only."""
 
 import io
 import multiprocessing
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cadm_paper.data import loading
+from cadm_paper.data.check import undecodable
 from cadm_paper.data.loading import (
     ImageError,
     Loader,
@@ -31,7 +32,7 @@ COLOUR = (200, 40, 90)
 
 
 def noise(h, w, seed=0):
-    """A smooth random image, uint8 h x w x 3: what JPEG is made for, but nowhere constant."""
+    """A smooth random image, uint8 h x w x 3, which JPEG compresses well."""
     small = np.random.default_rng(seed).integers(0, 256, (max(h // 8, 2), max(w // 8, 2), 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize((w, h), Image.Resampling.BICUBIC))
 
@@ -55,7 +56,7 @@ def split(tmp_path):
 
 
 def announcing(width, height):
-    """A PNG of a few bytes whose header announces an image of this size."""
+    """A PNG of a few bytes whose header declares this size."""
     chunk = lambda kind, data: (
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     )
@@ -73,6 +74,12 @@ BAD = {
     "png, cut": (encoded(noise(64, 64), "PNG")[:2000], "cannot be decoded"),
     "cmyk, cut": (encoded(Image.new("CMYK", (64, 64), (9, 90, 200, 30)))[:-20], "cannot be decoded"),
     "floats": (encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "floating-point"),
+    "jpeg 2000": (encoded(Image.new("RGB", (8, 8)), "JPEG2000"), "not one of JPEG"),
+    "ico": (encoded(Image.new("RGB", (16, 16)), "ICO"), "not one of JPEG"),
+    "tga": (encoded(Image.new("RGB", (8, 8)), "TGA"), "not one of JPEG"),
+    "32 bit": (encoded(Image.new("I", (4, 4), 10**6), "TIFF"), "values outside 16 bits"),
+    "a long column": (encoded(Image.new("1", (1, 66_000)), "PNG"), "65,535 a side"),
+    "a column": (encoded(Image.new("1", (1, 2000)), "PNG"), "1000 : 1"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not one of JPEG"),
     "bomb": (announcing(60_000, 60_000), "pixels; shrink"),
     "too large": (announcing(10_000, 9_000), "pixels; shrink"),  # Pillow itself would only warn
@@ -81,12 +88,16 @@ BAD = {
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_photograph_is_one_error_that_names_it(split, case):
+def test_an_unusable_photograph_is_one_error_that_names_it(split, case):
     data, reason = BAD[case]
     split.paths[7].unlink() if data is None else split.paths[7].write_bytes(data)
+    assert undecodable(split.root, ["6.jpg", "7.jpg"])[0].startswith("7.jpg (")  # the check agrees
     batches = Loader(split, 16, cache=False, workers=1 if case == "cut short" else 0).epoch(2)
     assert [next(batches).indices.tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
-    for start in (lambda: next(batches), lambda: Loader(split, 16)):  # at its batch, or when all are decoded
+    for start in (
+        lambda: next(batches),
+        lambda: Loader(split, 16),
+    ):  # at its batch, or with the cache at once
         with pytest.raises(ImageError, match=reason) as error:
             start()
         assert str(split.paths[7]) in str(error.value) and "\n" not in str(error.value)
@@ -107,14 +118,16 @@ ODD = {
     "alpha": (encoded(Image.new("RGBA", (9, 5), (*COLOUR, 3)), "PNG"), COLOUR),
     "one pixel": (encoded(Image.new("RGB", (1, 1), COLOUR), "PNG"), COLOUR),
     "one line": (encoded(Image.new("RGB", (500, 1), COLOUR), "PNG"), COLOUR),
+    "gif": (encoded(Image.new("RGB", (9, 5), COLOUR).quantize(4), "GIF"), COLOUR),
     "webp": (encoded(Image.new("RGB", (9, 5), COLOUR), "WEBP"), COLOUR),
 }
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_odd_photographs_become_rgb(tmp_path, case):
+def test_other_pixel_formats_become_rgb(tmp_path, case):
     data, colour = ODD[case]
-    (tmp_path / "x.jpg").write_bytes(data)  # the name says JPEG; the content decides
+    (tmp_path / "x.jpg").write_bytes(data)  # the content decides, not the name
+    assert undecodable(tmp_path, ["x.jpg"]) == []
     for resize in ("squash", "crop"):
         got = load_image(tmp_path / "x.jpg", 12, resize=resize)
         assert got.shape == (3, 12, 12) and got.dtype == torch.uint8
@@ -122,7 +135,7 @@ def test_odd_photographs_become_rgb(tmp_path, case):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_ignored_unless_asked_for(tmp_path, orientation):
+def test_exif_orientation_is_applied_on_request(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     (tmp_path / "x.jpg").write_bytes(encoded(noise(40, 64), exif=exif))
@@ -136,7 +149,7 @@ def test_exif_orientation_is_ignored_unless_asked_for(tmp_path, orientation):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 48), st.booleans(), st.integers(0, 9))
-def test_resizing_is_pillows_up_to_rounding(h, w, size, crop, seed):
+def test_resizing_equals_pillow_up_to_rounding(h, w, size, crop, seed):
     pixels = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8))
     image = pixels.permute(2, 0, 1)
     got = resized(image, size, "crop" if crop else "squash").permute(1, 2, 0).numpy()
@@ -146,7 +159,7 @@ def test_resizing_is_pillows_up_to_rounding(h, w, size, crop, seed):
 
 
 @pytest.mark.parametrize("options", [dict(subsampling=s, progressive=p) for s in (0, 1, 2) for p in (0, 1)])
-def test_both_decoders_give_the_same_bytes(monkeypatch, options):
+def test_both_decoders_agree(monkeypatch, options):
     if loading.torchvision_decoder() is None:
         pytest.skip("this torchvision has no JPEG decoder")
     data = encoded(noise(51, 37), **options)
@@ -164,7 +177,7 @@ def test_both_decoders_give_the_same_bytes(monkeypatch, options):
     world=st.integers(1, 5),
     start=st.integers(0, 9),
 )
-def test_every_image_once_whatever_the_number_of_processes(n, batch, seed, epoch, world, start):
+def test_each_image_once_for_any_number_of_processes(n, batch, seed, epoch, world, start):
     how = dict(seed=seed, epoch=epoch, shuffle=True)
     whole = batch_plan(n, batch, **how)
     assert sorted(i for b in whole for i in b) == list(range(n)) and all(len(b) == batch for b in whole[:-1])
@@ -179,12 +192,12 @@ def test_every_image_once_whatever_the_number_of_processes(n, batch, seed, epoch
 @pytest.mark.parametrize(
     "wrong", [dict(batch_size=0), dict(start=-1), dict(rank=2, world=2), dict(rank=-1), dict(shuffle=True)]
 )
-def test_impossible_batches_are_refused_before_anything_is_read(split, wrong):
+def test_invalid_batches_are_rejected_at_once(split, wrong):
     with pytest.raises(ValueError):
         Loader(split, 16, cache=False).epoch(**{"batch_size": 4, **wrong})  # at the call, not the first batch
 
 
-def test_chance_is_fair_and_unrelated():
+def test_random_bits_are_uniform_and_uncorrelated():
     n, keys = 40_000, [(0, 0, 1), (0, 0, 2), (0, 1, 1), (1, 0, 1), (1, 1, 1)]
     words = np.stack([random_words(np.arange(n), *key) for key in keys])
     bits = np.unpackbits(words.view(np.uint8).reshape(len(words), n, 8), axis=2).astype(float)
@@ -200,13 +213,13 @@ def same(a, b):
     return len(a) == len(b) and all((x == y).all() for one, other in zip(a, b) for x, y in zip(one, other))
 
 
-def test_nothing_but_seed_and_epoch_decides(split):
+def test_batches_depend_on_seed_and_epoch_only(split):
     plain, state = passed(split, cache=False), torch.random.get_rng_state()
     for how in (dict(workers=2, cache=False), dict(workers=2), dict()):
         assert same(plain, passed(split, **how)) and same(plain[1:], passed(split, start=1, **how)), how
     assert not same(plain, passed(split, seed=6)) and torch.equal(state, torch.random.get_rng_state())
     loader = Loader(split, 24, workers=1, cache=False)
-    next(loader.epoch(3))  # left early: the next pass begins anew
+    next(loader.epoch(3))  # stopped early: the next pass starts again
     assert same(plain, list(loader.epoch(4, seed=5, epoch=3, shuffle=True)))
 
 
@@ -226,8 +239,8 @@ def test_a_worker_that_dies_is_an_error(split, monkeypatch):
 # The array of decoded images
 
 
-@pytest.mark.parametrize("recent", [0, loading.RECENT])  # times of files are trusted, or too young to be
-def test_the_array_is_made_once_and_never_stale(split, monkeypatch, recent):
+@pytest.mark.parametrize("recent", [0, loading.RECENT])  # file times are trusted, or too recent
+def test_the_array_is_built_once_and_never_stale(split, monkeypatch, recent):
     monkeypatch.setattr(loading, "RECENT", recent)
     photograph = split.paths[4]
     photograph.write_bytes(encoded(noise(40, 64, 1), "BMP"))
@@ -241,7 +254,7 @@ def test_the_array_is_made_once_and_never_stale(split, monkeypatch, recent):
     assert not same(before, after) and not same(after, passed(split, resize="crop"))
 
 
-def test_a_damaged_array_is_made_again(split):
+def test_a_damaged_array_is_replaced(split):
     before, [array] = passed(split), split.root.glob(".cadm-index/*.npy")
     whole = array.read_bytes()
     for damage in (b"", b"?" * 99, whole[:1000], whole.replace(b"(10, 3, 24, 24)", b"(10, 3, 24, 23)")):
@@ -249,14 +262,14 @@ def test_a_damaged_array_is_made_again(split):
         assert same(before, passed(split)) and array.read_bytes() == whole
 
 
-def test_photographs_that_change_meanwhile_are_an_error(split, monkeypatch):
+def test_photographs_that_change_during_decoding_are_an_error(split, monkeypatch):
     touched = lambda path, *how, **more: path.touch() or load_image(path, *how, **more)
     monkeypatch.setattr(loading, "load_image", touched)
     with pytest.raises(ImageError, match="changed while being decoded"):
         Loader(split, 16)
 
 
-def test_where_nothing_may_be_written_the_array_is_elsewhere_or_nowhere(split, tmp_path, monkeypatch):
+def test_in_a_read_only_folder_the_array_is_elsewhere_or_nowhere(split, tmp_path, monkeypatch):
     before = passed(split, cache=False)
     monkeypatch.setenv("CADM_OUTPUTS", str(tmp_path / "outputs"))
     split.root.chmod(0o555)
@@ -273,7 +286,7 @@ def total(split):
     return sum(int(batch.images.sum()) for batch in Loader(split, 24).epoch(3))
 
 
-def test_processes_that_decode_at_once_make_one_array(split):
+def test_concurrent_processes_build_one_array(split):
     with multiprocessing.get_context("fork").Pool(3) as pool:
         assert len(set(pool.map(total, [split] * 3, chunksize=1))) == 1
     assert len(list(split.root.glob(".cadm-index/*.npy"))) == 1

@@ -120,7 +120,7 @@ def check_together(
         if both := sorted(files[a][key] for key in files[a].keys() & files[b].keys()):
             some = f"{', '.join(both[:5])}{' ...' if len(both) > 5 else ''}"
             lines = report.problems if {a, b} == {data.train_split, data.test_split} else report.odd
-            lines.append(f"{len(both):,} images are both in {a} and in {b}: {some}")
+            lines.append(f"{len(both):,} images are in both {a} and {b}: {some}")
 
 
 # %% ../../nbs/data/check.ipynb #bc051bbe
