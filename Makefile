@@ -3,7 +3,7 @@
 #   make test         the test suite
 #   make docs         the documentation site, in site/
 #   make article      the article as a page and a PDF, in outputs/report/
-# Each makes its own virtual environment (.venv) when there is none. PYTHON=... chooses the interpreter.
+# Each creates the virtual environment .venv if there is none. PYTHON=... selects the interpreter.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -32,7 +32,7 @@ test: $(STAMP)
 	$(BIN)/python tools/count.py
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-# what takes longer: kills, browsers (a Chromium on the machine, or CADM_CHROMIUM), wheels; what the machine lacks is skipped with its reason
+# slow tests: kills, browsers (Chromium on the path, or CADM_CHROMIUM), wheels; tests of missing programs are skipped with the reason
 test-slow: $(VENV)/.installed-slow
 	$(BIN)/python -m pytest -m slow
 
@@ -47,7 +47,7 @@ $(VENV)/.installed-docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[repro,dev,docs]'
 	touch $@
 
-# the PDF is printed by a Chromium on the machine (CADM_CHROMIUM names one)
+# the PDF needs Chromium (on the path, or CADM_CHROMIUM)
 article: $(VENV)/.installed-slow
 	$(BIN)/python tools/article.py
 
@@ -61,7 +61,7 @@ sync: $(STAMP)
 	$(BIN)/python tools/readme.py
 	$(BIN)/python tools/badges.py
 
-# requirements.lock from pyproject.toml: pins stay as they are where they still fit; `make lock UPGRADE=--upgrade` takes the newest.
+# requirements.lock from pyproject.toml: pins are kept if they still fit; `make lock UPGRADE=--upgrade` uses the newest versions.
 lock: $(STAMP)
 	$(BIN)/python -m pip install --quiet uv
 	cp requirements.lock requirements.lock.new

@@ -35,6 +35,7 @@ def metavar(annotation) -> str:
     return annotation.__name__.upper() if annotation in (int, float) else "STR"
 
 
+# %% ../../nbs/app/cli.ipynb #07a5dca6
 def usual(name: str) -> str:
     """The default of an option, for each preset if they differ."""
     word = lambda value: "none" if value in (None, "", {}) else str(value).lower()

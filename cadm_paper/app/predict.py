@@ -168,9 +168,7 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3)
 
     Raises `ValueError` for a method without maps.
     """
-    import matplotlib.pyplot as plt
-
-    from cadm_paper.figures import colour_bar, house_style, overlay
+    from cadm_paper.figures import colour_bar, house_style, new_figure, overlay
 
     if found["maps"] is None:
         raise ValueError(f"{found['image']}: this model's method has no maps; set maps to None")
@@ -181,9 +179,7 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3)
     shown += [(f"{c} {scores[c]:.2f}", overlay(found["picture"], maps[c], max(limit, 1e-6))) for c in names]
     height, width = found["picture"].shape[:2]
     with house_style(), whole_file(path) as file:
-        figure, axes = plt.subplots(
-            1, len(shown), figsize=(2 * len(shown), 2 * height / width + 0.75), layout="constrained"
-        )
+        figure, [axes] = new_figure(2 * len(shown), 2 * height / width + 0.75, 1, len(shown))
         for ax, (title, image) in zip(axes, shown):
             ax.imshow(image)
             ax.set_title(title)
@@ -191,7 +187,6 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3)
         if limit > 0:  # else no map is drawn, and there is no scale
             colour_bar(figure, list(axes), limit)
         figure.savefig(file, format="png", dpi=120)
-        plt.close(figure)
     return Path(path)
 
 
