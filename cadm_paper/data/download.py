@@ -60,8 +60,10 @@ class Source:
     photographs: bool = True  # whether photographs are included
 
 
-# %% ../../nbs/data/download.ipynb #da10a6f8
+# %% ../../nbs/data/download.ipynb #431ee93a
 GB, TFDS = 10**9, "TensorFlow Datasets, url_checksums/{} (github.com/tensorflow/datasets, commit {})"
+
+# %% ../../nbs/data/download.ipynb #da10a6f8
 COCO2014 = Source(
     tuple(
         Archive((f"http://images.cocodataset.org/{path}",), gives, room, size, f"sha256:{sha256}", published)
@@ -126,7 +128,7 @@ VOC = {
     ),
 }
 
-# %% ../../nbs/data/download.ipynb #b785a853
+# %% ../../nbs/data/download.ipynb #bad19722
 NUS_PAGE = "https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html"
 NUS_NOTE = f"""The photographs of NUS-WIDE are not public. Ask its publishers for them:
   1. open {NUS_PAGE}
@@ -135,6 +137,8 @@ NUS_NOTE = f"""The photographs of NUS-WIDE are not public. Ask its publishers fo
   4. `cadm data check nuswide` reports what is present and what is missing
 If the page is gone: the publishers' newer address for the label files is github.com/NExTplusplus/NUS-WIDE
 (without image lists)."""
+
+# %% ../../nbs/data/download.ipynb #b785a853
 NUSWIDE = Source(
     tuple(
         Archive((f"{NUS_PAGE.rpartition('/')[0]}/{folder}.zip",), tuple(f"{folder}/{g}" for g in gives), GB)
@@ -238,10 +242,11 @@ def connect(address: str, part: Path, archive: Archive, quiet: bool, timeout: fl
         raise ConnectionError(f"the connection ended after {part.stat().st_size} of {total} bytes")
 
 
-# %% ../../nbs/data/download.ipynb #7f2c0c98
+# %% ../../nbs/data/download.ipynb #3f964f81
 NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
+# %% ../../nbs/data/download.ipynb #7f2c0c98
 def download(
     address: str,
     part: Path,
@@ -303,10 +308,11 @@ def fetch(archive: Archive, folder: Path, quiet: bool = True, **patience) -> Pat
     )
 
 
-# %% ../../nbs/data/download.ipynb #8869dfbd
+# %% ../../nbs/data/download.ipynb #5a20ad27
 REFUSED = "nothing was unpacked; this is not the published archive: remove it and download it again"
 
 
+# %% ../../nbs/data/download.ipynb #8869dfbd
 def members(opened, archive: Archive) -> list:
     """The files of a tar or zip archive, renamed to their targets below the root.
 

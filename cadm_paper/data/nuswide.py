@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -88,20 +87,6 @@ def nus_labels(path: Path, n: int, image_list) -> np.ndarray:
     return np.array([codes[line] for line in lines], np.int8)
 
 
-# %% ../../nbs/data/nuswide.ipynb #32aa11f7
-class NusPlan(NamedTuple):
-    """The files of a split: concepts, pairs of image list and label files, a list that selects images."""
-
-    concepts: Path
-    parts: list[tuple[Path, list[Path]]]
-    wanted: Path | None  # an image list; None: all of them
-
-    @property
-    def files(self) -> list[Path]:
-        wanted = [] if self.wanted is None else [self.wanted]
-        return [self.concepts, *(f for listed, labels in self.parts for f in (listed, *labels)), *wanted]
-
-
 # %% ../../nbs/data/nuswide.ipynb #8a1936a0
 def nus_label_files(root, split: str) -> list[Path]:
     """Label files of "train", "test" or "all", in concept order; empty if there are none.
@@ -148,36 +133,41 @@ def nus_list(root, split: str) -> Path:
 
 
 # %% ../../nbs/data/nuswide.ipynb #4aca9461
-def nus_plan(root, split: str) -> NusPlan:
-    """The files a split is read from: its own label files if present, else its rows of AllLabels.
+def nus_parts(root, split: str) -> list[tuple[Path, list[Path]]]:
+    """Image lists, with their label files, that have a split's labels: its own, else all or both halves.
 
     Raises `DataError`.
     """
-    concepts, files = nus_concepts(root)[0], lambda s: nus_label_files(root, s)
-    plan = lambda splits: NusPlan(concepts, [(nus_list(root, s), files(s)) for s in splits], wanted)
-    wanted = None if split == "all" or files(split) else nus_list(root, split)
-    if files(split) or files("all"):
-        return plan([split if files(split) else "all"])
-    halves = [s for s in ("train", "test") if files(s)]
-    if halves and split not in ("train", "test"):
-        return plan(halves)
+    for splits in ([split], ["all"], [] if split in ("train", "test") else ["train", "test"]):
+        files = {s: nus_label_files(root, s) for s in splits}
+        if any(files.values()):
+            return [(nus_list(root, s), labels) for s, labels in files.items() if labels]
     raise DataError(
         f"{Path(root) / 'Groundtruth'}: no labels for the split {split!r}, neither "
         f"TrainTestLabels/Labels_<concept>_{split.capitalize()}.txt nor AllLabels/Labels_<concept>.txt"
     )
 
 
+# %% ../../nbs/data/nuswide.ipynb #c5e8b464
+def nus_sources(root, split: str) -> list[Path]:
+    """The source files of a split's index: concepts, image lists and labels, and the split's own list."""
+    own = [] if split == "all" else [nus_list(root, split)]
+    parts = nus_parts(root, split)
+    return [*own, nus_concepts(root)[0], *(file for listed, labels in parts for file in (listed, *labels))]
+
+
 # %% ../../nbs/data/nuswide.ipynb #147ef331
 def read_nus(root, split: str) -> Index:
     """The index of a NUS-WIDE split: classes and images in the order of their lists."""
-    plan, names, columns = nus_plan(root, split), [], []
-    for listed, files in plan.parts:
+    names, columns = [], []
+    for listed, files in nus_parts(root, split):
         part = nus_image_list(listed)
         columns.append(np.stack([nus_labels(f, len(part), listed.name) for f in files]))
         names += part
     codes = np.ascontiguousarray(np.concatenate(columns, axis=1).T)
     whole = Index(nus_concepts(root)[1], names, [f"Flickr/{name}" for name in names], codes)
-    return whole if plan.wanted is None else whole.choose(nus_image_list(plan.wanted), plan.wanted)
+    wanted = None if split == "all" else nus_list(root, split)
+    return whole if wanted in (None, listed) else whole.choose(nus_image_list(wanted), wanted)
 
 
 # %% ../../nbs/data/nuswide.ipynb #9ceeac88
@@ -212,8 +202,5 @@ def placeholders(root, names: Sequence[str]) -> dict[str, str]:
 
 # %% ../../nbs/data/nuswide.ipynb #cd56d3a7
 NUS_READER = Reader(
-    lambda root, split: nus_plan(root, split).files,
-    read_nus,
-    lambda root, split: {"val": "test"}.get(split, split),
-    nus_elsewhere,
+    nus_sources, read_nus, lambda root, split: {"val": "test"}.get(split, split), nus_elsewhere
 )

@@ -91,10 +91,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# %% ../../nbs/data/photograph.ipynb #f7fc5122
+# %% ../../nbs/data/photograph.ipynb #08f04794
 NOWHERE = "absent"  # no such file; other reasons mean that a file exists but is unusable
 
 
+# %% ../../nbs/data/photograph.ipynb #f7fc5122
 def locate(root, names: Sequence[str], elsewhere: Callable[[str], Sequence[str]]) -> tuple[list, dict]:
     """The existing names below the root, and row -> why its photograph is unusable.
 

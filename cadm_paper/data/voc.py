@@ -63,15 +63,6 @@ def voc_lists(root, split: str, year: str = "2007") -> list[Path]:
     return files
 
 
-# %% ../../nbs/data/voc.ipynb #f4e27d22
-def voc_sources(root, split: str, year: str = "2007") -> list[Path]:
-    """The source files of a split's index: label files and, if present, annotations."""
-    lists = voc_lists(root, split, year)
-    notes = voc_home(root, year) / "Annotations"
-    ids = [line.split()[0] for line in read_lines(lists[0]) if line.split()] if notes.is_dir() else []
-    return lists + [p for i in ids if (p := notes / f"{safe_name(i, str(lists[0]))}.xml").is_file()]
-
-
 # %% ../../nbs/data/voc.ipynb #3df70723
 def read_voc_list(path) -> tuple[list[str], list[int]]:
     """Image ids and codes of one label file. Raises `DataError` naming file and line."""
@@ -125,6 +116,14 @@ def annotated_size(image: Path) -> tuple[int, int]:
     except (AttributeError, TypeError, ValueError):
         raise DataError(f"{note}: no <size> with height and width in whole pixels") from None
     return height, width
+
+
+# %% ../../nbs/data/voc.ipynb #f4e27d22
+def voc_sources(root, split: str, year: str = "2007") -> list[Path]:
+    """The source files of a split's index: label files and, if present, annotations."""
+    lists, folder = voc_lists(root, split, year), voc_home(root, year) / "Annotations"
+    ids = read_voc_list(lists[0])[0] if folder.is_dir() else []
+    return lists + [path for i in ids if (path := folder / f"{i}.xml").is_file()]
 
 
 # %% ../../nbs/data/voc.ipynb #04c2f6b6
