@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .paper import COLUMNS
+
 
 # %% ../nbs/03_metrics.ipynb #b6588abc
 def as_array(name: str, values: Any) -> np.ndarray:
@@ -114,20 +116,11 @@ def by_class(scores: np.ndarray, targets: np.ndarray) -> Iterator[tuple[np.ndarr
     return zip(np.ascontiguousarray(scores.T), np.ascontiguousarray(targets.T))
 
 
-# %% ../nbs/03_metrics.ipynb #1bf047b5
-def kth_best(scores: np.ndarray, k: int) -> np.ndarray:
-    """The k-th largest score of each column, C x N; -1 if there are fewer than k."""
-    best = np.full((min(k, len(scores) + 1), scores.shape[1]), -1, scores.dtype)
-    for row in scores:
-        for place in best:  # insert the score; the displaced one moves down
-            row, place[:] = np.minimum(place, row), np.maximum(place, row)
-    return best[-1]
-
-
 # %% ../nbs/03_metrics.ipynb #9745ae4d
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     """Mask of the k best classes of each image, C x N; scores < 0 are excluded, ties go to lower classes."""
-    last = kth_best(scores, k)
+    k = min(k, len(scores))
+    last = np.partition(scores, -k, axis=0)[-k]
     chosen = (scores >= last) & (scores >= 0)
     tied = np.flatnonzero(chosen.sum(0, dtype=np.int32) > k)
     above, level = scores[:, tied] > last[tied], scores[:, tied] == last[tied]
@@ -244,8 +237,7 @@ def metric_names(k: int = 3) -> tuple[str, ...]:
         >>> metric_names()[:4]
         ('mAP', 'CP', 'CR', 'CF1')
     """
-    six = ("CP", "CR", "CF1", "OP", "OR", "OF1")
-    return ("mAP", *six, *(f"{name}_top{k}" for name in six))
+    return tuple(name.replace("_top3", f"_top{k}") for name in COLUMNS)
 
 
 # %% ../nbs/03_metrics.ipynb #5716f63d

@@ -50,6 +50,7 @@ class BaselineArgs(CADMArgs):
     streams: str = "fcls"
 
 
+# %% ../../nbs/methods/cadm.ipynb #8690d695
 @dataclass(frozen=True)
 class BaselineGAPArgs(BaselineArgs):
     """The usual ResNet classifier: average pooling and a linear layer."""
@@ -62,5 +63,6 @@ class Baseline(PaperHead, method="baseline"):
     Args = BaselineArgs
 
 
+# %% ../../nbs/methods/cadm.ipynb #e881655f
 class BaselineGAP(PaperHead, method="baseline_gap"):
     Args = BaselineGAPArgs

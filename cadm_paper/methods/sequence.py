@@ -49,6 +49,7 @@ def path_logits(when: Tensor, steps: int) -> Tensor:
     return torch.where(when > 0, (1 - when / (2 * steps + 2)).logit(), -10.0)
 
 
+# %% ../../nbs/methods/sequence.ipynb #7030083e
 def logit_of_log(log_p: Tensor) -> Tensor:
     """log p/(1-p) from log p, finite."""
     log_p = log_p.clamp(-30.0, -1e-6)
