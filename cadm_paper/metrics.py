@@ -363,21 +363,16 @@ def _torchmetrics_form() -> type:
     import torch
     import torchmetrics
 
-    class Streaming(torchmetrics.Metric, MultiLabelMetrics):
+    class Streaming(MultiLabelMetrics, torchmetrics.Metric):
         full_state_update, is_differentiable, higher_is_better = False, False, True
+        reset = torchmetrics.Metric.reset
 
-        def __init__(self, threshold: float = 0.5, k: int = 3, **options):
-            super().__init__(**options)
-            checked_rule(threshold, k)
-            self.threshold, self.k = threshold, k
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             self.add_state("scores", [], dist_reduce_fx="cat")
             self.add_state("targets", [], dist_reduce_fx="cat")
 
         def _kept(self, array: np.ndarray) -> Any:
             return torch.from_numpy(array.copy()).to(self.device)
-
-        update = MultiLabelMetrics.update
-        compute = MultiLabelMetrics.compute
-        __call__ = MultiLabelMetrics.__call__
 
     return Streaming

@@ -111,9 +111,7 @@ def build_backbone(backbone: str | nn.Module) -> nn.Module:
         if not timm.is_model(name):
             raise ValueError(f"timm has no {name!r}")
         return timm.create_model(name, features_only=True)
-    if backbone not in BACKBONES:
-        raise ValueError(f"unknown backbone {backbone!r}: one of {', '.join(sorted(BACKBONES))}")
-    return BACKBONES[backbone]()
+    return BACKBONES[known(backbone, BACKBONES, "unknown backbone")]()
 
 
 # %% ../nbs/01_model.ipynb #cd8fb367

@@ -535,7 +535,7 @@ _DATA = (
     ),
     Decision(
         "Sec. 3.2",
-        "Which images chose λ and the epochs?",
+        "On which images were λ and the epochs chosen?",
         "not stated; no third split is named",
         {0.0: "none: printed values are used", 0.1: "a tenth of the training images, held out"},
         "test images must not choose anything",
@@ -557,7 +557,7 @@ _RECIPE = (
     ),
     Decision(
         "Sec. 3.2",
-        "By which factor is the learning rate of new layers higher?",
+        "Which learning-rate factor do new layers have?",
         "one rate",
         {1.0: "the same", 10.0: "ten times, a common choice"},
         "the text",
