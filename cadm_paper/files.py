@@ -175,6 +175,7 @@ class MissingPackage(ModuleNotFoundError):
     """A package of one of this library's extras is not installed."""
 
 
+# %% ../nbs/files.ipynb #7d18c321
 def optional(package: str, extra: str) -> ModuleType:
     """Import a package of an extra. Raises `MissingPackage`, which names the extra."""
     try:
@@ -225,6 +226,7 @@ def parse_json(text: str | bytes, where):
         raise ValueError(f"{where}: {error}") from None
 
 
+# %% ../nbs/files.ipynb #c1c05178
 def read_json(path):
     """A JSON file as plain values. Raises `OSError` if it is unreadable, else as `parse_json`."""
     return parse_json(read_bytes(path), path)

@@ -254,7 +254,7 @@ def end_if_asked(trainer: Trainer) -> None:
     """If any process received a signal, write a checkpoint and raise `Stopped` on all processes."""
     if asked := max(trainer.group.everyone(trainer.stop.asked)):
         save_trainer(trainer)
-        raise Stopped(asked)
+        raise Stopped(asked, checkpoint_file(trainer.folder))
 
 
 # %% ../nbs/05_train.ipynb #68c8dd2d
@@ -284,8 +284,9 @@ def compact(values: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/05_train.ipynb #bb29be56
 def example_maps(model: Network, config: TrainConfig, split: Split, scores: dict) -> dict[str, np.ndarray]:
-    """Arrays of `maps.npz`: maps, scores and targets of the drawn images; for generated scenes also thumbnails
-    and boxes. Empty for a method without maps.
+    """Arrays of `maps.npz`: maps, scores and targets of the drawn images; for scenes also thumbnails and boxes.
+
+    Empty for a method without maps.
     """
     rows, device = draw_examples(split.labels), next(model.parameters()).device
     if not len(rows):
@@ -499,9 +500,9 @@ def finished_run(folder: Path, config: TrainConfig, resume: bool) -> RunRecord |
     record = RunRecord.load(folder)
     refuse_changes(record.config, config, file)
     if data_root(config).is_dir():
-        made = [record.dataset.get(split, {}).get("fingerprint") for split in ("train", "test")]
-        made.append(record.extra.get("weights", {}).get("sha256"))
+        made = [record.dataset[split]["fingerprint"] for split in ("train", "test")]
         now = [split.fingerprint for split in prepare_data(config)]
+        made.append(record.extra.get("weights", {}).get("sha256"))
         now.append(sha256_file(weights) if weights.is_file() else None)
         refuse_others(dict(zip(ORIGIN, made)), dict(zip(ORIGIN, now)), file)
     return record
@@ -542,19 +543,6 @@ def finish(
     )
     checkpoint_file(folder).unlink(missing_ok=True)  # the saved model stays
     return record
-
-
-# %% ../nbs/05_train.ipynb #1e4627b3
-@contextlib.contextmanager
-def stoppable(folder: Path):
-    """`stop_signals` for a run: the message of `Stopped` says how to resume."""
-    try:
-        with stop_signals() as stop:
-            yield stop
-    except Stopped as stopped:
-        file = checkpoint_file(folder)
-        kept = f"{file} is kept: resume with --resume" if file.is_file() else "there is no checkpoint yet"
-        raise Stopped(f"stopped by {stopped}; {kept}") from None
 
 
 # %% ../nbs/05_train.ipynb #fb670c32
@@ -612,7 +600,7 @@ def train(
         return launch(config, resume, checkpoint_minutes)
     asked, config, began = config, resolve_machine(config), (time.monotonic(), time.process_time())
     with contextlib.ExitStack() as during:
-        stop = during.enter_context(stoppable(folder))
+        stop = during.enter_context(stop_signals(checkpoint_file(folder)))
         group = during.enter_context(process_group(config))
         during.enter_context(machine_settings(config.threads, config.seed))
         data = prepare_data(config) if group.main else None  # the main process generates scenes
@@ -662,7 +650,8 @@ def launch(config: TrainConfig, resume: bool, checkpoint_minutes: float) -> RunR
     command += [f"--checkpoint-minutes={checkpoint_minutes}", *["--resume"] * resume]
     theirs, ours = os.pipe()
     how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    with stoppable(folder), subprocess.Popen(command, stdin=theirs, **how) as started:
+    stopping = stop_signals(checkpoint_file(folder))
+    with stopping, subprocess.Popen(command, stdin=theirs, **how) as started:
         try:
             said, _ = started.communicate()
         except BaseException:

@@ -190,20 +190,20 @@ def test_a_decompression_bomb_is_rejected(given, monkeypatch):
     refuse(given, "unpacks to .* bytes, more than 1,000")
 
 
+IN_PLACE = [
+    (os.symlink, "a link"),
+    (os.link, "not a plain file"),
+    (lambda old, new: os.mkfifo(new), "not a plain file"),
+    (lambda old, new: None, "No such file"),
+]
+
+
 @pytest.mark.parametrize("file", ["run.json", "scores.npz"])
-def test_links_and_special_files_are_rejected(given, tmp_path, file):
-    elsewhere = tmp_path / "elsewhere"
-    (given / file).rename(elsewhere)
-    os.symlink(elsewhere, given / file)
-    refuse(given, f"{file}: a link")
-    (given / file).unlink()
-    os.link(elsewhere, given / file)
-    refuse(given, f"{file}: not a plain file")
-    (given / file).unlink()
-    os.mkfifo(given / file)
-    refuse(given, f"{file}: not a plain file")
-    (given / file).unlink()
-    refuse(given, f"{file}: No such file")
+@pytest.mark.parametrize("put, says", IN_PLACE, ids=["symlink", "hard link", "pipe", "nothing"])
+def test_links_and_special_files_are_rejected(given, tmp_path, file, put, says):
+    (given / file).rename(tmp_path / "elsewhere")
+    put(tmp_path / "elsewhere", given / file)
+    refuse(given, f"{file}: {says}")
 
 
 def test_a_linked_folder_is_rejected(given, tmp_path):

@@ -429,35 +429,6 @@ def test_the_notebook_trains_from_another_folder(tmp_path, scenes):
     assert (found.method_args, found.seed, found.flip, found.lr) == ({"heads": 2}, 3, True, 1e-3)
 
 
-# ---- kills ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_twenty_kills(config):
-    """SIGKILL at random fractions of the duration, then resume: equal weights and metrics at the end."""
-    command = lambda out: [
-        *(sys.executable, "-m", "cadm_paper.train"),
-        config(out, epochs=6).model_dump_json(exclude_none=True),
-        *("--resume", "--checkpoint-minutes=1e-3"),
-    ]
-    how, kills = dict(cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL), 0
-    for out in ("whole", "timed"):  # the first fills the image cache; the second is timed
-        started = time.monotonic()
-        subprocess.run(command(out), check=True, **how)
-    duration = time.monotonic() - started
-    for fraction in np.random.default_rng(0).uniform(0.3, 1.0, 20):
-        process = subprocess.Popen(command("killed"), **how)
-        try:
-            process.wait(fraction * duration)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    subprocess.run(command("killed"), check=True, **how)
-    assert kills >= 3
-    same_run(*(RunRecord.load(config(out).out_dir) for out in ("whole", "killed")))
-
-
 @pytest.mark.slow
 def test_the_paper_preset_trains_and_resumes_at_full_resolution(tmp_path):
     """ResNet-101 at 448 px with random weights, which warns; stopped after one of two steps."""

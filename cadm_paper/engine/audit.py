@@ -161,28 +161,17 @@ def of_scores(record: RunRecord) -> Iterator[str]:
     found, data = record.scores(), record.dataset
     yield from (f"scores.npz: {name}: unknown" for name in sorted(found.keys() - FORMS["scores.npz"].keys()))
     labels, ids = found["targets"], found["image_ids"].tolist()
-    test = Split(
-        data["name"],
-        data["test"].get("split", ""),
-        Path("."),
-        data["classes"],
-        ids,
-        [Path(".")] * len(ids),
-        labels,
-    )
-    counts = {
-        name: value for name, value in test.summary().items() if name not in ("missing", "placeholders")
-    }
+    paths = [Path()] * len(ids)
+    test = Split(data["name"], data["test"]["split"], Path(), data["classes"], ids, paths, labels)
+    counts = {k: v for k, v in test.summary().items() if k not in ("missing", "placeholders")}
     yield from differences("dataset.test", data["test"], data["test"] | counts)
     metrics, last = run_metrics(found, record.history), dict(*record.history[-1:])
     final = {name: metrics[name] for name in MAPS.values() if last}
     yield from differences("last epoch", {name: last.get(name) for name in final}, final)
     yield from differences("metrics", record.metrics, metrics)
+    by_class = lambda aps: dict(zip(data["classes"], aps))
     again = ap_by_class(found["scores"], labels)
-    names = data["classes"]
-    yield from differences(
-        "per_class_ap", dict(zip(names, record.extra["per_class_ap"])), dict(zip(names, again))
-    )
+    yield from differences("per_class_ap", by_class(record.extra["per_class_ap"]), by_class(again))
     yield from of_streams(record, found, "scores.npz")
 
 

@@ -53,6 +53,7 @@ def _from_json(value):
     return parse_json(value, "JSON text") if isinstance(value, str) else value
 
 
+# %% ../../nbs/engine/config.ipynb #46c873f4
 def _in_words(value):
     """None as "none", and a member of torchvision's weights enum as its name."""
     value = value.name if isinstance(value, enum.Enum) else value

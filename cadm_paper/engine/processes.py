@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -158,12 +159,20 @@ def process_group(config: TrainConfig):
 
 # %% ../../nbs/engine/processes.ipynb #74207785
 class Stopped(KeyboardInterrupt):
-    """A signal stopped the run; the message says how to resume."""
+    """A signal stopped the run; the message says how to resume.
+
+    The arguments are the signal's name and the path of the run's checkpoint.
+    """
+
+    def __str__(self):
+        name, file = self.args
+        kept = f"{file} is kept: resume with --resume" if file.is_file() else "there is no checkpoint yet"
+        return f"stopped by {name}; {kept}"
 
 
 # %% ../../nbs/engine/processes.ipynb #9fbca241
 @contextlib.contextmanager
-def stop_signals():
+def stop_signals(checkpoint: Path):
     """Raise `Stopped` on SIGTERM, SIGINT and SIGHUP.
 
     While `hold` of the yielded object is true, only store the signal's name in `asked`.
@@ -174,7 +183,7 @@ def stop_signals():
         again = stop.asked and number == signal.SIGINT
         stop.asked = signal.Signals(number).name
         if again or not stop.hold:
-            raise Stopped(stop.asked)
+            raise Stopped(stop.asked, checkpoint)
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # Python sets handlers only there

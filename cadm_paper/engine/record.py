@@ -37,9 +37,6 @@ from cadm_paper.files import (
 )
 from ..paper import COLUMNS
 
-# %% ../../nbs/engine/record.ipynb #38a6cf78
-_PACKAGES = "torch torchvision numpy scikit-learn pillow safetensors pydantic".split()
-
 
 # %% ../../nbs/engine/record.ipynb #cfe20c8a
 @functools.cache
@@ -78,10 +75,11 @@ def environment(device: str = "cpu", code: dict | None = None) -> dict:
     """Code (updated with `code`), packages, system and processor or GPU; no host name, no path."""
     import torch
 
+    packages = "torch torchvision numpy scikit-learn pillow safetensors pydantic".split()
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     return {
         "code": {**code_version(), **(code or {})},
-        "packages": {p: version(p) for p in _PACKAGES},
+        "packages": {p: version(p) for p in packages},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": gpu or _cpu_name(),
@@ -170,6 +168,7 @@ class Archive(TypedDict):
     sha256: Sha256
 
 
+# %% ../../nbs/engine/record.ipynb #36adb7d1
 class Extra(TypedDict):
     """Further parts of a record."""
 

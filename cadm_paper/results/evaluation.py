@@ -332,7 +332,12 @@ def evaluate_files(
         found |= {"against": sides[1], "difference": gains, "difference_intervals": ends}
     names = [file.name for file in files]
     print(format_rows(table, names if len({*names}) == len(names) else [file.path for file in files], k))
-    print(COUNTS.format(**found["counts"]))
+    print(
+        "{images:,} images ({unlabelled_images:,} without a label), {classes} classes "
+        "({classes_without_positive} without a positive), {labels:,} labels, {ignored:,} ignored".format(
+            **found["counts"]
+        )
+    )
     if replicates:
         print(f"from, to: {100 * level:g} % intervals, {replicates:,} bootstrap replicates over images")
     if json is not None:
@@ -342,10 +347,3 @@ def evaluate_files(
             with whole_file(path, "w") as file:
                 lines.to_csv(file, index=False, lineterminator="\n")
     return found
-
-
-# %% ../../nbs/results/evaluation.ipynb #8da9da02
-COUNTS = (
-    "{images:,} images ({unlabelled_images:,} without a label), {classes} classes "
-    "({classes_without_positive} without a positive), {labels:,} labels, {ignored:,} ignored"
-)

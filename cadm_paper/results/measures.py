@@ -194,18 +194,6 @@ def separate_distances(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.linalg.norm(means - means.swapaxes(0, 1), axis=-1)
 
 
-# %% ../../nbs/results/measures.ipynb #5e9a0004
-def mantel(distances: np.ndarray, information: np.ndarray, permutations: int = 999) -> tuple[float, float]:
-    """Spearman correlation over pairs of classes, and the one-sided p of Mantel's test that it is this low.
-
-    Classes are permuted, since pairs with a common class are dependent.
-    """
-    rng, found = np.random.default_rng(0), pair_correlation(distances, information)
-    orders = (rng.permutation(len(distances)) for _ in range(permutations))
-    chance = [pair_correlation(distances, information[np.ix_(order, order)]) for order in orders]
-    return found, (1 + sum(c <= found for c in chance)) / (1 + permutations)
-
-
 # %% ../../nbs/results/measures.ipynb #73066d89
 def measure_vectors(vectors: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Measures of label vectors N x C x k.
