@@ -36,13 +36,20 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "nbs" / "experiments" / "train.ipynb"
 
 
+def cadm(*words):
+    """Exit code and output of a command."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit) as end:
+        cli.main([*map(str, words)])
+    return end.value.code, out.getvalue()
+
+
 def given_on_the_command_line(monkeypatch, *words):
-    """The configuration that `cadm train` starts with these words."""
+    """The configuration that `cadm train` starts with these words, or its error message."""
     found = []
     monkeypatch.setattr("cadm_paper.train.train", lambda config, **how: found.append(config))
-    with pytest.raises(SystemExit):
-        cli.main(["train", *words])
-    return found[0] if found else None
+    _, message = cadm("train", *words)
+    return found[0] if found else message
 
 
 def given_to_papermill(**parameters):
@@ -50,16 +57,15 @@ def given_to_papermill(**parameters):
     return run_cells("train", until="config = TrainConfig(", **parameters)["config"]
 
 
-def test_a_finished_run_is_reported_as_not_trained(monkeypatch, tmp_path, capsys):
+def test_a_finished_run_is_reported_as_not_trained(monkeypatch, tmp_path):
     record = synthetic_run(tmp_path / "there", images=30, drawn=2)
     monkeypatch.setattr("cadm_paper.train.train", lambda config, **how: record)
     for place, reported in (("there", True), ("new", False)):
-        with pytest.raises(SystemExit) as end:
-            cli.main(["train", "--out-dir", str(tmp_path / place)])
-        assert end.value.code == 0 and ("nothing was trained" in capsys.readouterr().out) == reported
+        code, text = cadm("train", "--out-dir", tmp_path / place)
+        assert code == 0 and ("nothing was trained" in text) == reported
 
 
-def test_given_values_are_never_dropped(monkeypatch, capsys):
+def test_given_values_are_never_dropped(monkeypatch):
     """`None` for weights means no weights, not the preset's; for a number it is an error; so is ""."""
     assert TrainConfig(preset="paper").weights == "imagenet" and TrainConfig(weights=None).weights == "none"
     assert TrainConfig(weights=ResNet18_Weights.DEFAULT).weights == "IMAGENET1K_V1"
@@ -71,8 +77,8 @@ def test_given_values_are_never_dropped(monkeypatch, capsys):
     assert given_on_the_command_line(monkeypatch, "--data-dir", "None").data_dir is None
     assert given_to_papermill(seed=3) == TrainConfig(seed=3)
     for name in ("weights", "data_dir", "out_dir"):
-        assert given_on_the_command_line(monkeypatch, f"--{name.replace('_', '-')}=") is None
-        assert f"{name} = ''" in capsys.readouterr().err
+        message = given_on_the_command_line(monkeypatch, f"--{name.replace('_', '-')}=")
+        assert f"{name} = ''" in message
         with pytest.raises(ConfigError, match=name):
             given_to_papermill(**{name: ""})
     with pytest.raises(ConfigError, match="lr = None"):
@@ -105,11 +111,7 @@ def model(folder, classes=("traffic light", "dog", "cat"), **how):
 
 def predicted(tmp_path, *words):
     """Exit code and output of `cadm predict` without maps."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit) as end:
-        words = [*map(str, words), "--checkpoint", str(tmp_path / "model"), "--maps", "None"]
-        cli.main(["predict", *words])
-    return end.value.code, out.getvalue()
+    return cadm("predict", *words, "--checkpoint", tmp_path / "model", "--maps", "None")
 
 
 def test_every_answer_is_written_before_the_next_image_is_read(tmp_path, monkeypatch):
@@ -265,8 +267,7 @@ def test_home_folders_are_expanded(tmp_path, monkeypatch):
     assert len(predict_files(["~/p"], "~/model", **where)[0]) == 1
     np.savez(tmp_path / "s.npz", scores=np.eye(3) / 2 + 0.25, targets=np.eye(3))
     evaluate_files("~/s.npz", json="~/e.json", csv="~/e.csv", per_class="~/c.csv", replicates=0)
-    with pytest.raises(SystemExit):
-        cli.main(["evaluate", "~/s.npz", "--json=~/cli.json", "--replicates", "0"])
+    cadm("evaluate", "~/s.npz", "--json=~/cli.json", "--replicates", "0")
     assert (tmp_path / "cli.json").is_file()
     assert CADM(3, "narrow_resnet", "~/model", classes=["a", "b", "c"]).provenance["source"] == "model"
     assert TrainConfig(data_dir="~/d").data_dir == str(tmp_path / "d")
@@ -285,7 +286,7 @@ def test_home_folders_are_expanded(tmp_path, monkeypatch):
     "name, label, box",
     [("chelsea.png", "cat", (0.0, 0.8, 0.0, 1.0)), ("astronaut.png", "person", (0.05, 0.85, 0.03, 1.0))],
 )
-def test_the_packaged_model_recognises_and_locates(tmp_path, monkeypatch, capsys, name, label, box):
+def test_the_packaged_model_recognises_and_locates(tmp_path, monkeypatch, name, label, box):
     photo = Path(skimage.data.__file__).parent / name
     found = Predictor.load()(photo)
     assert max(found["scores"], key=found["scores"].get) == label
@@ -293,9 +294,8 @@ def test_the_packaged_model_recognises_and_locates(tmp_path, monkeypatch, capsys
     row, column = (np.unravel_index(map_.argmax(), map_.shape) + np.array(0.5)) / map_.shape
     assert box[0] < column < box[1] and box[2] < row < box[3]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        cli.main(["predict", str(photo)])
-    assert not end.value.code and f"{name}: {label} " in capsys.readouterr().out
+    code, text = cadm("predict", photo)
+    assert code == 0 and f"{name}: {label} " in text
     assert (tmp_path / "maps" / f"{photo.stem}-maps.png").is_file()
 
 

@@ -105,10 +105,10 @@ def test_measured_numbers_link_their_records_and_differences_are_unrounded():
     assert len(lines) == 2 and all(len(line) == 1 + len(COLUMNS) for line in lines)
     for line, lam in zip(lines, (0.0, 0.5)):
         (place,) = {a.get("href") for a in line}
-        told = [["".join(cell.itertext()) for cell in row] for row in groups[place].iter("tr")][1:]
+        listed = [["".join(cell.itertext()) for cell in row] for row in groups[place].iter("tr")][1:]
         mine = [r for r in runs if r.config.lam == lam]
-        assert [row[1] for row in told] == ["0", "1"]
-        assert all(r.name in row[0] and r.digest.startswith(row[3]) for r, row in zip(mine, told))
+        assert [row[1] for row in listed] == ["0", "1"]
+        assert all(r.name in row[0] and r.digest.startswith(row[3]) for r, row in zip(mine, listed))
         assert [code.get("title") for code in groups[place].iter("code")] == [r.digest for r in mine]
 
 

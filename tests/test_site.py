@@ -420,8 +420,8 @@ def test_explorer_addresses_and_values_under_the_pointer(site, opened):
     assert page.evaluate("[state.image, state.label]") == [3, 7]
     side = page.locator("canvas.map").first.bounding_box()["width"]
     page.locator("canvas.map").first.hover(position={"x": 60, "y": 60})
-    told = float(re.search(r": (-?[\d.]+) without", page.locator("#said").inner_text())[1])
-    assert abs(told - page.evaluate(f"value(0, {60 / side}, {60 / side})")) < 0.15
+    shown = float(re.search(r": (-?[\d.]+) without", page.locator("#status").inner_text())[1])
+    assert abs(shown - page.evaluate(f"value(0, {60 / side}, {60 / side})")) < 0.15
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ with folder_lock(out_dir):
             first, value = (json.loads(file.metadata()["state"])[k] for k in ("epoch", "value"))
     for epoch in range(first, config.epochs):
         if os.environ.get("STUB_FAIL") == config.method and epoch == 1:
-            raise ValueError("told to fail")
+            raise ValueError("asked to fail")
         time.sleep(float(os.environ.get("STUB_SLEEP", "0")))
         value = hashlib.sha256(f"{value} {config.seed} {config.lam}".encode()).hexdigest()
         with whole_file(checkpoint) as file:
@@ -238,7 +238,7 @@ def test_a_batch_runs_once_and_time_stamps_are_ignored(site):
 def test_failures_do_not_stop_other_runs_and_force_reruns_records_of_other_code(site):
     output = site.run(STUB_FAIL="baseline", STUB_CODE="other", code=1)
     states = site.table()[0]
-    assert "ValueError: told to fail" in output and sorted(states.values()) == ["failed", "finished"]
+    assert "ValueError: asked to fail" in output and sorted(states.values()) == ["failed", "finished"]
     (reason,) = (why for word, why in site.table()[2].values() if word == "failed")
     cells = nbformat.read(site.outputs / reason.split("; see ")[1], 4).cells
     assert any(o.get("ename") == "ValueError" for c in cells for o in c.get("outputs", []))

@@ -221,8 +221,8 @@ def verdict_counts() -> str:
         if e["id"].startswith("loss-") and e["n"] > 1
     )
     claims = len({e["claim"] for e in found["claims"]})
-    said = f"{claims} claims, each on the data sets where it can be tested: {counts}."
-    return said + (f" The embedding loss (λ = 0.5 minus 0), over all seeds: {gains}." if gains else "")
+    text = f"{claims} claims, each on the data sets that can test it: {counts}."
+    return text + (f" The embedding loss (λ = 0.5 minus 0), over all seeds: {gains}." if gains else "")
 
 
 def claims() -> list[tuple[str, list[float]]]:
@@ -435,7 +435,7 @@ def main() -> int:
     parser.add_argument(
         "--runs", type=Path, help="folder of run records to show instead of the committed ones"
     )
-    parser.add_argument("--work", type=Path, default=ROOT / "_proc", help="folder for what lies between")
+    parser.add_argument("--work", type=Path, default=ROOT / "_proc", help="folder for the Sphinx sources")
     from cadm_paper.engine.record import load_runs
     from cadm_paper.results.claims import reference_folder
 

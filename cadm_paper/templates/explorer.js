@@ -114,7 +114,7 @@ function show() {
   panels.forEach((_, n) => fill(n));
   $("low").textContent = `−${top.toFixed(1)}`;
   $("high").textContent = `+${top.toFixed(1)}`;
-  $("said").textContent = `Image ${im.id}, ${D.classes[state.label]}${known}: `
+  $("status").textContent = `Image ${im.id}, ${D.classes[state.label]}${known}: `
     + `confidence ${each(n => im.runs[n].scores[state.label][0].toFixed(2))}; `
     + `map ranks ${each(n => im.runs[n].ranks[state.label])}.`;
   if (!framed) history.replaceState(null, "", `#image=${state.image}&label=${state.label}`);
@@ -122,7 +122,7 @@ function show() {
 
 function point(v, u) {
   if (u < 0 || v < 0 || u >= 1 || v >= 1) return;
-  $("said").textContent = `at ${Math.round(100 * u)} % across, ${Math.round(100 * v)} % down: `
+  $("status").textContent = `at ${Math.round(100 * u)} % across, ${Math.round(100 * v)} % down: `
     + each(n => value(n, v, u).toFixed(2));
   panels.forEach(({ canvas }, n) => {
     paint(canvas, n);
