@@ -44,25 +44,6 @@ def reference_folder(study: str = "studies") -> Path:
     return root / "outputs" / "reference" / study
 
 
-# %% ../../nbs/results/claims.ipynb #e3526842
-def study_records(folder=None, second: bool = True) -> dict[str, list[RunRecord]]:
-    """Records of the studies by part: the committed ones, or those in a folder such as outputs/runs.
-
-    A part that the second plan repeated (`SECOND`) has its records; with `second=False` those of the first.
-    """
-    folder = Path(folder) if folder else reference_folder()
-    if any((folder / part).is_dir() for part in PARTS):
-        again = load_runs(folder / SECOND) if second else []
-        return {
-            part: [r for r in again if study_part(r) == part] or load_runs(folder / part) for part in PARTS
-        }
-    runs = load_runs(folder)
-    # the workflow's folder of runs on scenes with independent labels
-    independent = load_runs(folder.parent / "on-independent" / "runs")
-    parts = {part: [run for run in runs if study_part(run) == part] for part in PARTS}
-    return parts | {"independent": independent}
-
-
 # %% ../../nbs/results/claims.ipynb #1e4654ad
 def complete(
     runs: Iterable[RunRecord], dataset: str, variants: Iterable[Variant]
@@ -78,6 +59,35 @@ def complete(
 GAP, GMP, PLAIN, LOSS = MAIN[1:]  # the baselines with average and max pooling; CADM with λ = 0 and 0.5
 ORIGIN = Variant("cadm", 0.5, (("center", "origin"),))  # Eq. 12 around the origin: no label correlation
 COCO, NUS = "scenes-coco", "scenes-nus"
+
+
+# %% ../../nbs/results/claims.ipynb #a9c41e07
+def measured_again(folder: Path | None = None) -> dict[str, list[RunRecord]]:
+    """Records of the second plan, for each data set that has eight complete seeds of the ablation."""
+    runs = load_runs((folder or reference_folder()) / SECOND)
+    ready = [d for d in (COCO, NUS) if len(complete(runs, d, MAIN[1:])[PLAIN]) >= 8]
+    return {dataset: [r for r in runs if r.dataset["name"] == dataset] for dataset in ready}
+
+
+# %% ../../nbs/results/claims.ipynb #e3526842
+def study_records(folder=None, second: bool = True) -> dict[str, list[RunRecord]]:
+    """Records of the studies by part: the committed ones, or those in a folder such as outputs/runs.
+
+    A data set that the second plan repeated has its records; with `second=False` those of the first plan.
+    """
+    folder = Path(folder) if folder else reference_folder()
+    if any((folder / part).is_dir() for part in PARTS):
+        again = measured_again(folder) if second else {}
+        parts = {part: load_runs(folder / part) for part in PARTS}
+        for part in ("confirm", "control"):
+            new = [r for runs in again.values() for r in runs if study_part(r) == part]
+            parts[part] = new + [r for r in parts[part] if r.dataset["name"] not in again]
+        return parts
+    runs = load_runs(folder)
+    # the workflow's folder of runs on scenes with independent labels
+    independent = load_runs(folder.parent / "on-independent" / "runs")
+    parts = {part: [run for run in runs if study_part(run) == part] for part in PARTS}
+    return parts | {"independent": independent}
 
 
 # %% ../../nbs/results/claims.ipynb #5479384d
