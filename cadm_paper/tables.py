@@ -212,10 +212,12 @@ class Block:
 
     @property
     def title(self) -> str:
-        """Data set, image size and backbone; synthetic records are marked."""
-        synthetic = any(r.extra.get("synthetic") for line in self.lines for r in line.runs)
+        """Data set, image size and backbone; committed and synthetic records are marked."""
+        runs = [r for line in self.lines for r in line.runs]
+        committed, synthetic = (any(r.extra.get(kind) for r in runs) for kind in ("archive", "synthetic"))
         return (
             ", ".join(filter(None, [displayed(self.dataset), self.size]))
+            + " — records of a committed study" * committed
             + " — SYNTHETIC records, not a result" * synthetic
         )
 

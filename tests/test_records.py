@@ -34,7 +34,7 @@ def content_of(folder: Path) -> dict:
 def honest(tmp_path_factory) -> Path:
     """A consistent record without the mark of a synthetic one."""
     folder = tmp_path_factory.mktemp("honest")
-    synthetic_run(folder, images=40, classes=6, drawn=3)
+    synthetic_run(folder, images=40, classes=6, drawn=3, epochs=10)
     content = content_of(folder)
     del content["synthetic"]
     write_json(folder / "run.json", content)
@@ -90,7 +90,7 @@ FORGED = {
     "a learning rate": (lambda c: c["history"][3].update(lr=0.5), "epoch 4.lr"),
     "a loss": (lambda c: c["history"][3].update(loss=0.5), "epoch 4.loss"),
     "an epoch's mAP": (lambda c: c["history"][3].update(mAP=1.5), "history.3.mAP = 1.5"),
-    "an epoch's missing mAP": (lambda c: c["history"][3].update(mAP=None), "epoch 4: mAPs are expected"),
+    "an epoch's missing mAP": (lambda c: c["history"][9].update(mAP=None), "epoch 10: mAPs are expected"),
     "the last epoch": (lambda c: c["history"][-1].update(mAP=0.4), "last epoch.mAP"),
     "a word in the history": (lambda c: c["history"][3].update(loss="low"), "history.3.loss = 'low'"),
     "no time": (lambda c: c["timing"].update(wall_s=0.0), "timing: "),

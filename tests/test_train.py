@@ -133,12 +133,12 @@ def test_a_finished_run_is_returned_unless_its_labels_changed(config, monkeypatc
 
 def test_resuming_with_a_changed_configuration_names_the_difference(config):
     begun(config())
-    with pytest.raises(CheckpointError, match=r"lr: 0\.01 -> 0\.5"):
+    with pytest.raises(CheckpointError, match=r"lr: 0\.003 -> 0\.5"):
         train(config(lr=0.5), resume=True)
     with pytest.raises(CheckpointError, match="unfinished run"):
         train(config())
     train(config(), resume=True)
-    with pytest.raises(CheckpointError, match=r"lr: 0\.01 -> 0\.5"):
+    with pytest.raises(CheckpointError, match=r"lr: 0\.003 -> 0\.5"):
         train(config(lr=0.5))  # a finished run is not overwritten
 
 

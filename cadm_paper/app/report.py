@@ -26,7 +26,7 @@ from cadm_paper.figures import (
     precision_recall_curves,
 )
 from ..files import default_folder, whole_file
-from ..results.claims import read_verdicts
+from ..results.claims import read_verdicts, with_committed
 from cadm_paper.tables import (
     PLANS,
     ResultTable,
@@ -170,7 +170,8 @@ def build_report(runs_dir=None, out=None, explorers: Mapping[str, str] | None = 
     status, runs = run_status(folder), load_runs(folder)
     if not runs and not status.unfinished:
         raise NoRuns(f"no run in {folder}. Run `cadm reproduce`, or give another folder")
-    tables, claims = all_tables(runs, status), read_verdicts()["claims"]
+    shown = with_committed(runs)
+    tables, claims = all_tables(shown, status), read_verdicts()["claims"]
     page = render(
         "report.html",
         tables=tables,
@@ -181,6 +182,7 @@ def build_report(runs_dir=None, out=None, explorers: Mapping[str, str] | None = 
         synthetic=any(r.extra.get("synthetic") for r in runs),
         total=duration(sum(r.timing.get("wall_s") or 0 for r in runs)),
         unfinished=status.unfinished,
+        committed=len(shown) - len(runs),
         runs=[run_entry(r, status.why_stale(r)) for r in runs],
     )
     with whole_file(path, "w") as file:

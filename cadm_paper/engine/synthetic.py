@@ -78,12 +78,15 @@ def random_maps(
 
 # %% ../../nbs/engine/synthetic.ipynb #b520d5a9
 def random_history(config: TrainConfig, final: dict[str, float]) -> list[dict]:
-    """Losses and mAPs per epoch; the last epoch has the mAPs of `final`, by name."""
+    """Losses by epoch, and mAPs of the evaluated ones; the last epoch has the mAPs of `final`, by name."""
     rows, loss = [], 3 * Variant.of(config).with_loss
     for n in range(config.epochs):
         left, last = 0.75 ** (n + 1), n + 1 == config.epochs
         reached = {name: value * (1 - left * (not last)) for name, value in final.items()}
-        rows.append(loss_row(config, n, 2 + 4 * left, loss * left) | reached)
+        scored = last or (n + 1) % config.eval_every == 0
+        rows.append(
+            loss_row(config, n, 2 + 4 * left, loss * left) | (reached if scored else dict.fromkeys(final))
+        )
     return rows
 
 

@@ -90,6 +90,14 @@ def study_records(folder=None, second: bool = True) -> dict[str, list[RunRecord]
     return parts | {"independent": independent}
 
 
+# %% ../../nbs/results/claims.ipynb #c17d02be
+def with_committed(runs: Iterable[RunRecord]) -> list[RunRecord]:
+    """Runs, and the committed records of each form of DigitScenes that has none among them."""
+    runs = list(runs)
+    here = {r.dataset["name"] for r in runs}
+    return runs + [r for r in study_records()["confirm"] if r.dataset["name"] not in here]
+
+
 # %% ../../nbs/results/claims.ipynb #5479384d
 def compare_streams(runs: Mapping[Variant, Mapping[int, RunRecord]]) -> dict[str, Difference]:
     """Differences of mAP between streams, by description."""
