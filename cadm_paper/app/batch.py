@@ -125,7 +125,7 @@ def load_batch(config: str = "mini", **more) -> Batch:
 
     Example:
         >>> len(plan(load_batch("mini")))
-        10
+        5
     """
     folder = project_root() / "workflow" / "config"
     if not Path(config).suffix:
