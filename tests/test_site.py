@@ -94,9 +94,9 @@ def test_documented_commands_are_valid(line, monkeypatch):
     if program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     elif program == ".venv/bin/cadm":
-        for table in (cli.COMMANDS, *cli.GROUPS.values()):
-            for name, function in table.items():
-                monkeypatch.setitem(table, name, functools.wraps(function)(lambda *given, **named: None))
+        load = cli.Command.load
+        idle = lambda command: functools.wraps(load(command))(lambda *given, **named: None)
+        monkeypatch.setattr(cli.Command, "load", idle)
         with pytest.raises(SystemExit) as end:
             cli.main(words)
         assert end.value.code == 0

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from cadm_paper.app.cli import usual
+from cadm_paper.app.commands import usual
 from cadm_paper.engine.config import TrainConfig
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "nbs" / "experiments" / "train.ipynb"
