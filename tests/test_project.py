@@ -93,6 +93,11 @@ def test_imports_are_light_and_need_no_notebook_tools():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_the_help_of_cadm_imports_no_command():
+    code = "import sys, cadm_paper.app.cli; assert not {'numpy', 'pydantic'} & set(sys.modules)"
+    assert run(sys.executable, "-c", code).returncode == 0
+
+
 def test_types_of_the_public_modules():
     pytest.importorskip("mypy")
     done = run(sys.executable, "-m", "mypy", "--no-error-summary")
