@@ -130,7 +130,9 @@ class Split:
 
     def take(self, indices) -> "Split":
         """A subset: indices in the wanted order, a slice, or N booleans."""
-        rows = np.arange(len(self))[indices if isinstance(indices, slice) else np.asarray(indices)]
+        if not isinstance(indices, slice):
+            indices = np.asarray(indices, None if len(indices) else int)  # an empty list is of floats
+        rows = np.arange(len(self))[indices]
         ids, paths = ([values[i] for i in rows] for values in (self.image_ids, self.paths))
         return replace(self, image_ids=ids, paths=paths, labels=self.labels[rows])
 
