@@ -156,7 +156,7 @@ def test_an_apple_gpu_is_accepted_if_available():
     if torch.backends.mps.is_available():
         assert resolve_machine(config).precision == "fp32"
     else:
-        with pytest.raises(ConfigError, match="no Apple device here"):
+        with pytest.raises(ConfigError, match="no Apple device found"):
             resolve_machine(config)
 
 

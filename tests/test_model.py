@@ -147,8 +147,8 @@ SD = BACKBONES["narrow_resnet"]().state_dict()
 UNREADABLE = {
     "module.pth": ({f"module.{k}": v for k, v in SD.items()}, "begin with 'module.': remove this prefix"),
     "lightning.pth": ({"state_dict": {f"net.enc.{k}": v for k, v in SD.items()}}, "with 'net.enc.'"),
-    "args.pth": ({"state_dict": SD, "args": SimpleNamespace()}, "holds types.SimpleNamespace"),
-    "whole.pth": (torchvision.models.resnet18(weights=None), "holds torchvision.models.resnet.ResNet"),
+    "args.pth": ({"state_dict": SD, "args": SimpleNamespace()}, "contains types.SimpleNamespace"),
+    "whole.pth": (torchvision.models.resnet18(weights=None), "contains torchvision.models.resnet.ResNet"),
     "c.pth.tar": ({"state_dict": SD}, "rename it"),
     "x.ckpt": ({"state_dict": SD}, "rename it"),
     "model.pth": ({"model": SD}, "under 'model'"),

@@ -22,10 +22,9 @@ import pytest
 
 from cadm_paper.app import cli
 from cadm_paper.app.explorer import explore
-from cadm_paper.engine.record import load_runs
 from cadm_paper.engine.synthetic import synthetic_run, synthetic_runs
 from cadm_paper.engine.variants import Variant
-from cadm_paper.results.claims import OUTCOMES, reference_folder
+from cadm_paper.results.claims import OUTCOMES, study_records
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -136,7 +135,7 @@ def test_headline_numbers_match_the_committed_records():
     named = dict(re.findall(r'<a id="([^"]+)"></a>[^|]*\|[^|]*\|[^|]*\| (.*) \|', text))
     groups = {}
     for part in ("confirm", "photographs"):
-        for r in load_runs(reference_folder() / part):
+        for r in study_records()[part]:
             groups.setdefault(f"{r.dataset['name']}-{Variant.of(r).slug}", []).append(r)
     cells = re.findall(r'<a href="#([^"]+)">([\d.]+ ± [\d.]+) (\(\d+\))</a>', text)
     assert len(cells) == len(named) == 12
