@@ -144,7 +144,7 @@ def absent_lines(dataset: str, status: Status, present: Sequence[Variant] = ()) 
         begun = [
             why for key, why in status.unfinished.items() if key.startswith(f"{dataset}/{variant.slug}-seed")
         ]
-        why = begun[0] if begun else "not run (cadm reproduce makes it)"
+        why = begun[0] if begun else "not run"
         lines.append(Line(variant.label, state="failed" if begun else "missing", note=why, variant=variant))
     return lines
 
