@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .data import Split
 from .data.loading import Loader, flip_mask, load_image, prepare
-from .engine.audit import MAPS, STREAMS, ap_by_class, loss_row, mean_ap, run_metrics
+from .engine.audit import MAPS, STREAMS, ap_by_class, evaluated, loss_row, mean_ap, run_metrics
 from cadm_paper.engine.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -433,7 +433,7 @@ def fit(
                 end_if_asked(trainer)
         check_finite(trainer)
         epoch = trainer.epoch + 1
-        scores = predict(trainer, test) if epoch % config.eval_every == 0 or epoch == config.epochs else None
+        scores = predict(trainer, test) if evaluated(config, epoch) else None
         end_epoch(trainer, scores, test.split.labels)
         progress.epoch(trainer.history)
         save_trainer(trainer)

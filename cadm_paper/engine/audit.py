@@ -61,6 +61,12 @@ def of_config(record: RunRecord) -> Iterator[str]:
         yield "files: scores.npz is missing"
 
 
+# %% ../../nbs/engine/audit.ipynb #e7a10c52
+def evaluated(config: TrainConfig, epoch: int) -> bool:
+    """Whether the model is evaluated after an epoch (from 1): every `eval_every`, and after the last."""
+    return epoch % config.eval_every == 0 or epoch == config.epochs
+
+
 # %% ../../nbs/engine/audit.ipynb #f4d5256f
 def loss_row(config: TrainConfig, epoch: int, cls: float, lce: float) -> dict[str, float]:
     """An entry of the history without mAPs: learning rate, loss (Eq. 5) and its terms; `epoch` is from 0."""
@@ -79,8 +85,7 @@ def of_training(record: RunRecord) -> Iterator[str]:
         scores = {name: row[name] for name in MAPS.values()}
         terms = loss_row(config, n, row["loss_cls"], row["loss_lce"] if trains else 0.0)
         yield from differences(f"history, epoch {n + 1}", row, terms | scores, 1e-3)
-        scored = (n + 1) % config.eval_every == 0 or n + 1 == epochs
-        if any((value is not None) != scored for value in scores.values()):
+        if any((value is not None) != evaluated(config, n + 1) for value in scores.values()):
             yield f"history, epoch {n + 1}: mAPs are expected for evaluated epochs only"
     wall, training = record.timing["wall_s"], record.timing["training_s"]
     longer = training > wall + 1 and not record.environment.get("code", {}).get("resumed")

@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 from .. import __version__
 from ..data.datasets import DATASETS
 from ..data.split import Split
-from .audit import MAPS, ap_by_class, loss_row, run_metrics
+from .audit import MAPS, ap_by_class, evaluated, loss_row, run_metrics
 from .config import TrainConfig
 from .record import RunRecord, save_arrays, write_record
 from .splits import draw_examples
@@ -83,9 +83,9 @@ def random_history(config: TrainConfig, final: dict[str, float]) -> list[dict]:
     for n in range(config.epochs):
         left, last = 0.75 ** (n + 1), n + 1 == config.epochs
         reached = {name: value * (1 - left * (not last)) for name, value in final.items()}
-        scored = last or (n + 1) % config.eval_every == 0
         rows.append(
-            loss_row(config, n, 2 + 4 * left, loss * left) | (reached if scored else dict.fromkeys(final))
+            loss_row(config, n, 2 + 4 * left, loss * left)
+            | (reached if evaluated(config, n + 1) else dict.fromkeys(final))
         )
     return rows
 
