@@ -17,8 +17,9 @@ from cadm_paper.data.scenes import paired_scenes
 from cadm_paper.data.voc import annotated_size
 from cadm_paper.engine.record import RecordError, RunRecord
 from cadm_paper.loss import center_attraction, distances_to_center, hinged
+from cadm_paper.methods import load_model
 from cadm_paper.metrics import multilabel_metrics
-from cadm_paper.model import CADM, predicted
+from cadm_paper.model import predicted
 from cadm_paper.results.statistics import Difference, bootstrap, difference, draws
 
 
@@ -92,12 +93,12 @@ def box_cover(boxes: Iterable, classes: int, size: tuple[int, int], cells: tuple
 
 
 # %% ../../nbs/results/measures.ipynb #19d29336
-LINE_FIELDS = "image class inside share area other_inside other_share maximum standardised rank".split()
+LINE_FIELDS = "image class inside share area other_inside other_share maximum standardised rank peak".split()
 
 
 # %% ../../nbs/results/measures.ipynb #90e41f2d
 def map_lines(maps: np.ndarray, present: np.ndarray, cover: np.ndarray | None, image: int = 0) -> np.ndarray:
-    """A row of `LINE_FIELDS` per present label of an image.
+    """A row of `LINE_FIELDS` per present label of an image; `peak` is the index of the map's largest cell.
 
     Args:
         maps: C x h x w.
@@ -114,7 +115,8 @@ def map_lines(maps: np.ndarray, present: np.ndarray, cover: np.ndarray | None, i
             share = lambda k: (positive[k] * cover[c]).sum() / (positive[k].sum() + 1e-9)
             others = (inside(other), share(other)) if other != c else (np.nan, np.nan)
             place = [inside(c), share(c), cover[c].mean(), *others]
-        lines.append([image, c, *place, top[c], (top[c] - mean) / sd, int((top > top[c]).sum())])
+        rank, peak = int((top > top[c]).sum()), int(maps[c].argmax())
+        lines.append([image, c, *place, top[c], (top[c] - mean) / sd, rank, peak])
     return np.array(lines, np.float32).reshape(-1, len(LINE_FIELDS))
 
 
@@ -220,15 +222,15 @@ def measure_vectors(vectors: np.ndarray, labels: np.ndarray) -> dict[str, np.nda
 
 
 # %% ../../nbs/results/measures.ipynb #6ede6aef
-def model_outputs(model, images: torch.Tensor, normalise: str, batch: int = 100) -> list[np.ndarray]:
-    """Maps, label vectors and logits (N x ..., float32) of images uint8 N x 3 x H x W."""
+def model_outputs(model, batches: Iterable[torch.Tensor], normalise: str) -> list[np.ndarray]:
+    """Maps, label vectors and logits (N x ..., float32) of batches of images uint8 B x 3 x H x W."""
     from cadm_paper.data.loading import prepare
 
-    found = []
+    found, device = [], next(model.parameters()).device
     with torch.inference_mode():
-        for part in images.split(batch):
-            out = model.eval()(prepare(part, normalise=normalise), True)
-            found.append([x.float().numpy() for x in (out.maps, out.label_vectors, out.logits)])
+        for images in batches:
+            out = model.eval()(prepare(images, normalise=normalise, device=device), True)
+            found.append([x.float().cpu().numpy() for x in (out.maps, out.label_vectors, out.logits)])
     return [np.concatenate(parts) for parts in zip(*found)]
 
 
@@ -241,7 +243,7 @@ def measure_pairs(model, normalise: str, unit: float, n: int = 300) -> dict[str,
         pairs_remaining, pairs_absent: mean over the remaining labels, and over the absent ones.
     """
     pairs = paired_scenes("coco", n)
-    logits = lambda images: model_outputs(model, torch.from_numpy(images), normalise)[2]
+    logits = lambda images: model_outputs(model, torch.from_numpy(images).split(100), normalise)[2]
     change = (logits(pairs.images_without) - logits(pairs.images)) / unit
     mean = lambda where: (change * where).sum(1) / where.sum(1)
     return {
@@ -254,12 +256,13 @@ def measure_pairs(model, normalise: str, unit: float, n: int = 300) -> dict[str,
 # %% ../../nbs/results/measures.ipynb #9ae51ea9
 def measure(record: RunRecord, split) -> dict[str, np.ndarray]:
     """All measures of a run's saved model on a split; the object-removal test on scenes-coco only."""
-    from cadm_paper.data.loading import load_image
+    from cadm_paper.data.loading import Loader
 
-    model, seen = CADM.from_pretrained(record.folder / "checkpoint" / "model"), record.seen_at()
-    image = lambda path: load_image(path, seen["image_size"], resize=seen["resize"], exif=seen["exif"])
-    images, normalise = torch.stack([image(path) for path in split.paths]), seen["normalise"]
-    maps, vectors, logits = model_outputs(model, images, normalise)
+    model, seen = load_model(record.folder / "checkpoint" / "model"), record.seen_at()
+    images = Loader(split, seen["image_size"], resize=seen["resize"], exif=seen["exif"])
+    batches, normalise = (batch.images for batch in images.epoch(100)), seen["normalise"]
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    maps, vectors, logits = model_outputs(model, batches, normalise)
     found = measure_maps(maps, split, [*map(annotated_size, split.paths)]) | measure_vectors(
         vectors, split.labels
     )

@@ -1,0 +1,183 @@
+"""The third plan (nbs/experiments/study_plan.ipynb) on one GPU: recipe, learning rates, curve and confirmation.
+
+Every choice is made by the plan's rules from held-out images; `choices.json` in the outputs says what was chosen and why.
+
+    python tools/photograph_study.py voc2007 --jobs 8          # then: coco40k, resnet50
+"""
+
+import argparse
+import json
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+
+from cadm_paper.data.loading import Loader
+from cadm_paper.engine.config import TrainConfig
+from cadm_paper.engine.record import RunRecord
+from cadm_paper.engine.splits import data_root, prepare_data
+from cadm_paper.engine.variants import run_name
+from cadm_paper.files import default_folder, read_json, write_json
+from cadm_paper.results.measures import keep_evidence
+from cadm_paper.train import train
+
+BASE = dict(preset="paper", dataset="voc2007", missing="drop", backbone="resnet18_stride16", image_size=224)
+BASE |= dict(
+    weights=str(default_folder("data") / "resnet18_imagenet_pqf.npz"), head_lr_mult=10, eval_every=1000
+)
+BASE |= dict(precision="bf16", device="cuda", threads=1, batch_size=32)
+HELD_OUT = BASE | dict(holdout=0.2, seed=101)
+GMP, GAP = dict(method="baseline"), dict(method="baseline_gap")
+PLAIN, LOSS = dict(method="cadm", lam=0.0), dict(method="cadm", lam=0.5)
+SCLS = PLAIN | dict(method_args={"streams": "scls"})
+RATES, EPOCHS, LAMBDAS = (0.0003, 0.001, 0.003), (4, 8, 16), (0.005, 0.05, 0.5, 5, 40)
+
+
+def one_run(values: dict) -> float:
+    """Train one run; returns its mAP in points."""
+    record = train(TrainConfig(**values), resume=True)
+    score = 100 * record.metrics["mAP"]
+    print(
+        f"{time.strftime('%X')}  {record.name}: {record.timing['wall_s']:.0f} s, mAP {score:.2f}", flush=True
+    )
+    return score
+
+
+def evidence(values: dict) -> None:
+    """Measure the maps of a finished run on its test images."""
+    config = TrainConfig(**values)
+    folder = default_folder("outputs") / "runs" / config.dataset / run_name(config)
+    keep_evidence(RunRecord.load(folder), prepare_data(config)[1])
+
+
+def decoded(values: dict) -> None:
+    """Decode the images of a configuration with all cores, so that the runs find them decoded."""
+    for split in prepare_data(TrainConfig(**values)):
+        Loader(split, values["image_size"], workers=12)
+
+
+class Study:
+    """Processes that share one GPU: `jobs` of them train, others measure maps meanwhile."""
+
+    def __init__(self, jobs: int):
+        how = dict(mp_context=get_context("spawn"))
+        self.training, self.measuring = ProcessPoolExecutor(jobs, **how), ProcessPoolExecutor(4, **how)
+
+    def measure(self, runs: list[dict]) -> list[float]:
+        """The mAP of runs, in their order."""
+        return list(self.training.map(one_run, runs))
+
+    def confirm(self, runs: list[dict], maps: bool = False) -> None:
+        """Train runs and, with `maps`, measure the maps of each as soon as it is finished."""
+        started = {self.training.submit(one_run, run): run for run in runs}
+        rest: list[Future] = []
+        for future in as_completed(started):
+            future.result()
+            rest += [self.measuring.submit(evidence, started[future])] * maps
+        for future in rest:
+            future.result()
+
+
+def choose_recipe(study: Study) -> dict:
+    """Learning rate and epochs, with the baseline: the best rate at 4 epochs; 4 if 8 gain less than half a point, else 8."""
+    runs = [HELD_OUT | GMP | dict(lr=lr, epochs=EPOCHS[0]) for lr in RATES]
+    scores = dict(zip(RATES, study.measure(runs)))
+    lr = max(scores, key=scores.get)
+    longer = study.measure([HELD_OUT | GMP | dict(lr=lr, epochs=e) for e in EPOCHS[1:]])
+    length = dict(zip(EPOCHS, [scores[lr], *longer]))
+    epochs = EPOCHS[0] if abs(length[EPOCHS[1]] - length[EPOCHS[0]]) < 0.5 else EPOCHS[1]
+    return {"lr": lr, "epochs": epochs, "by_rate": scores, "by_epochs": length}
+
+
+def explore(study: Study, recipe: dict) -> dict:
+    """The learning rate times 1/3, 1 and 3 for each variant, and the curve over λ for both hinges."""
+    names = {"baseline_gap": GAP, "baseline": GMP, "scls": SCLS, "lam0": PLAIN, "lam0.5": LOSS}
+    rates = {(n, f): v | dict(lr=recipe["lr"] * f) for n, v in names.items() for f in (1, 1 / 3, 3)}
+    curve = {
+        (h, lam): PLAIN | dict(lr=recipe["lr"], lam=lam, hinge=h)
+        for lam in LAMBDAS
+        for h in ("inside", "outside")
+    }
+    curve.pop(("inside", 0.5))  # among the rates
+    both = {**rates, **curve}
+    runs = [HELD_OUT | v | dict(epochs=recipe["epochs"]) for v in both.values()]
+    known = [HELD_OUT | GMP | dict(lr=recipe["lr"], epochs=recipe["epochs"])]
+    scores = dict(zip(both, study.measure([r if r not in known else known[0] for r in runs])))
+    points = {key: scores[key] for key in curve} | {("inside", 0.5): scores["lam0.5", 1]}
+    hinge, lam = max(points, key=points.get)
+    factors = {n: max((1, 1 / 3, 3), key=lambda f: scores[n, f]) for n in names}
+    said = {"rates": {f"{n} x {f:.2g}": scores[n, f] for n, f in rates}, "factors": factors}
+    return said | {
+        "curve": {f"{h} {lam:g}": s for (h, lam), s in points.items()},
+        "best": {"hinge": hinge, "lam": lam},
+    }
+
+
+def voc2007(study: Study, seeds, say) -> None:
+    """Recipe, exploration, and the confirmation on the test images."""
+    decoded(HELD_OUT | GMP)
+    recipe = choose_recipe(study)
+    say(recipe=recipe)
+    explored = explore(study, recipe)
+    say(explored=explored)
+    shared = BASE | dict(lr=recipe["lr"], epochs=recipe["epochs"])
+    while not (
+        data_root(TrainConfig(**shared)) / "complete"
+    ).exists():  # the photographs are still being copied
+        time.sleep(0.5)
+    decoded(shared)
+    main = [shared | v | dict(seed=s) for s in seeds for v in (GMP, GAP, PLAIN, LOSS)]
+    best = PLAIN | explored["best"]
+    more = [shared | v | dict(seed=s) for s in seeds for v in (best, SCLS) if v != LOSS | {"hinge": "inside"}]
+    own = {"baseline_gap": GAP, "baseline": GMP, "lam0": PLAIN, "lam0.5": LOSS}
+    tuned = [
+        shared | v | dict(seed=s, lr=recipe["lr"] * explored["factors"][n])
+        for s in seeds
+        for n, v in own.items()
+        if explored["factors"][n] != 1
+    ]
+    study.confirm([*main, *more, *tuned], maps=True)
+
+
+def later(study: Study, seeds, say, **other) -> None:
+    """The four variants with the recipe of VOC 2007 on other data or with another network."""
+    recipe = read_json(default_folder("outputs") / "choices.json")["recipe"]
+    shared = BASE | dict(lr=recipe["lr"], epochs=recipe["epochs"]) | other
+    decoded(shared)
+    study.confirm([shared | v | dict(seed=s) for s in seeds for v in (GMP, GAP, PLAIN, LOSS)])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=["voc2007", "coco40k", "resnet50"])
+    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument(
+        "--small", action="store_true", help="a rehearsal on a CPU: few images, small, one seed"
+    )
+    given = parser.parse_args()
+    if given.small:
+        BASE |= dict(device="cpu", precision="fp32", image_size=64, limit=32)
+        HELD_OUT |= BASE
+        EPOCHS = (1, 2, 3)
+    study, chosen = Study(given.jobs), default_folder("outputs") / "choices.json"
+
+    def say(**what):
+        write_json(chosen, (read_json(chosen) if chosen.exists() else {}) | what)
+        print(json.dumps(what), flush=True)
+
+    if given.part == "voc2007":
+        voc2007(study, [1] if given.small else range(1, 9), say)
+    elif given.part == "coco40k":
+        later(
+            study,
+            range(1, 4),
+            say,
+            dataset="coco40k",
+            missing="error",
+            limit=20_000,
+            epochs=5,
+            image_size=160,
+        )
+    else:
+        weights = str(default_folder("data") / "resnet50_imagenet_pqf.npz")
+        later(study, (1, 2), say, backbone="resnet50_stride16", weights=weights)
+    print(f"{time.strftime('%X')}  done", flush=True)
