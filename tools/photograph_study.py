@@ -18,7 +18,7 @@ from cadm_paper.engine.splits import data_root, prepare_data
 from cadm_paper.engine.variants import run_name
 from cadm_paper.files import default_folder, read_json, write_json
 from cadm_paper.results.measures import keep_evidence
-from cadm_paper.train import train
+from cadm_paper.train import NonFiniteLoss, train
 
 BASE = dict(preset="paper", dataset="voc2007", missing="drop", backbone="resnet18_stride16", image_size=224)
 BASE |= dict(
@@ -33,8 +33,12 @@ RATES, EPOCHS, LAMBDAS = (0.0003, 0.001, 0.003), (4, 8, 16), (0.005, 0.05, 0.5, 
 
 
 def one_run(values: dict) -> float:
-    """Train one run; returns its mAP in points."""
-    record = train(TrainConfig(**values), resume=True)
+    """Train one run; returns its mAP in points, 0 if it diverges."""
+    try:
+        record = train(TrainConfig(**values), resume=True)
+    except NonFiniteLoss as error:
+        print(error, flush=True)
+        return 0.0
     score = 100 * record.metrics["mAP"]
     print(
         f"{time.strftime('%X')}  {record.name}: {record.timing['wall_s']:.0f} s, mAP {score:.2f}", flush=True
@@ -46,7 +50,8 @@ def evidence(values: dict) -> None:
     """Measure the maps of a finished run on its test images."""
     config = TrainConfig(**values)
     folder = default_folder("outputs") / "runs" / config.dataset / run_name(config)
-    keep_evidence(RunRecord.load(folder), prepare_data(config)[1])
+    if (folder / "run.json").exists():  # it did not diverge
+        keep_evidence(RunRecord.load(folder), prepare_data(config)[1])
 
 
 def decoded(values: dict) -> None:

@@ -416,15 +416,14 @@ def prepare(
     (count, _, height, width), device = images.shape, images.device
     mirror = torch.zeros(count, dtype=torch.bool) if flip is None else torch.as_tensor(flip)
     subtract, multiply = pixel_rows(normalise, width, device)
+    out = torch.empty(count, height, width, 3, device=device)
     if device.type == "cpu":
-        # NumPy asks for large pages: faster to fill
-        out = torch.from_numpy(np.empty((count, height, width, 3), np.float32))
+        out = torch.from_numpy(np.empty(out.shape, np.float32))  # NumPy asks for large pages: faster to fill
         for image, mirrored, rows in zip(images, mirror.tolist(), out, strict=True):  # each fits the cache
             rows.copy_((image.flip(2) if mirrored else image).permute(1, 2, 0))
             rows.flatten(1).sub_(subtract).mul_(multiply)
     else:  # few kernels for the whole batch
         images = torch.where(mirror.to(device)[:, None, None, None], images.flip(3), images)
-        out = images.permute(0, 2, 3, 1).float()
-        out.flatten(2).sub_(subtract).mul_(multiply)
+        out.copy_(images.permute(0, 2, 3, 1)).flatten(2).sub_(subtract).mul_(multiply)
     out = out.permute(0, 3, 1, 2)
     return out if channels_last else out.contiguous()
