@@ -384,3 +384,11 @@ def test_a_mutated_record_is_read_or_rejected_in_one_line(honest):
         assert all(isinstance(problem, str) for problem in problems(record))
         assert table("table1", [record]).html() and summary(record)
     assert 0 < kept < 200
+
+
+def test_a_checkout_is_identified_without_git(monkeypatch):
+    """A container may have the checkout and no git: the digest of the package still names the code."""
+    with_git = records.code_version()
+    monkeypatch.setenv("PATH", "")
+    found = records.code_version()
+    assert set(found) == {"cadm_paper", "package"} and found.items() <= with_git.items()

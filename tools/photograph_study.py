@@ -51,7 +51,8 @@ def evidence(values: dict) -> None:
     config = TrainConfig(**values)
     folder = default_folder("outputs") / "runs" / config.dataset / run_name(config)
     if (folder / "run.json").exists():  # it did not diverge
-        keep_evidence(RunRecord.load(folder), prepare_data(config)[1])
+        train_split, test = prepare_data(config)
+        keep_evidence(RunRecord.load(folder), test, train_split)
 
 
 def decoded(values: dict) -> None:

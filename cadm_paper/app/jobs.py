@@ -100,7 +100,8 @@ def evidence_job(batch: Batch, key: str, out: Path) -> None:
     from cadm_paper.results.measures import keep_evidence
 
     (run,) = (run for run in plan(batch) if run.key == key)
-    keep_evidence(RunRecord.load(run.folder), prepare_data(run.config)[1])
+    train, test = prepare_data(run.config)
+    keep_evidence(RunRecord.load(run.folder), test, train)
 
 
 # %% ../../nbs/app/jobs.ipynb #92976c67

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -52,7 +53,7 @@ def code_version() -> dict:
     """Version and digest of this package; in a checkout also the commit, and whether it is modified."""
     found = {"cadm_paper": cadm_paper.__version__, "package": package_digest()}
     root = checkout_root(Path(cadm_paper.__file__).parent)
-    if root and (root / ".git").exists():
+    if root and (root / ".git").exists() and shutil.which("git"):
         git = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True)
         if (commit := git("rev-parse", "HEAD")).returncode == 0:
             found["commit"] = commit.stdout.strip()

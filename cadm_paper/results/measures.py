@@ -120,6 +120,43 @@ def map_lines(maps: np.ndarray, present: np.ndarray, cover: np.ndarray | None, i
     return np.array(lines, np.float32).reshape(-1, len(LINE_FIELDS))
 
 
+# %% ../../nbs/results/measures.ipynb #9f1b0002
+POINT_FIELDS = "hit near centre usual".split()
+
+
+def usual_places(split, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Mean centre of each class's boxes, C x 2, as fractions of width and height; the centre without boxes."""
+    places = [[(0.5, 0.5)] for _ in split.classes]
+    for image_id, (height, width) in zip(split.image_ids, sizes):
+        for c, x, y, w, h in (split.boxes or {}).get(image_id, ()):
+            places[int(c)].append(((x + w / 2) / width, (y + h / 2) / height))
+    return np.array([np.mean(found[1:] or found, 0) for found in places])
+
+
+# %% ../../nbs/results/measures.ipynb #9f1b0003
+def measure_points(lines, split, sizes, cells: tuple[int, int], usual, tolerance: float = 15) -> np.ndarray:
+    """Whether a point is in a box of the label, a row of `POINT_FIELDS` per row of `lines`; NaN without a box.
+
+    Args:
+        lines: from `map_lines`.
+        split, sizes: the images; height and width in pixels.
+        cells: height and width of the maps.
+        usual: C x 2, from `usual_places` of the training images.
+        tolerance: of `near`, px (Zhang et al. 2016).
+    """
+    found = np.full((len(lines), len(POINT_FIELDS)), np.nan, np.float32)
+    for row, (i, c, peak) in zip(found, lines[:, [0, 1, LINE_FIELDS.index("peak")]].astype(int)):
+        boxes = np.array([b[1:] for b in split.boxes.get(split.image_ids[i], ()) if b[0] == c])
+        if not len(boxes):
+            continue
+        size, cell = np.array(sizes[i][::-1]), np.array([peak % cells[1], peak // cells[1]])
+        points = np.array([(cell + 0.5) / cells[::-1], (0.5, 0.5), usual[c]]) * size
+        outside = np.maximum(boxes[:, :2] - points[:, None], points[:, None] - boxes[:, :2] - boxes[:, 2:])
+        peak_off, *priors_off = np.linalg.norm(np.maximum(outside, 0), axis=2).min(1)
+        row[:] = peak_off == 0, peak_off <= tolerance, *(off == 0 for off in priors_off)
+    return found
+
+
 # %% ../../nbs/results/measures.ipynb #09e15839
 def measure_maps(maps: np.ndarray, split, sizes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
     """Measures of the maps of a split.
@@ -254,8 +291,10 @@ def measure_pairs(model, normalise: str, unit: float, n: int = 300) -> dict[str,
 
 
 # %% ../../nbs/results/measures.ipynb #9ae51ea9
-def measure(record: RunRecord, split) -> dict[str, np.ndarray]:
-    """All measures of a run's saved model on a split; the object-removal test on scenes-coco only."""
+def measure(record: RunRecord, split, train=None) -> dict[str, np.ndarray]:
+    """All measures of a run's saved model on a split; the object-removal test on scenes-coco only.
+
+    With boxes and the training images, also `points` (`measure_points`)."""
     from cadm_paper.data.loading import Loader
 
     model, seen = load_model(record.folder / "checkpoint" / "model"), record.seen_at()
@@ -263,20 +302,23 @@ def measure(record: RunRecord, split) -> dict[str, np.ndarray]:
     batches, normalise = (batch.images for batch in images.epoch(100)), seen["normalise"]
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     maps, vectors, logits = model_outputs(model, batches, normalise)
-    found = measure_maps(maps, split, [*map(annotated_size, split.paths)]) | measure_vectors(
-        vectors, split.labels
-    )
+    sizes = [*map(annotated_size, split.paths)]
+    found = measure_maps(maps, split, sizes) | measure_vectors(vectors, split.labels)
+    if split.boxes and train:
+        usual = usual_places(train, [*map(annotated_size, train.paths)])
+        found["points"] = measure_points(found["lines"], split, sizes, maps.shape[2:], usual)
     pairs = record.dataset["name"] == "scenes-coco"
     return found | (measure_pairs(model, normalise, logits.std()) if pairs else {})
 
 
 # %% ../../nbs/results/measures.ipynb #661bb5bd
-def keep_evidence(record: RunRecord, split) -> None:
+def keep_evidence(record: RunRecord, split, train=None) -> None:
     """Measure a finished run's model on a split and store `evidence.npz` beside its record."""
     short = lambda name: (
-        name in ("vectors_present", "vectors_absent", "distances", "pmi") or name.startswith("pairs")
+        name in ("vectors_present", "vectors_absent", "distances", "pmi", "points")
+        or name.startswith("pairs")
     )
-    found = {k: v.astype(np.float16) if short(k) else v for k, v in measure(record, split).items()}
+    found = {k: v.astype(np.float16) if short(k) else v for k, v in measure(record, split, train).items()}
     record.keep("evidence.npz", **found)
 
 
