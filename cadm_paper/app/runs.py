@@ -81,7 +81,7 @@ def runs_list(
 ) -> int:
     """List runs with state and reason; finished ones with mAP, seconds, device, and changes to the preset.
 
-    Missing runs of `cadm reproduce` and committed records follow those on disk. Returns 0.
+    Missing runs of `cadm reproduce` and committed records follow those on disk.
 
     Args:
         as_json: Print JSON.
@@ -262,7 +262,7 @@ def put(record: RunRecord, target: Path) -> None:
 
 # %% ../../nbs/app/runs.ipynb #268e95b1
 def runs_submit(source: Positional[Path], by: str = "", outputs: Path | None = None) -> int:
-    """Check a record made elsewhere, recomputing its numbers, and add it to the runs. Returns 0.
+    """Check a record made elsewhere, recomputing its numbers, and add it to the runs.
 
     Raises `WorkflowError` that lists all problems, or if there is a run of its configuration.
 
