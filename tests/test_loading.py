@@ -290,3 +290,12 @@ def test_concurrent_processes_build_one_array(split):
     with multiprocessing.get_context("fork").Pool(3) as pool:
         assert len(set(pool.map(total, [split] * 3, chunksize=1))) == 1
     assert len(list(split.root.glob(".cadm-index/*.npy"))) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_prepares_a_batch_as_a_cpu_does():
+    """A GPU takes the batch as a whole, a CPU image by image."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 3, 7, 9), dtype=np.uint8))
+    for flip in (None, [True, False, True, True, False]):
+        on_gpu = loading.prepare(images, flip=flip, device="cuda").cpu()
+        torch.testing.assert_close(on_gpu, loading.prepare(images, flip=flip), atol=1e-6, rtol=0)
