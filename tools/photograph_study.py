@@ -16,10 +16,10 @@ from cadm_paper.data.loading import Loader
 from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.record import RunRecord
 from cadm_paper.engine.splits import prepare_data
-from cadm_paper.engine.variants import run_name
 from cadm_paper.files import default_folder, read_json, write_json
+from cadm_paper.results.claims import GAP, GMP, LOSS, PLAIN
 from cadm_paper.results.measures import keep_evidence
-from cadm_paper.train import NonFiniteLoss, train
+from cadm_paper.train import NonFiniteLoss, run_folder, train
 
 BASE = dict(preset="paper", dataset="voc2007", missing="drop", backbone="resnet18_stride16", image_size=224)
 BASE |= dict(
@@ -27,9 +27,8 @@ BASE |= dict(
 )
 BASE |= dict(precision="bf16", device="cuda", threads=1, batch_size=32)
 HELD_OUT = BASE | dict(holdout=0.2, seed=101)
-GMP, GAP = dict(method="baseline"), dict(method="baseline_gap")
-PLAIN, LOSS = dict(method="cadm", lam=0.0), dict(method="cadm", lam=0.5)
-SCLS = PLAIN | dict(method_args={"streams": "scls"})
+ABLATION = {v.slug: v.fields for v in (GMP, GAP, PLAIN, LOSS)}
+SCLS = PLAIN.fields | dict(method_args={"streams": "scls"})
 RATES, EPOCHS, LAMBDAS = (0.0003, 0.001, 0.003), (4, 8, 16), (0.005, 0.05, 0.5, 5, 40)
 
 
@@ -50,7 +49,7 @@ def one_run(values: dict) -> float:
 def evidence(values: dict) -> None:
     """Measure the maps of a finished run on its test images."""
     config = TrainConfig(**values)
-    folder = default_folder("outputs") / "runs" / config.dataset / run_name(config)
+    folder = run_folder(config)
     if (folder / "run.json").exists():  # it did not diverge
         train_split, test = prepare_data(config)
         keep_evidence(RunRecord.load(folder), test, train_split)
@@ -86,10 +85,10 @@ class Study:
 
 def choose_recipe(study: Study) -> dict:
     """The best learning rate of the baseline at 4 epochs; 4 epochs if 8 change it by less than 0.5 points, else 8."""
-    runs = [HELD_OUT | GMP | dict(lr=lr, epochs=EPOCHS[0]) for lr in RATES]
+    runs = [HELD_OUT | GMP.fields | dict(lr=lr, epochs=EPOCHS[0]) for lr in RATES]
     scores = dict(zip(RATES, study.measure(runs)))
     lr = max(scores, key=scores.get)
-    longer = study.measure([HELD_OUT | GMP | dict(lr=lr, epochs=e) for e in EPOCHS[1:]])
+    longer = study.measure([HELD_OUT | GMP.fields | dict(lr=lr, epochs=e) for e in EPOCHS[1:]])
     length = dict(zip(EPOCHS, [scores[lr], *longer]))
     epochs = EPOCHS[0] if abs(length[EPOCHS[1]] - length[EPOCHS[0]]) < 0.5 else EPOCHS[1]
     return {"lr": lr, "epochs": epochs, "by_rate": scores, "by_epochs": length}
@@ -97,10 +96,10 @@ def choose_recipe(study: Study) -> dict:
 
 def explore(study: Study, recipe: dict) -> dict:
     """The learning rate times 1/3, 1 and 3 for each variant, and the curve over λ for both hinges."""
-    names = {"baseline_gap": GAP, "baseline": GMP, "scls": SCLS, "lam0": PLAIN, "lam0.5": LOSS}
+    names = ABLATION | {"scls": SCLS}
     rates = {(n, f): v | dict(lr=recipe["lr"] * f) for n, v in names.items() for f in (1, 1 / 3, 3)}
     curve = {
-        (h, lam): PLAIN | dict(lr=recipe["lr"], lam=lam, hinge=h)
+        (h, lam): PLAIN.fields | dict(lr=recipe["lr"], lam=lam, hinge=h)
         for lam in LAMBDAS
         for h in ("inside", "outside")
     }
@@ -108,7 +107,7 @@ def explore(study: Study, recipe: dict) -> dict:
     both = {**rates, **curve}
     runs = [HELD_OUT | v | dict(epochs=recipe["epochs"]) for v in both.values()]
     scores = dict(zip(both, study.measure(runs)))
-    points = {key: scores[key] for key in curve} | {("inside", 0.5): scores["lam0.5", 1]}
+    points = {key: scores[key] for key in curve} | {("inside", 0.5): scores[LOSS.slug, 1]}
     hinge, lam = max(points, key=points.get)
     factors = {n: max((1, 1 / 3, 3), key=lambda f: scores[n, f]) for n in names}
     said = {"rates": {f"{n} x {f:.2g}": scores[n, f] for n, f in rates}, "factors": factors}
@@ -120,21 +119,25 @@ def explore(study: Study, recipe: dict) -> dict:
 
 def voc2007(study: Study, seeds, say) -> None:
     """Recipe, exploration, and the confirmation on the test images."""
-    decoded(HELD_OUT | GMP)
+    decoded(HELD_OUT | GMP.fields)
     recipe = choose_recipe(study)
     say(recipe=recipe)
     explored = explore(study, recipe)
     say(explored=explored)
     shared = BASE | dict(lr=recipe["lr"], epochs=recipe["epochs"])
     decoded(shared)
-    main = [shared | v | dict(seed=s) for s in seeds for v in (GMP, GAP, PLAIN, LOSS)]
-    best = PLAIN | explored["best"]
-    more = [shared | v | dict(seed=s) for s in seeds for v in (best, SCLS) if v != LOSS | {"hinge": "inside"}]
-    own = {"baseline_gap": GAP, "baseline": GMP, "lam0": PLAIN, "lam0.5": LOSS}
+    main = [shared | v | dict(seed=s) for s in seeds for v in ABLATION.values()]
+    best = PLAIN.fields | explored["best"]
+    more = [
+        shared | v | dict(seed=s)
+        for s in seeds
+        for v in (best, SCLS)
+        if v != LOSS.fields | {"hinge": "inside"}
+    ]
     tuned = [
         shared | v | dict(seed=s, lr=recipe["lr"] * explored["factors"][n])
         for s in seeds
-        for n, v in own.items()
+        for n, v in ABLATION.items()
         if explored["factors"][n] != 1
     ]
     study.confirm([*main, *more, *tuned], maps=True)
@@ -145,7 +148,7 @@ def later(study: Study, seeds, **other) -> None:
     recipe = read_json(default_folder("outputs") / "choices.json")["recipe"]
     shared = BASE | dict(lr=recipe["lr"], epochs=recipe["epochs"]) | other
     decoded(shared)
-    study.confirm([shared | v | dict(seed=s) for s in seeds for v in (GMP, GAP, PLAIN, LOSS)])
+    study.confirm([shared | v | dict(seed=s) for s in seeds for v in ABLATION.values()])
 
 
 if __name__ == "__main__":
