@@ -164,7 +164,8 @@ def line(what: str, name: str, place: tuple, form: str, aim: str, peer: str) -> 
     measured = form.format(functools.reduce(operator.getitem, place, found))
     cpus, load = about.get("cpus", about.get("cores", "?")), about.get("load_5min", about.get("load_average"))
     busy = f", load {load:.0f}" if load is not None else ""
-    machine = f"{about.get('device', about.get('machine'))}, {cpus} CPUs{busy}"
+    numbers = f", {about['precision']}" if "precision" in about else ""
+    machine = f"{about.get('device', about.get('machine'))}, {cpus} CPUs{numbers}{busy}"
     return f"| {what} | {measured} | {aim} | {peer} | {machine} | {found.get('date', 'old')} | `{SCRIPTS[name]}.py` |"
 
 
