@@ -147,6 +147,15 @@ def test_headline_numbers_match_the_committed_records():
         assert f"{number} {n}" in readme
 
 
+def test_landing_page_and_readme_show_the_same_numbers():
+    docs, readme = runpy.run_path(str(ROOT / "tools" / "docs.py")), markdown(ROOT / "README.md")
+    found = docs["measured"](docs["study_runs"]())
+    assert len(found["heads"]) == 3 and len(found["rows"]) == 4
+    for label, cells in found["rows"]:
+        shown = [re.sub(r"<[^>]+>", "", cell) for cell in cells]
+        assert re.search(rf"^\| {re.escape(label)} \|.*\| {re.escape(' | '.join(shown))} \|$", readme, re.M)
+
+
 def test_public_names_in_use_are_documented():
     paths = [p for p in NOTEBOOKS if p.parent.name in ("tutorials", "experiments")]
     cells = [c.source for p in paths for c in nbformat.read(p, 4).cells if c.cell_type == "code"]

@@ -168,12 +168,12 @@ def api_index(modules: dict[str, Path]) -> str:
 def measured(runs) -> dict | None:
     """mAP by variant from run records, for the landing page; None without records."""
     from cadm_paper.engine.variants import MAIN
-    from cadm_paper.tables import table
+    from cadm_paper.tables import Status, dataset_blocks, table
 
     if not runs:
         return None
     tables = [table("table1", runs, datasets=["scenes-coco"]), table("table2", runs, datasets=["scenes-nus"])]
-    blocks = [block for t in tables for block in t.blocks]
+    blocks = [block for t in tables for block in t.blocks] + dataset_blocks("voc2007", runs, Status())
     synthetic = any(r.extra.get("synthetic") for r in runs)
 
     def cell(block, line) -> str:
@@ -210,13 +210,14 @@ def verdict_counts() -> str:
     verdicts.
     """
     from cadm_paper.results.claims import read_verdicts
+    from cadm_paper.tables import signed
 
     found = read_verdicts()
     if not found["claims"]:
         return ""
     counts = ", ".join(f"{verdict} {n}" for verdict, n in found["counts"].items())
     gains = "; ".join(
-        f"{displayed(e['dataset'])} {e['mean']:+.1f} points [{e['low']:+.1f}, {e['high']:+.1f}] (n = {e['n']})"
+        f"{displayed(e['dataset'])} {signed(e['mean'])} points [{signed(e['low'])}, {signed(e['high'])}] (n = {e['n']})"
         for e in found["claims"]
         if e["id"].startswith("loss-") and e["n"] > 1
     )
@@ -394,6 +395,14 @@ def records(folder: Path | None) -> list:
     return load_runs(place) if place.is_dir() else []
 
 
+def study_runs() -> list:
+    """The committed records of the planned studies, as in the README."""
+    from cadm_paper.results.claims import study_records
+
+    studies = study_records()
+    return [*studies["confirm"], *studies["photographs"]]
+
+
 def report_pages(folder: Path | None, runs, out: Path) -> dict[str, str]:
     """Write report and explorers to `out`; the explorers' addresses by data set. Without records the explorer
     shows synthetic ones and says so.
@@ -436,14 +445,11 @@ def main() -> int:
         "--runs", type=Path, help="folder of run records to show instead of the committed ones"
     )
     parser.add_argument("--work", type=Path, default=ROOT / "_proc", help="folder for the Sphinx sources")
-    from cadm_paper.engine.record import load_runs
-    from cadm_paper.results.claims import reference_folder
-
     given = parser.parse_args()
     runs = records(given.runs)
     shutil.rmtree(given.work / "report", ignore_errors=True)
     explorers = report_pages(given.runs, runs, given.work / "report")
-    headline = runs if given.runs else load_runs(reference_folder() / "confirm") or runs  # all seeds, not one
+    headline = runs if given.runs else study_runs() or runs  # all seeds, not one
     write_sources(given.work / "source", sources(headline, explorers))
     built = subprocess.run(
         [
