@@ -210,15 +210,17 @@ class Block:
         shown = [line.number(column) for line in self.lines if line.values.get(column) is not None]
         return max(shown, key=float, default="")
 
+    def made(self, kind: str) -> bool:
+        """Whether a record is of a committed study ("archive") or generated ("synthetic")."""
+        return any(r.extra.get(kind) for line in self.lines for r in line.runs)
+
     @property
     def title(self) -> str:
         """Data set, image size and backbone; committed and synthetic records are marked."""
-        runs = [r for line in self.lines for r in line.runs]
-        committed, synthetic = (any(r.extra.get(kind) for r in runs) for kind in ("archive", "synthetic"))
         return (
             ", ".join(filter(None, [displayed(self.dataset), self.size]))
-            + " — records of a committed study" * committed
-            + " — SYNTHETIC records, not a result" * synthetic
+            + " — records of a committed study" * self.made("archive")
+            + " — SYNTHETIC records, not a result" * self.made("synthetic")
         )
 
 

@@ -175,6 +175,16 @@ def test_rows_without_a_current_record_have_a_reason(runs_copy):
     assert "failed: ValueError: &lt;b&gt;" in nus.html()
 
 
+def test_committed_records_are_marked_and_warnings_are_beside_their_table(report):
+    page = (report / "index.html").read_text(encoding="utf-8")
+    before, tables = page.split('<h2 id="tables">')
+    cards = before.split('<h2 id="measured">')[1].split('<div class="card">')[1:]
+    assert ["records of a committed study" in card for card in cards] == [False, True]
+    assert ["one seed" in card for card in cards] == [True, False] and "over 8 seeds" in cards[1]
+    assert re.findall(r'<p class="warn">(<b>[^<]*</b>)?', before) == ["<b>Synthetic records.</b>"]
+    assert "rows differ in code" in tables
+
+
 def test_the_report_is_self_contained(report, runs_dir):
     page = (report / "index.html").read_text(encoding="utf-8")
     addresses = set(re.findall(r"""(?:src|href|action|data)=["']([^"']*)""", page))
