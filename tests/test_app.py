@@ -230,9 +230,9 @@ def test_prediction_uses_the_preprocessing_of_the_training(tmp_path):
         assert Predictor.load(folder, **other)(photo)["scores"] != found["scores"]
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "normalise"}))
-    code, out = predicted(tmp_path, photo, "--resize", "crop", "--exif", "True")
+    code, out = predicted(tmp_path, photo, "--resize", "crop", "--exif", "true")
     assert code == 2 and "config.json does not say normalise" in out
-    assert predicted(tmp_path, photo, "--resize", "crop", "--exif", "True", "--normalise", "half")[0] == 0
+    assert predicted(tmp_path, photo, "--resize", "crop", "--exif", "true", "--normalise", "half")[0] == 0
 
 
 def test_an_exported_run_predicts_like_the_run(tmp_path):

@@ -184,7 +184,7 @@ def measured(runs) -> dict | None:
 
     found = [{line.variant: cell(b, line) for line in b.lines if line.state == "measured"} for b in blocks]
     return {
-        "heads": [displayed(block.dataset) for block in blocks],
+        "heads": [displayed(block.dataset).removeprefix("PASCAL ") for block in blocks],
         "rows": [
             (v.label, [of.get(v, "not run") for of in found]) for v in MAIN if any(v in of for of in found)
         ],

@@ -7,11 +7,12 @@ __all__ = ["main"]
 
 # %% ../../nbs/app/cli.ipynb #5f0daf50
 import importlib
+import inspect
 import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, get_args, get_type_hints
 
 import tyro
 
@@ -68,18 +69,39 @@ def later() -> None:
     """Stands for a command that is not called."""
 
 
+def plain(function: Callable) -> Callable:
+    """The function with help that omits None: the text of an option without a default says what happens."""
+    hints, signature = get_type_hints(function, include_extras=True), inspect.signature(function)
+    parameters = []
+    for name, of in signature.parameters.items():
+        kinds = [kind for kind in get_args(hints[name]) if kind is not type(None)]
+        if type(None) in get_args(hints[name]):
+            choices = get_args(kinds[0])
+            shown = f"{{{','.join(choices)}}}" if choices else kinds[0].__name__.upper()
+            hint = {"help_behavior_hint": ""} if of.default is None else {}
+            hints[name] = Annotated[hints[name], tyro.conf.arg(metavar=shown, **hint)]
+        parameters.append(of.replace(annotation=hints[name]))
+
+    def called(*given, **named):
+        return function(*given, **named)
+
+    called.__doc__, called.__annotations__ = function.__doc__, hints
+    called.__signature__ = signature.replace(parameters=parameters)
+    return called
+
+
 def application(called: str) -> tyro.extras.SubcommandApp:
     """All commands as one program; the function (or group) `called` is imported, the others are listed."""
     program, about = tyro.extras.SubcommandApp(), {"data": "Data sets", "runs": "Runs on disk"}
     for name, command in COMMANDS.items():
         if name == called:
-            program.command(command.load(), name=name)
+            program.command(plain(command.load()), name=name)
         else:
             program.command(later, name=name, help=command.help)
     for group, commands in GROUPS.items():
         inner = tyro.extras.SubcommandApp()
         for name, command in commands.items():
-            inner.command(command.load() if group == called else later, name=name)
+            inner.command(plain(command.load()) if group == called else later, name=name)
         program.command(inner, name=group, help=f"{about[group]} ({', '.join(commands)}).")
     return program
 

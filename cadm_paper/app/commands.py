@@ -126,7 +126,9 @@ def evaluate(
 
 # %% ../../nbs/app/commands.ipynb #1777f27e
 def predict(
-    images: tyro.conf.Positional[list[Path]],
+    images: Annotated[
+        list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="PATH ...", help_behavior_hint="(required)")
+    ],
     checkpoint: Path | None = None,
     threshold: float = 0.5,
     maps: Path | None = Path("maps"),
@@ -134,7 +136,7 @@ def predict(
     csv: Path | None = None,
     resize: Literal["squash", "crop"] | None = None,
     normalise: Literal["imagenet", "half"] | None = None,
-    exif: bool | None = None,
+    exif: Literal["true", "false"] | None = None,
 ) -> int:
     """Predict the labels of images with confidences, and draw the labels' maps over each image.
 
@@ -154,7 +156,7 @@ def predict(
     def tell(answer: dict) -> None:
         print(sentence(answer, threshold) + (f" -> {answer['maps']}" if "maps" in answer else ""))
 
-    seen = {"resize": resize, "normalise": normalise, "exif": exif}
+    seen = {"resize": resize, "normalise": normalise, "exif": exif and exif == "true"}
     seen = {name: value for name, value in seen.items() if value is not None}
     where = dict(maps=maps, json_file=json, csv_file=csv)
     _, errors = predict_files(images, checkpoint, threshold=threshold, each=tell, **where, **seen)
@@ -213,7 +215,7 @@ def data_check(name: Name, data_dir: Path | None = None, deep: bool = False) -> 
     """Report problems and missing files in a data set's folder.
 
     Args:
-        name: The data set's name, as in `cadm train --dataset`.
+        name: The data set: coco2014, coco40k, nuswide, voc2007, voc2012, scenes-coco, scenes-nus or own.
         data_dir: Its folder; by default its place below data/.
         deep: Also decode every image.
     """
@@ -229,7 +231,7 @@ def data_show(name: Name, data_dir: Path | None = None, out: Path | None = None)
     """Print images, labels per image and label frequencies of a data set; DigitScenes is generated if absent.
 
     Args:
-        name: The data set's name, as in `cadm train --dataset`.
+        name: The data set: coco2014, coco40k, nuswide, voc2007, voc2012, scenes-coco, scenes-nus or own.
         data_dir: Its folder; by default its place below data/.
         out: Folder for figures (frequencies, labels per image, co-occurrence), one per split.
     """

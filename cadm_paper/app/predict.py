@@ -132,8 +132,9 @@ def image_files(paths) -> list[Path]:
         counts = (f"{count} {what}" for what, count in Counter(others).items())
         print("skipped:", ", ".join(counts), file=sys.stderr)
     if not found:
-        where = ", ".join(map(printable, paths)) or "nothing given: name files, or folders to search"
-        raise FileNotFoundError(f"no images ({', '.join(sorted(IMAGES))}) in {where}")
+        where = ", ".join(map(printable, paths))
+        kinds = f"no images ({', '.join(sorted(IMAGES))}) in {where}"
+        raise FileNotFoundError(kinds if where else "no image is given: name files, or folders to search")
     return found
 
 

@@ -138,10 +138,13 @@ def facts(record: RunRecord) -> dict:
 
 
 # %% ../../nbs/app/runs.ipynb #9290931d
-def runs_diff(a: Positional[str], b: Positional[str], outputs: Path | None = None) -> int:
+Run = Annotated[str, Positional, tyro.conf.arg(metavar="RUN")]
+
+
+def runs_diff(a: Run, b: Run, outputs: Path | None = None) -> int:
     """Compare two runs: configuration, labels, metrics in percent, machine and code.
 
-    Returns 0 if they are equal, else 1.
+    The exit status is 0 if they are equal, else 1.
 
     Args:
         a: A run's folder, or a part of its name.
@@ -264,7 +267,7 @@ def put(record: RunRecord, target: Path) -> None:
 def runs_submit(source: Positional[Path], by: str = "", outputs: Path | None = None) -> int:
     """Check a record made elsewhere, recomputing its numbers, and add it to the runs.
 
-    Raises `WorkflowError` that lists all problems, or if there is a run of its configuration.
+    A record with problems, or of a configuration that has a run, is rejected with the reasons.
 
     Args:
         source: The run's folder.

@@ -181,7 +181,7 @@ class MachineFields(BaseModel):
         1, ge=1, le=256, description="data-parallel processes on this machine; torchrun starts more than one"
     )
     channels_last: bool = Field(True, description="memory layout of images and weights")
-    compile: bool = Field(False, description="torch.compile the training step")
+    compile: bool = Field(False, description="compile the training step with torch.compile")
     eval_every: int = Field(
         1, ge=1, le=10**6, description="epochs between two evaluations; the last epoch is always evaluated"
     )
