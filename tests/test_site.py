@@ -321,7 +321,7 @@ LEGIBLE = """() => {
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize(
     "name",
-    ["index.html", "results.html", "nbs/experiments/report.html"]
+    ["index.html", "results.html", "nbs/00_paper.html", "nbs/experiments/report.html"]
     + [f"report/{page}.html" for page in ("index", "article", "explorer")],
 )
 def test_pages_have_contrast_ordered_headings_and_alt_texts(site, opened, name, dark):

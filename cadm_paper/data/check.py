@@ -49,7 +49,7 @@ class CheckReport:
         kinds = {"ok": self.found, "PROBLEM": self.problems, "odd": self.odd}
         lines = [f"  {kind:9}{line}" for kind, found in kinds.items() for line in found]
         end = self.end if self.ok else f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)}"
-        return "\n".join([f"{self.title} in {self.root}", *lines, end])
+        return "\n".join([f"{self.title}, folder {self.root}", *lines, end])
 
 
 # %% ../../nbs/data/check.ipynb #f283272d
