@@ -24,6 +24,7 @@ from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.record import RecordError, RunRecord, source
 from cadm_paper.engine.variants import Variant, group
 from cadm_paper.files import whole_file
+from cadm_paper.paper import signed
 from cadm_paper.results.measures import check_same_test
 from cadm_paper.results.statistics import difference
 
@@ -719,7 +720,7 @@ def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Pict
             f"Mean of {len(seeds)} seeds with 95 % intervals over seeds (one class at a time); filled where "
             f"they exclude zero: {up.sum()} classes up, {down.sum()} down, {neither} undecided."
         )
-    gain = f"{np.nanmean(mean):+.1f}".replace("-", "−")
+    gain = signed(np.nanmean(mean))
     return Picture(
         fig,
         f"class-gains-{name}",
@@ -874,7 +875,7 @@ def forest(entries: Sequence[dict]) -> Picture:
         ax.plot(e["mean"], y, "o", ms=4, color=INK, mfc=judged)
         if e["printed"] is not None:
             ax.plot(e["printed"], y, "D", ms=4, color=PRINTED, mfc="none")
-        words = f"{e['mean']:+.1f} [{e['low']:+.1f}, {e['high']:+.1f}], n = {e['n']}: {e['verdict']}"
+        words = f"{signed(e['mean'])} [{signed(e['low'])}, {signed(e['high'])}], n = {e['n']}: {e['verdict']}"
         ax.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=6)
     ax.plot([], [], "o-", ms=4, color=INK, label="measured, 95 % interval")
     ax.plot([], [], "D", ms=4, color=PRINTED, mfc="none", label="printed in the paper")

@@ -24,7 +24,7 @@ from .engine.record import RecordError, RunRecord, outdated, source
 from .engine.status import states
 from .engine.variants import MAIN, Variant, by_recipe, recipe, recipe_changes
 from .files import whole_file
-from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow
+from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow, signed
 from .results.measures import compare_runs
 from .results.statistics import Difference, difference
 
@@ -277,12 +277,6 @@ class Gain:
             f"Embedding loss (λ = 0.5 minus λ = 0), measured on {displayed(self.dataset)}: {listed(points)} "
             f"points. {sure} The paper prints {listed(self.printed)} for {self.printed_on}."
         )
-
-
-# %% ../nbs/07_tables.ipynb #35fb804d
-def signed(points: float) -> str:
-    """A difference in points, with its sign."""
-    return f"{points:+.1f}".replace("-", "−")
 
 
 # %% ../nbs/07_tables.ipynb #6e6e2c7c

@@ -195,7 +195,7 @@ def measured(runs) -> dict | None:
 
 def short(gain) -> str:
     """The effect of the embedding loss on mAP and its uncertainty, in short."""
-    from cadm_paper.tables import signed
+    from cadm_paper.paper import signed
 
     d = gain.differences["mAP"]
     seeds = f"{d.n} seeds" if d.n > 1 else "one seed"
@@ -209,8 +209,8 @@ def verdict_counts() -> str:
     """The committed verdicts in a line: their counts and the gains of the embedding loss; empty without
     verdicts.
     """
+    from cadm_paper.paper import signed
     from cadm_paper.results.claims import read_verdicts
-    from cadm_paper.tables import signed
 
     found = read_verdicts()
     if not found["claims"]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from cadm_paper.metrics import PerClass, by_class, checked, checked_rule, metrics_of, ranking, ratio, top_k
+from cadm_paper.paper import signed
 
 
 # %% ../../nbs/results/statistics.ipynb #82534a98
@@ -147,8 +148,9 @@ class Difference:
 
     def __str__(self) -> str:
         if self.n < 2:
-            return f"{100 * self.mean:+.1f} points (n = {self.n}: no interval)"
-        return f"{100 * self.mean:+.1f} points [{100 * self.low:+.1f}, {100 * self.high:+.1f}] (n = {self.n})"
+            return f"{signed(100 * self.mean)} points (n = {self.n}: no interval)"
+        ends = f"{signed(100 * self.low)}, {signed(100 * self.high)}"
+        return f"{signed(100 * self.mean)} points [{ends}] (n = {self.n})"
 
 
 # %% ../../nbs/results/statistics.ipynb #92f05136
