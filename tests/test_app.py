@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -323,3 +324,11 @@ def test_the_packaged_model_matches_its_record_and_card():
         name: round(100 * record.metrics[name], 2) for name in COLUMNS
     }
     assert sum(path.stat().st_size for path in PRETRAINED.iterdir()) < 10e6
+
+
+def test_a_reader_that_stops_is_no_error():
+    """As in `cadm runs list | head -1`."""
+    command = [sys.executable, "-m", "cadm_paper", "runs", "list"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        program.stdout.close()
+        assert program.stderr.read() == b""

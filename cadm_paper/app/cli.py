@@ -137,6 +137,9 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt as stopped:
         print(f"cadm: {str(stopped) or STOPPED}", file=sys.stderr)
         code = 130
+    except BrokenPipeError:  # the reader stopped, as in `cadm runs list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        code = 1
     except Exception as error:
         if os.environ.get("CADM_TRACEBACK") or not refused(error):
             raise
