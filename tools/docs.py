@@ -77,7 +77,9 @@ def only_imports(source: str) -> bool:
         body = ast.parse(source).body
     except SyntaxError:
         return False
-    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+    # names before the parameters, which `TableParameters.read` takes
+    names = lambda node: ast.unparse(node) == "before = set(globals())"
+    return bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) or names(n) for n in body)
 
 
 def checks(cell) -> bool:
