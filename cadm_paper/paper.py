@@ -25,15 +25,6 @@ _SIX = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 COLUMNS = ("mAP", *_SIX, *(f"{name}_top3" for name in _SIX))
 
 
-# %% ../nbs/00_paper.ipynb #35fb804e
-def signed(value: float, form: str = ".1f") -> str:
-    """A difference as a reader sees it, with its sign; `form` as in a format string."""
-    return f"{value:+{form}}".replace("-", "−")
-
-
-assert (signed(-0.82), signed(2, ".2f")) == ("−0.8", "+2.00")
-
-
 # %% ../nbs/00_paper.ipynb #12f5320c
 @dataclass(frozen=True)
 class PrintedRow:
@@ -142,6 +133,15 @@ FACTS = {
     ("nuswide", "train"): SimpleNamespace(images=161_789),
     ("nuswide", "test"): SimpleNamespace(images=107_859),
 }
+
+
+# %% ../nbs/00_paper.ipynb #35fb804e
+def signed(value: float, form: str = ".1f") -> str:
+    """A difference as a reader sees it, with its sign; `form` as in a format string."""
+    return f"{value:+{form}}".replace("-", "−")
+
+
+assert (signed(-0.82), signed(2, ".2f")) == ("−0.8", "+2.00")
 
 
 # %% ../nbs/00_paper.ipynb #47508672
