@@ -231,7 +231,7 @@ SIZABLE = 2  # points: the plan's threshold for "sizable"
 TESTED += [
     TestedClaim(
         "margin",
-        "CADM outperforms earlier methods by a sizable margin",
+        "The method outperforms earlier ones by a sizable margin",
         f"mAP, minus that of the best earlier method on held-out images, beyond {SIZABLE} points",
         (LOSS,),
         {
