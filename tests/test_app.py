@@ -20,9 +20,11 @@ from PIL import Image
 from torchvision.models import ResNet18_Weights
 
 from cadm_paper.app import cli
+from cadm_paper.app.batch import WorkflowError, reproduce
 from cadm_paper.app.export import export_run, model_card
 from cadm_paper.app.parameters import TableParameters
 from cadm_paper.app.predict import PRETRAINED, Predictor, predict_files, save_overlays
+from cadm_paper.app.runs import runs_list
 from cadm_paper.data.loading import load_image, prepare
 from cadm_paper.data.photograph import read_photograph
 from cadm_paper.engine.config import ConfigError, TrainConfig
@@ -332,3 +334,12 @@ def test_a_reader_that_stops_is_no_error():
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
         program.stdout.close()
         assert program.stderr.read() == b""
+
+
+def test_studies_are_lines_of_the_list_and_an_empty_report_is_one_error(tmp_path, monkeypatch, capsys):
+    runs_list(outputs=ROOT / "outputs")
+    studies = [line for line in capsys.readouterr().out.splitlines() if "reference/studies/" in line]
+    assert len(studies) == len(list((ROOT / "outputs" / "reference" / "studies").glob("*/runs.jsonl")))
+    monkeypatch.setenv("CADM_OUTPUTS", str(tmp_path))
+    with pytest.raises(WorkflowError, match="cadm reproduce"):
+        reproduce(report_only=True)

@@ -360,6 +360,10 @@ def reproduce(
         for run in runs:
             print(f"{run.what:<7}  {run.state.word:<11} {run.key:<50} {run.state.reason}")
         return 0
+    if batch.report_only and not any((batch.outputs / "runs").rglob("run.json")):
+        raise WorkflowError(
+            f"no finished run in {batch.outputs / 'runs'}, so there is nothing to report: run `cadm reproduce` first"
+        )
     check_code(batch, todo)
     with folder_lock(batch.outputs / "work", name=".workflow.lock"):
         pass  # Snakemake's process takes this lock; the message is clearer from here

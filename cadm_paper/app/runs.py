@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -81,16 +82,21 @@ def runs_list(
 ) -> int:
     """List runs with state and reason; finished ones with mAP, seconds, device, and changes to the preset.
 
-    Missing runs of `cadm reproduce` and committed records follow those on disk.
+    Missing runs of `cadm reproduce` and committed records follow those on disk; a study has one line.
 
     Args:
-        as_json: Print JSON.
+        as_json: Print JSON, with every record of the studies.
         outputs: Folder of the runs; by default outputs/, with the missing runs.
     """
     import pandas as pd
 
     rows = runs_table(outputs)
     rows += [*(missing(rows) if outputs is None else ()), *committed(outputs)]
+    if not as_json:
+        study = lambda row: row["run"].startswith("reference/studies/") and Path(row["run"]).parts[2]
+        counts = Counter(filter(None, map(study, rows)))
+        lines = [{"state": "committed", "run": f"reference/studies/{k}: {n} runs"} for k, n in counts.items()]
+        rows = [row for row in rows if not study(row)] + lines
     shown = ["state", "run", "mAP", "seconds", "device", "differs", "reason"]
     table = pd.DataFrame(rows, columns=shown).dropna(axis="columns", how="all")
     left = {"run": f"{{:<{max((len(row['run']) for row in rows), default=0)}}}".format}
