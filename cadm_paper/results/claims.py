@@ -232,10 +232,10 @@ TESTED += [
     TestedClaim(
         "margin",
         "The method outperforms earlier ones by a sizable margin",
-        f"mAP, minus that of the best earlier method on held-out images, beyond {SIZABLE} points",
+        f"mAP, minus that of the best earlier method on held-out images; sizable: over {SIZABLE} points",
         (LOSS,),
         {
-            name: Trial(f"{table}: {printed_margin(dataset):+.1f} over SRN")
+            name: Trial(f"{table}, over SRN", printed_margin(dataset))
             for table, dataset, names in (
                 ("Table 1", "coco2014", ("coco2014", COCO)),
                 ("Table 2", "nuswide", ("nuswide", NUS)),
@@ -258,12 +258,17 @@ OUTCOMES = (
 
 # %% ../../nbs/results/claims.ipynb #53e1d8fc
 def verdict_of(e: Mapping) -> str:
-    """The verdict for an entry of `verdicts.json`, from its interval, corrected p and printed effect."""
+    """The verdict for an entry of `verdicts.json`, from its interval, corrected p and printed effect.
+
+    An effect with a `threshold` is compared with it, not with 0 and the printed effect.
+    """
     if e["n"] < 8:
         return "no verdict" if e["n"] > 1 else "not run"
-    if e["p_holm"] < 0.05 and (e["low"] > 0 or e["high"] < 0):
-        return "supported" if e["low"] > 0 else "contradicted"
-    return "inconclusive" if e["printed"] is None or e["high"] > e["printed"] else "printed effect excluded"
+    least = e.get("threshold", 0)
+    if e["p_holm"] < 0.05 and (e["low"] > least or e["high"] < least):
+        return "supported" if e["low"] > least else "contradicted"
+    excluded = not least and e["printed"] is not None and e["high"] <= e["printed"]
+    return "printed effect excluded" if excluded else "inconclusive"
 
 
 # %% ../../nbs/results/claims.ipynb #6701f48b
