@@ -84,7 +84,9 @@ def test_evaluate_files_writes_what_it_returns(files, capsys):
     assert found["metrics"] == multilabel_metrics(a, y)
     assert found["against"]["metrics"] == multilabel_metrics(b, y)
     assert json.loads(out["json"].read_text(), parse_constant=pytest.fail) == found
-    lines, classes = (pd.read_csv(out[name], index_col=0) for name in ("csv", "per_class"))
+    lines, classes = (
+        pd.read_csv(out[name], index_col=0, float_precision="round_trip") for name in ("csv", "per_class")
+    )
     assert dict(lines.difference_value) == pytest.approx(found["difference"], abs=1e-15)
     assert np.isnan(lines.low["mAP_labelled"]) and lines.low["mAP"] == found["intervals"]["mAP"][0]
     assert list(classes.index[classes.AP.isna()]) == ["yeti"]
