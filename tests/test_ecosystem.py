@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from cadm_paper.data import Split
 from cadm_paper.engine.config import ConfigError, TrainConfig
 from cadm_paper.engine.processes import resolve_machine
+from cadm_paper.loss import CADMLoss
 from cadm_paper.methods import load_model
 from cadm_paper.metrics import MultiLabelMetrics, multilabel_metrics
-from cadm_paper.model import CADM
+from cadm_paper.model import CADM, export_onnx
 
 ROOT = Path(__file__).resolve().parents[1]
 g = torch.Generator().manual_seed(0)
@@ -44,6 +45,73 @@ def test_a_split_in_a_data_loader(split):
     assert images.shape == (6, 3, 32, 32) and targets.dtype == torch.float32
     torch.testing.assert_close(images[order].amax((1, 2, 3)), torch.arange(6) * 40 / 255)
     assert torch.equal(targets[order], torch.from_numpy(split.labels).float())
+
+
+class Module(torch.nn.Module):
+    """The methods that a Lightning module has, without Lightning."""
+
+    def __init__(self, classes=2):
+        super().__init__()
+        self.model = CADM(classes, "narrow_resnet", None, image_size=32, quiet=True)
+        self.loss, self.meter = CADMLoss(lam=0.5), MultiLabelMetrics()
+
+    def training_step(self, batch, index):
+        return self.loss(self.model(batch[0]), batch[1])
+
+    def validation_step(self, batch, index):
+        self.meter.update(self.model(batch[0]).scores, batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_a_training_loop_of_another_framework(split):
+    from torchvision.transforms import v2
+
+    to_tensor = v2.Compose([v2.Resize((32, 32)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    loader, module = DataLoader(split.as_dataset(transform=to_tensor), batch_size=3), Module()
+    optimiser, losses = module.configure_optimizers(), []
+    for index, batch in enumerate([*loader] * 3):
+        loss = module.train().training_step(batch, index)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    with torch.no_grad():
+        for index, batch in enumerate(loader):
+            module.eval().validation_step(batch, index)
+    assert np.isfinite(losses).all() and len(module.meter) == 6 and 0 <= module.meter.compute()["mAP"] <= 1
+    again = Module()
+    again.load_state_dict(module.state_dict())  # what a checkpoint of such a framework holds
+    assert torch.equal(again.eval().model(batch[0]).logits, module.model(batch[0]).logits)
+
+
+def test_a_custom_backbone_and_the_loss_of_plain_logits():
+    trunk = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.ReLU())
+    model, targets = CADM(2, trunk, image_size=32), torch.tensor([[1, 0], [0, -1]])
+    logits = model(torch.rand(2, 3, 32, 32, generator=g)).logits
+    known = targets >= 0
+    cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits[known], targets[known].float(), reduction="sum"
+    )
+    torch.testing.assert_close(CADMLoss(lam=0)(logits, targets), cross_entropy / 2)
+    with pytest.raises(ValueError, match="needs label vectors"):
+        CADMLoss(lam=0.5)(logits, targets)
+
+
+@pytest.mark.slow
+def test_compiled_and_exported_by_the_user(tmp_path):
+    """A step of model and loss as one graph; ONNX Runtime gives the scores of the model."""
+    model, image = CADM(2, "narrow_resnet", None, image_size=32, quiet=True), torch.rand(3, 3, 32, 32)
+    loss, targets = CADMLoss(lam=0.5), (torch.rand(3, 2) < 0.5).float()
+    step = torch.compile(lambda x, y: loss(model(x), y), fullgraph=True, backend="aot_eager")
+    step(image, targets).backward()
+    assert all(p.grad is not None for p in model.head.parameters())
+    pytest.importorskip("onnxscript")
+    file = str(export_onnx(model.eval(), tmp_path / "m.onnx"))
+    session = pytest.importorskip("onnxruntime").InferenceSession(file, providers=["CPUExecutionProvider"])
+    named = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"images": image.numpy()})))
+    np.testing.assert_allclose(named["logits"], model(image).logits.detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_metrics_in_a_collection():
