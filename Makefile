@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml requirements.lock
 	touch $(STAMP)
 
 # with the instruction set of the committed records, a processor with AVX-512 gives their numbers too
-SAME_NUMBERS := $(if $(filter x86_64,$(shell uname -m)),ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2)
+SAME_NUMBERS := $(if $(filter x86_64,$(shell uname -m)),ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell)
 
 reproduce: $(STAMP)
 	$(SAME_NUMBERS) $(BIN)/cadm reproduce
