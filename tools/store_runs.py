@@ -1,5 +1,7 @@
 """Store finished runs as a study: one record per line in runs.jsonl, metrics in results.csv, one .npz of arrays per variant.
 
+Runs that the study already has, and that are not among the new ones, stay in it with their arrays.
+
 python tools/store_runs.py outputs/runs outputs/reference/studies/mine --keep replicates.npz evidence.npz
 python tools/store_runs.py outputs/runs outputs/reference/studies/confirm-scenes --config confirm-scenes --scores 1
 python tools/store_runs.py outputs/runs outputs/reference/studies/curve-scenes --config curve-scenes --keep
@@ -8,6 +10,7 @@ python tools/store_runs.py outputs/runs outputs/reference/studies/curve-scenes -
 import argparse
 import csv
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -61,7 +64,7 @@ def kept_arrays(record: RunRecord, files: Iterable[str]) -> dict[str, np.ndarray
     """The arrays of some .npz files of a run, under file/array; checksums verified."""
     found = {}
     for file in files:
-        if (record.folder / file).is_file():
+        if record.holds(file):
             read = record.arrays(file) if file in record.files else record.beside(file)
             found |= {f"{Path(file).stem}/{key}": values for key, values in read.items()}
     return found
@@ -84,6 +87,11 @@ if __name__ == "__main__":
         if names and not run.holds("replicates.npz"):
             names += ["scores_both"] * run.config.method.startswith("baseline")  # the average of two poolings
             run.keep("replicates.npz", **{name: replicates(run, name) for name in names})
-    files = {r.name: [*given.keep, *["scores.npz"] * (r.config.seed in given.scores)] for r in runs}
-    store(runs, {r.name: kept_arrays(r, files[r.name]) for r in runs}, given.study)
-    print(f"{len(runs)} runs in {given.study}")
+    new = {run.name for run in runs}
+    stored = load_runs(given.study) if given.study.is_dir() else []
+    runs += [run for run in stored if run.name not in new]
+    scored = lambda r: r.name not in new or r.config.seed in given.scores
+    arrays = {r.name: kept_arrays(r, [*given.keep, *["scores.npz"] * scored(r)]) for r in runs}
+    shutil.rmtree(given.study, ignore_errors=True)  # everything it has is in memory
+    store(runs, arrays, given.study)
+    print(f"{len(runs)} runs in {given.study}, {len(new)} of them new")
