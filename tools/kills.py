@@ -174,7 +174,7 @@ def forked(act: Callable[[], object], seconds: float | None = None) -> int:
 def tree(home: Path) -> dict[str, str]:
     """Checksums of all files by name, without locks; files with times have an empty one."""
     found = {}
-    for path in (p for p in home.rglob("*") if p.is_file() and p.name not in (".lock", ".submit.lock")):
+    for path in (p for p in home.rglob("*") if p.is_file() and p.name != ".lock"):
         name = re.sub(r"[0-9a-f]{16}", "*", path.relative_to(home).as_posix())
         found[name] = "" if path.name in VARYING else hashlib.sha256(path.read_bytes()).hexdigest()
     return found

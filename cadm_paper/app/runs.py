@@ -9,9 +9,7 @@ __all__ = []
 import contextlib
 import functools
 import json
-import os
 import shutil
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +20,10 @@ from tyro.conf import Positional
 
 from .batch import Batch, WorkflowError, load_batch, plan
 from ..engine.config import TrainConfig
-from ..engine.record import RecordError, RunRecord, load_runs
+from ..engine.record import RunRecord, load_runs
 from ..engine.status import DATA, labels_now, states
-from ..engine.variants import Variant, recipe_changes, run_name
-from ..files import folder_lock, known, read_json, sha256_file, sync, write_json
+from ..engine.variants import recipe_changes, run_name
+from ..files import known, read_json, sha256_file, whole_folder, write_json
 from ..paper import COLUMNS
 
 
@@ -167,25 +165,6 @@ def runs_diff(a: Run, b: Run, outputs: Path | None = None) -> int:
     return int(bool(changed))
 
 
-# %% ../../nbs/app/runs.ipynb #b7b4949a
-def copy_plain(source: Path, name: str, into: Path) -> None:
-    """Copy a file of a record.
-
-    Raises `WorkflowError` for a link, a device, a folder, or a file that is too large.
-    """
-    path = source / name
-    if path.resolve() != source.resolve() / name:
-        raise WorkflowError(f"{path}: a link, but only plain files are accepted")
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > 2**30:
-            raise WorkflowError(f"{path}: not a plain file of at most 1 GiB, or a link")
-        (into / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, into / name)
-    except OSError as error:
-        raise WorkflowError(f"{path}: {error.strerror}") from None
-
-
 # %% ../../nbs/app/runs.ipynb #b6c1d6b8
 def file_problems(record: RunRecord) -> Iterator[str]:
     """Files that differ from the checksum in run.json; a model that is not the record's."""
@@ -217,58 +196,6 @@ def label_problems(record: RunRecord, outputs: Path) -> Iterator[str]:
             yield f"dataset.{split}: not the images and labels {where}"
 
 
-# %% ../../nbs/app/runs.ipynb #8812767c
-def copied_metrics(record: RunRecord, outputs: Path) -> Iterator[str]:
-    """Runs with identical metrics but another seed or method: the record is a renamed copy."""
-    mine = Variant.of(record).fields | {"seed": record.config.seed}
-    for r in [r for place in ("runs", "reference") for r in load_runs(outputs / place)]:
-        if r.metrics == record.metrics and Variant.of(r).fields | {"seed": r.config.seed} != mine:
-            yield f"metrics: those of {r.name}, in every digit"
-
-
-# %% ../../nbs/app/runs.ipynb #eb757a46
-def received(source: Path, into: Path, outputs: Path, by: str) -> RunRecord:
-    """Copy a record into a folder, and check it there.
-
-    Raises `WorkflowError` that lists all problems.
-    """
-    from cadm_paper.engine.audit import FILES, problems
-
-    copy_plain(source, "run.json", into)
-    try:
-        record = RunRecord.load(into)
-        for name in [name for name in FILES if name in record.files]:
-            copy_plain(source, name, into)
-        here = (functools.partial(check, outputs=outputs) for check in (label_problems, copied_metrics))
-        wrong = problems(record, more=[file_problems, *here])
-    except RecordError as error:
-        wrong = [str(error)]
-    if wrong:
-        more = [f"and {len(wrong) - 40} more"] * (len(wrong) > 40)
-        raise WorkflowError("\n  ".join([f"{source}: rejected", *wrong[:40], *more]).replace(f"{into}/", ""))
-    write_json(into / "run.json", read_json(into / "run.json") | {"submitted": by})
-    return record
-
-
-# %% ../../nbs/app/runs.ipynb #c3d05e2c
-UNTOUCHED = {
-    "run.json": "there is a record of this configuration; `cadm runs diff` compares them",
-    "checkpoint/last.safetensors": "an unfinished training is there; let it end, or remove it first",
-}
-
-
-def put(record: RunRecord, target: Path) -> None:
-    """Move a checked record to its place. Raises `WorkflowError` if a run exists there or has begun."""
-    with folder_lock(target):
-        for file, why in UNTOUCHED.items():
-            if (target / file).exists():
-                raise WorkflowError(f"{target}: {why}")
-        for name in [*record.files, "run.json"]:  # run.json last: it completes the record
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            sync(record.folder / name)
-            os.replace(record.folder / name, target / name)
-
-
 # %% ../../nbs/app/runs.ipynb #268e95b1
 def runs_submit(source: Positional[Path], by: str = "", outputs: Path | None = None) -> int:
     """Check a record made elsewhere, recomputing its numbers, and add it to the runs.
@@ -280,17 +207,23 @@ def runs_submit(source: Positional[Path], by: str = "", outputs: Path | None = N
         by: Name of the submitter, shown with the record.
         outputs: Folder to add it to; by default outputs/.
     """
-    outputs = outputs or Batch().outputs
+    from cadm_paper.engine.audit import FILES, problems
+
+    outputs, record = outputs or Batch().outputs, RunRecord.load(source)
+    target = outputs / "runs" / record.config.dataset / run_name(record.config)
+    if target.exists():
+        raise WorkflowError(
+            f"{target}: there is a run of this configuration; compare them, or remove it first"
+        )
+    if wrong := problems(record, more=[file_problems, functools.partial(label_problems, outputs=outputs)]):
+        raise WorkflowError("\n  ".join([f"{source}: rejected", *wrong[:40]]).replace(f"{source}/", ""))
     by = "".join(letter if letter.isprintable() else " " for letter in by)
-    by = " ".join(by.split())[:100] or "no name given"
-    staging = outputs / "work" / "submitted"
-    with folder_lock(outputs / "work", wait=True, name=".submit.lock"):
-        shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
-        try:
-            record = received(source, staging, outputs, by)
-            target = outputs / "runs" / record.config.dataset / run_name(record.config)
-            put(record, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    content = read_json(source / "run.json")
+    content["submitted"] = " ".join(by.split())[:100] or "no name given"
+    with whole_folder(target, (), "an empty folder") as new:
+        for name in [name for name in FILES if name in record.files]:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, new / name)
+        write_json(new / "run.json", content)
     print(f"added: {target.relative_to(outputs)}; `cadm reproduce` updates the tables")
     return 0
