@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import tyro
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from ..data.datasets import DATASETS
@@ -320,15 +321,20 @@ def check_code(batch: Batch, todo: list) -> None:
         )
 
 
+# %% ../../nbs/app/batch.ipynb #a0b7c5d2
+unset = functools.partial(tyro.conf.arg, help_behavior_hint="")  # the option's text says what None means
+MaybePath = Annotated[Path | None, unset(metavar="PATH")]
+
+
 # %% ../../nbs/app/batch.ipynb #979c8b46
 def reproduce(
     config: str = "mini",
-    jobs: int | None = None,
+    jobs: Annotated[int | None, unset(metavar="INT")] = None,
     dry_run: bool = False,
     force: bool = False,
     dirty: bool = False,
     report_only: bool = False,
-    profile: str | None = None,
+    profile: Annotated[str | None, unset(metavar="STR")] = None,
 ) -> int:
     """Run a batch: data, training, Tables 1 and 2, Figures 2 and 4, the report.
 

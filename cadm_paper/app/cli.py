@@ -7,60 +7,25 @@ __all__ = ["main"]
 
 # %% ../../nbs/app/cli.ipynb #5f0daf50
 import importlib
-import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
-from typing import Annotated, NamedTuple, get_args, get_type_hints
 
 import tyro
 
 from cadm_paper import __version__
 
-
-# %% ../../nbs/app/cli.ipynb #c0a7d010
-class Command(NamedTuple):
-    """A command: module and name of its function, and its line in the help of `cadm`."""
-
-    module: str
-    function: str
-    help: str = ""
-
-    def load(self) -> Callable:
-        """Import the function."""
-        return getattr(importlib.import_module(f"cadm_paper.app.{self.module}"), self.function)
-
-
 # %% ../../nbs/app/cli.ipynb #8ac1d84f
 COMMANDS = {
-    "reproduce": Command(
-        "batch", "reproduce", "Run a batch: data, training, Tables 1 and 2, Figures 2 and 4, the report."
-    ),
-    "train": Command(
-        "commands",
-        "train",
-        "Train one run and write its record, with the parameters of the training notebook.",
-    ),
-    "evaluate": Command(
-        "commands",
-        "evaluate",
-        "Compute the paper's metrics for any scores: an .npz with `scores` and `targets`, or a run's folder.",
-    ),
-    "predict": Command(
-        "commands",
-        "predict",
-        "Predict the labels of images with confidences, and draw the labels' maps over each image.",
-    ),
-    "export": Command(
-        "commands",
-        "export",
-        "Export a run for a model hub: weights, configuration, model card, and optionally ONNX.",
-    ),
+    "reproduce": "Run a batch: data, training, Tables 1 and 2, Figures 2 and 4, the report.",
+    "train": "Train one run and write its record, with the parameters of the training notebook.",
+    "evaluate": "Compute the paper's metrics for any scores: an .npz with `scores` and `targets`, or a run's folder.",
+    "predict": "Predict the labels of images with confidences, and draw the labels' maps over each image.",
+    "export": "Export a run for a model hub: weights, configuration, model card, and optionally ONNX.",
 }
 GROUPS = {
-    "data": {name: Command("commands", f"data_{name}") for name in ("get", "check", "show", "build")},
-    "runs": {name: Command("runs", f"runs_{name}") for name in ("list", "diff", "submit")},
+    "data": ("Data sets", ("get", "check", "show", "build")),
+    "runs": ("Runs on disk", ("list", "diff", "submit")),
 }
 
 
@@ -69,40 +34,20 @@ def later() -> None:
     """Stands for a command that is not called."""
 
 
-def plain(function: Callable) -> Callable:
-    """The function with help that omits None: the text of an option without a default says what happens."""
-    hints, signature = get_type_hints(function, include_extras=True), inspect.signature(function)
-    parameters = []
-    for name, of in signature.parameters.items():
-        kinds = [kind for kind in get_args(hints[name]) if kind is not type(None)]
-        if type(None) in get_args(hints[name]):
-            choices = get_args(kinds[0])
-            shown = f"{{{','.join(choices)}}}" if choices else kinds[0].__name__.upper()
-            hint = {"help_behavior_hint": ""} if of.default is None else {}
-            hints[name] = Annotated[hints[name], tyro.conf.arg(metavar=shown, **hint)]
-        parameters.append(of.replace(annotation=hints[name]))
-
-    def called(*given, **named):
-        return function(*given, **named)
-
-    called.__doc__, called.__annotations__ = function.__doc__, hints
-    called.__signature__ = signature.replace(parameters=parameters)
-    return called
-
-
 def application(called: str) -> tyro.extras.SubcommandApp:
     """All commands as one program; the function (or group) `called` is imported, the others are listed."""
-    program, about = tyro.extras.SubcommandApp(), {"data": "Data sets", "runs": "Runs on disk"}
-    for name, command in COMMANDS.items():
+    load = lambda name: getattr(importlib.import_module("cadm_paper.app.commands"), name)
+    program = tyro.extras.SubcommandApp()
+    for name, text in COMMANDS.items():
         if name == called:
-            program.command(plain(command.load()), name=name)
+            program.command(load(name), name=name)
         else:
-            program.command(later, name=name, help=command.help)
-    for group, commands in GROUPS.items():
+            program.command(later, name=name, help=text)
+    for group, (about, names) in GROUPS.items():
         inner = tyro.extras.SubcommandApp()
-        for name, command in commands.items():
-            inner.command(plain(command.load()) if group == called else later, name=name)
-        program.command(inner, name=group, help=f"{about[group]} ({', '.join(commands)}).")
+        for name in names:
+            inner.command(load(f"{group}_{name}") if group == called else later, name=name)
+        program.command(inner, name=group, help=f"{about} ({', '.join(names)}).")
     return program
 
 

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
-import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from cadm_paper.app.batch import MaybePath, reproduce, unset  # noqa: F401
+from cadm_paper.app.runs import runs_diff, runs_list, runs_submit  # noqa: F401
 from cadm_paper.data.datasets import DATASETS
 from cadm_paper.engine.config import PRESETS, ConfigError, TrainConfig
 from cadm_paper.paper import COLUMNS
@@ -44,7 +46,7 @@ def usual(name: str) -> str:
 def option(name: str, field) -> tuple:
     """A field of a configuration as an option."""
     text = f"{field.description[0].upper()}{field.description[1:]}.".replace("?.", "?").replace("%", "%%")
-    how = tyro.conf.arg(help=text, metavar=metavar(field.annotation), help_behavior_hint=usual(name))
+    how = arg(help=text, metavar=metavar(field.annotation), help_behavior_hint=usual(name))
     return name, Annotated[str, how], dataclasses.field(default=PRESET)
 
 
@@ -54,7 +56,7 @@ TrainOptions = dataclasses.make_dataclass(
 
 
 # %% ../../nbs/app/commands.ipynb #48ab74de
-def train(configuration: tyro.conf.OmitArgPrefixes[TrainOptions], resume: bool = False) -> None:
+def train(configuration: OmitArgPrefixes[TrainOptions], resume: bool = False) -> None:
     """Train one run and write its record, with the parameters of the training notebook.
 
     Args:
@@ -77,15 +79,15 @@ def train(configuration: tyro.conf.OmitArgPrefixes[TrainOptions], resume: bool =
 
 # %% ../../nbs/app/commands.ipynb #df74f5e8
 def evaluate(
-    scores: tyro.conf.Positional[Path],
-    against: Path | None = None,
+    scores: Positional[Path],
+    against: MaybePath = None,
     threshold: float = 0.5,
     k: int = 3,
     array: str = "scores",
     unlabelled: Literal["keep", "drop"] = "keep",
-    json: Path | None = None,
-    csv: Path | None = None,
-    per_class: Path | None = None,
+    json: MaybePath = None,
+    csv: MaybePath = None,
+    per_class: MaybePath = None,
     replicates: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -126,17 +128,15 @@ def evaluate(
 
 # %% ../../nbs/app/commands.ipynb #1777f27e
 def predict(
-    images: Annotated[
-        list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="PATH ...", help_behavior_hint="(required)")
-    ],
-    checkpoint: Path | None = None,
+    images: Annotated[list[Path], Positional, arg(metavar="PATH ...", help_behavior_hint="(required)")],
+    checkpoint: MaybePath = None,
     threshold: float = 0.5,
-    maps: Path | None = Path("maps"),
-    json: Path | None = None,
-    csv: Path | None = None,
-    resize: Literal["squash", "crop"] | None = None,
-    normalise: Literal["imagenet", "half"] | None = None,
-    exif: Literal["true", "false"] | None = None,
+    maps: Annotated[Path | None, arg(metavar="PATH")] = Path("maps"),
+    json: MaybePath = None,
+    csv: MaybePath = None,
+    resize: Annotated[Literal["squash", "crop"] | None, unset(metavar="{squash,crop}")] = None,
+    normalise: Annotated[Literal["imagenet", "half"] | None, unset(metavar="{imagenet,half}")] = None,
+    exif: Annotated[Literal["true", "false"] | None, unset(metavar="{true,false}")] = None,
 ) -> int:
     """Predict the labels of images with confidences, and draw the labels' maps over each image.
 
@@ -166,7 +166,7 @@ def predict(
 
 
 # %% ../../nbs/app/commands.ipynb #1ea3d79d
-def export(run: tyro.conf.Positional[Path], out: Path, onnx: bool = False, half: bool = False) -> None:
+def export(run: Positional[Path], out: Path, onnx: bool = False, half: bool = False) -> None:
     """Export a run for a model hub: weights, configuration, model card, and optionally ONNX.
 
     Args:
@@ -181,7 +181,7 @@ def export(run: tyro.conf.Positional[Path], out: Path, onnx: bool = False, half:
 
 
 # %% ../../nbs/app/commands.ipynb #bc258ce4
-Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+Name = Annotated[str, Positional, arg(metavar="NAME", help=f"The data set: {', '.join(DATASETS)}.")]
 
 
 def folder_of(name: str, data_dir: Path | None) -> Path:
@@ -196,7 +196,12 @@ def folder_of(name: str, data_dir: Path | None) -> Path:
 
 
 # %% ../../nbs/app/commands.ipynb #4f67bec5
-def data_get(name: Name, data_dir: Path | None = None, yes: bool = False, dry_run: bool = False) -> None:
+def data_get(
+    name: Annotated[str, Positional, arg(metavar="NAME")],
+    data_dir: MaybePath = None,
+    yes: bool = False,
+    dry_run: bool = False,
+) -> None:
     """Download a data set's official archives, check them, unpack them and verify the counts.
 
     Args:
@@ -211,11 +216,10 @@ def data_get(name: Name, data_dir: Path | None = None, yes: bool = False, dry_ru
 
 
 # %% ../../nbs/app/commands.ipynb #f8f4acf7
-def data_check(name: Name, data_dir: Path | None = None, deep: bool = False) -> int:
+def data_check(name: Name, data_dir: MaybePath = None, deep: bool = False) -> int:
     """Report problems and missing files in a data set's folder.
 
     Args:
-        name: The data set: coco2014, coco40k, nuswide, voc2007, voc2012, scenes-coco, scenes-nus or own.
         data_dir: Its folder; by default its place below data/.
         deep: Also decode every image.
     """
@@ -227,11 +231,10 @@ def data_check(name: Name, data_dir: Path | None = None, deep: bool = False) -> 
 
 
 # %% ../../nbs/app/commands.ipynb #604d4581
-def data_show(name: Name, data_dir: Path | None = None, out: Path | None = None) -> None:
+def data_show(name: Name, data_dir: MaybePath = None, out: MaybePath = None) -> None:
     """Print images, labels per image and label frequencies of a data set; DigitScenes is generated if absent.
 
     Args:
-        name: The data set: coco2014, coco40k, nuswide, voc2007, voc2012, scenes-coco, scenes-nus or own.
         data_dir: Its folder; by default its place below data/.
         out: Folder for figures (frequencies, labels per image, co-occurrence), one per split.
     """
@@ -247,10 +250,8 @@ def data_show(name: Name, data_dir: Path | None = None, out: Path | None = None)
 
 # %% ../../nbs/app/commands.ipynb #3934f96b
 def data_build(
-    name: Annotated[
-        Literal["scenes-coco", "scenes-nus", "scenes-spatial", "scenes-shuffled"], tyro.conf.Positional
-    ],
-    data_dir: Path | None = None,
+    name: Annotated[Literal["scenes-coco", "scenes-nus", "scenes-spatial", "scenes-shuffled"], Positional],
+    data_dir: MaybePath = None,
     train: int = 2000,
     test: int = 1000,
     size: int = 80,

@@ -18,7 +18,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from .batch import Batch, WorkflowError, load_batch, plan
+from .batch import Batch, MaybePath, WorkflowError, load_batch, plan
 from ..engine.config import TrainConfig
 from ..engine.record import RunRecord, load_runs
 from ..engine.status import DATA, labels_now, states
@@ -75,9 +75,7 @@ def missing(rows: list[dict]) -> list[dict]:
 
 
 # %% ../../nbs/app/runs.ipynb #5222d16b
-def runs_list(
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, outputs: Path | None = None
-) -> int:
+def runs_list(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, outputs: MaybePath = None) -> int:
     """List runs with state and reason; finished ones with mAP, seconds, device, and changes to the preset.
 
     Missing runs of `cadm reproduce` and committed records follow those on disk; a study has one line.
@@ -145,7 +143,7 @@ def facts(record: RunRecord) -> dict:
 Run = Annotated[str, Positional, tyro.conf.arg(metavar="RUN")]
 
 
-def runs_diff(a: Run, b: Run, outputs: Path | None = None) -> int:
+def runs_diff(a: Run, b: Run, outputs: MaybePath = None) -> int:
     """Compare two runs: configuration, labels, metrics in percent, machine and code.
 
     The exit status is 0 if they are equal, else 1.
@@ -197,7 +195,7 @@ def label_problems(record: RunRecord, outputs: Path) -> Iterator[str]:
 
 
 # %% ../../nbs/app/runs.ipynb #268e95b1
-def runs_submit(source: Positional[Path], by: str = "", outputs: Path | None = None) -> int:
+def runs_submit(source: Positional[Path], by: str = "", outputs: MaybePath = None) -> int:
     """Check a record made elsewhere, recomputing its numbers, and add it to the runs.
 
     A record with problems, or of a configuration that has a run, is rejected with the reasons.
