@@ -335,7 +335,7 @@ class Network(nn.Module):
     """A backbone and a head over its maps: images to logits.
 
     `build_head(shapes, num_classes)` builds the head from the maps' (d, h, w). `seen` is the preprocessing,
-    `resize`, `normalise` and `exif`; None in a loaded model that does not define it.
+    `resize`, `normalise` and `exif`.
     """
 
     head: Any  # a method's, or CADMHead
@@ -362,7 +362,7 @@ class Network(nn.Module):
         self.backbone_name = backbone if isinstance(backbone, str) else type(backbone).__name__
         usual = 80 if self.backbone_name.startswith("narrow_resnet") else 448
         self.image_size = pair(usual if image_size is None else image_size)
-        self.seen: dict[str, Any] | None = SEEN | seen
+        self.seen = SEEN | seen
         for name, value in self.seen.items():
             DECISIONS[known(name, SEEN, "unknown keyword")].check(value)
         shapes = feature_shapes(backbone, self.image_size)
@@ -390,7 +390,7 @@ class Network(nn.Module):
             "num_classes": self.num_classes,
             "backbone": self.backbone_name,
             "image_size": list(self.image_size),
-            **(self.seen or {}),
+            **self.seen,
             **self.head.config,
             "classes": self.classes,
             "weights": self.provenance,
@@ -446,7 +446,11 @@ def load_network(
     if sha256_file(file) != config.pop("sha256", None):
         raise ValueError(f"{file}: checksum differs from config.json: damaged, or from another run")
     config.pop("cadm_paper", None)
-    provenance = config.pop("provenance", None) or config.get("weights") or {"source": None}
+    if not {"resize", "normalise", "provenance"} <= config.keys():
+        raise ValueError(
+            f"{path}: no preprocessing, so an earlier version saved it: add resize and normalise"
+        )
+    provenance = config.pop("provenance")
     config |= {"weights": None, "quiet": True} | ({} if backbone is None else {"backbone": backbone})
     try:
         with torch.device("meta"):  # no values: the initialisation takes no time and no random numbers
@@ -457,8 +461,6 @@ def load_network(
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: config.json and model.safetensors do not match: {why}") from error
     model.provenance = provenance
-    if not {"resize", "normalise"} <= config.keys():  # saved by an earlier version
-        model.seen = None
     return model.float().eval()
 
 

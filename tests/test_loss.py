@@ -1,12 +1,12 @@
 """Tests of the loss beyond notebook cells: oracles over many inputs, gradients, number formats, memory, compilers."""
 
+import functools
 import json
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -142,13 +142,6 @@ def test_an_ignored_label_is_like_a_missing_class(batch, options, data):
         assert (grad[:, ~keep] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float16, torch.float32, torch.float64])
-def test_number_type_of_targets(dtype):
-    output = SimpleNamespace(logits=torch.randn(3, 4), label_vectors=torch.randn(3, 4, 2))
-    y = torch.tensor([[1, 0, -1, 1], [0, 0, 0, 0], [1, 1, 1, -1]])
-    assert torch.equal(CADMLoss()(output, y.to(dtype)), CADMLoss()(output, y))
-
-
 # ---- gradients ---------------------------------------------------------------------------------------------------------
 
 
@@ -175,23 +168,21 @@ def test_gradients_are_finite_where_distances_are_zero(batch, options):
     assert leaf.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("function", [classification_loss, asymmetric_loss])
+ASYMMETRIC = [
+    functools.partial(asymmetric_loss, gamma_pos=gamma, gamma_neg=gamma, clip=clip)
+    for gamma in (0.0, 0.01, 1.0, 4.0)
+    for clip in (0.0, 0.05)
+]
+
+
+@pytest.mark.parametrize("function", [classification_loss, asymmetric_loss, *ASYMMETRIC])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_extreme_logits(function, dtype):
-    logits = torch.tensor([[-6e4, -100, -5, 0, 5, 100, 6e4]] * 2).to(dtype).requires_grad_()
+    """Right or wrong, present or absent: a power below 1 has an infinite gradient at a score of 0."""
+    logits = torch.tensor([[-6e4, -120, -5, 0, 5, 120, 6e4]] * 2).to(dtype).requires_grad_()
     loss = function(logits, torch.tensor([[1] * 7, [0] * 7]))
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.01, 0.5, 1.0, 4.0])
-@pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_saturated_logits_have_finite_gradients(gamma, clip):
-    """Right or wrong, present or absent: a power below 1 has an infinite gradient at a score of 0."""
-    x = torch.tensor([[120.0, -120.0, 120.0, -120.0, 0.0]], requires_grad=True)
-    loss = asymmetric_loss(x, torch.tensor([[1, 1, 0, 0, 1]]), gamma_pos=gamma, gamma_neg=gamma, clip=clip)
-    loss.backward()
-    assert loss.isfinite() and x.grad.isfinite().all()
 
 
 @settings(deadline=None, max_examples=25)
@@ -217,28 +208,18 @@ def test_the_asymmetric_loss_by_its_definition(batch, reduction):
 def test_under_autocast_and_from_half_precision(options, dtype):
     """float32 inputs: the same number. Half-precision inputs: only their own rounding (2^-8, 2^-11) matters."""
     g = torch.Generator().manual_seed(0)
-    exact = SimpleNamespace(
-        logits=torch.randn(8, 80, generator=g), label_vectors=0.1 * torch.randn(8, 80, 64, generator=g)
-    )
+    logits, vectors = torch.randn(8, 80, generator=g), 0.1 * torch.randn(8, 80, 64, generator=g)
     y = (torch.rand(8, 80, generator=g) < 0.05).to(torch.int8)
-    half = SimpleNamespace(logits=exact.logits.to(dtype), label_vectors=exact.label_vectors.to(dtype))
-    rounded = SimpleNamespace(logits=half.logits.double(), label_vectors=half.label_vectors.double())
-    loss = CADMLoss(**options)
+    of = lambda x, v: CADMLoss(**options)(SimpleNamespace(logits=x, label_vectors=v), y)
+    half, exact = (logits.to(dtype), vectors.to(dtype)), of(logits, vectors)
     with torch.autocast("cpu", dtype):
-        assert (
-            torch.equal(loss(exact, y), CADMLoss(**options)(exact, y))
-            and loss(half, y).dtype == torch.float32
-        )
-        close(loss(half, y).double(), loss(rounded, y), 1e-6)
-    close(
-        loss(exact, y).double(),
-        loss(SimpleNamespace(logits=exact.logits.double(), label_vectors=exact.label_vectors.double()), y),
-        1e-6,
-    )
-    close(loss(half, y), loss(exact, y), 1e-2)
+        assert torch.equal(of(logits, vectors), exact) and of(*half).dtype == torch.float32
+        close(of(*half).double(), of(*(x.double() for x in half)), 1e-6)
+    close(exact.double(), of(logits.double(), vectors.double()), 1e-6)
+    close(of(*half), exact, 1e-2)
 
 
-# ---- cost, compilers, mistakes -------------------------------------------------------------------------------------------
+# ---- cost, mistakes -------------------------------------------------------------------------------------------
 
 
 def test_nothing_for_pairs_of_classes(largest_tensor):
@@ -249,35 +230,6 @@ def test_nothing_for_pairs_of_classes(largest_tensor):
     with largest_tensor as found:
         CADMLoss()(output, (torch.rand(n, C) < 0.5).long()).backward()
     assert 0 < found.numel <= n * C * k < n * C * C
-
-
-def test_lambda_zero_never_touches_label_vectors():
-    class Output:
-        logits = torch.zeros(2, 3)
-
-        @property
-        def label_vectors(self):
-            raise AssertionError("asked for label vectors")
-
-    terms = CADMLoss(lam=0).terms(Output(), torch.ones(2, 3))
-    assert terms.label_correlation == 0 and terms.total == terms.classification
-
-
-class Output(NamedTuple):
-    logits: torch.Tensor
-    label_vectors: torch.Tensor
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"hinge": "outside", "distance": "euclidean", "reduction_classes": "mean"}]
-)
-def test_torch_compile_finds_no_graph_break(options):
-    loss, y, output = (
-        CADMLoss(**options),
-        torch.tensor([[1, 0, 0], [1, 1, 0]]),
-        Output(torch.randn(2, 3), torch.randn(2, 3, 2)),
-    )
-    close(torch.compile(loss, backend="eager", fullgraph=True)(output, y), loss(output, y), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +289,6 @@ def test_peak_memory_is_linear_in_classes(tmp_path):
     arguments = "--classes 60 600 --naive-up-to 60 --naive-repeats 2 --batch 2".split()
     found = benchmark("loss_scaling", tmp_path, *arguments)
     assert found["growth"]["60 -> 600 classes"]["peak"] == pytest.approx(10, rel=0.02)
-    assert found["naive_over_ours"]["C=60"]["peak"] > 20
 
 
 @pytest.mark.slow

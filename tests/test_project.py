@@ -6,7 +6,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -109,26 +108,9 @@ def test_committed_files_contain_no_machine_path():
     if not files:
         pytest.skip("not a git checkout")
     bad = re.compile(r"(?<![\w/])/(root|home/\w+|work)/(?!\w*\.\w)|/Users/")
-    kinds = (
-        ".py",
-        ".ipynb",
-        ".md",
-        ".toml",
-        ".yaml",
-        ".yml",
-        ".ini",
-        ".json",
-        ".jsonl",
-        ".html",
-        ".txt",
-        ".csv",
-    )
-    texts = {
-        f: ROOT / f
-        for f in files
-        if f.endswith(kinds) and (ROOT / f).is_file() and Path(f) != Path(*Path(__file__).parts[-2:])
-    }
-    assert [f for f, path in texts.items() if bad.search(path.read_text(encoding="utf-8"))] == []
+    kinds = ".py .ipynb .md .toml .yaml .yml .ini .json .jsonl .html .txt .csv".split()
+    texts = [ROOT / f for f in files if Path(f).suffix in kinds and Path(f).name != Path(__file__).name]
+    assert [p for p in texts if p.is_file() and bad.search(p.read_text(encoding="utf-8"))] == []
 
 
 @pytest.fixture(scope="module")
@@ -149,28 +131,9 @@ def test_the_wheel_contains_only_the_library(wheel):
     files = (p for p in (ROOT / "cadm_paper").rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     assert {n for n in names if ".dist-info/" not in n} == {p.relative_to(ROOT).as_posix() for p in files}
     about = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
-    assert (
-        re.findall(r"\]\((?!https://|#)[^)]+", about) == [] and about.count("](https://") > 20
-    )  # PyPI's page
+    assert re.findall(r"\]\((?!https://|#)[^)]+", about) == []  # links work on PyPI's page
     needed = re.findall(r"^Requires-Dist: (.+)$", about, re.M)
     assert [r for r in needed if r.startswith((*BARRED, "pytest", "sphinx")) and "extra ==" not in r] == []
-
-
-@pytest.mark.slow
-def test_the_source_distribution_contains_working_tests(tmp_path):
-    files = run("git", "ls-files", "-z").stdout.split("\0")[:-1] or pytest.skip("not a git checkout")
-    for name in files:
-        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / "copy" / name)
-    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
-    done = run(sys.executable, "-c", build, cwd=tmp_path / "copy")
-    assert done.returncode == 0, done.stderr[-2000:]
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        archive.extractall(tmp_path, filter="data")
-    source = next(tmp_path.glob("cadm_paper-*/"))
-    env = {**os.environ, "PYTHONPATH": str(source)}
-    done = run(sys.executable, "-m", "pytest", "--collect-only", "-q", "tests", cwd=source, env=env)
-    assert done.returncode == 0 and "tests collected" in done.stdout, done.stdout[-2000:]
 
 
 def test_workflows_pin_every_action_and_limit_permissions():
@@ -202,17 +165,12 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     lib = tmp_path / "lib"
     done = run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", lib, wheel, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    site = (
-        Path(yaml.__file__).resolve().parents[1]
-    )  # as a plain path its .pth files are not read: no editable install
+    site = Path(yaml.__file__).resolve().parents[1]  # its .pth files are not read: no editable install
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL"))}
     env = {**kept, "PYTHONPATH": os.pathsep.join([str(lib), str(site)])}
-    bare = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
-    python = bare if bare.exists() else sys.executable
+    python = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     done = run(python, "-c", WITHOUT_NOTEBOOKS + USE_IT, cwd=tmp_path, env=env)
     assert done.returncode == 0 and done.stdout.startswith(str(lib)), done.stdout + done.stderr[-2000:]
-    done = run(python, "-m", "cadm_paper", "--help", cwd=tmp_path, env=env)
-    assert done.returncode == 0 and "reproduce" in done.stdout, done.stderr[-2000:]
     photograph = Path(skimage.data.__file__).parent / "chelsea.png"
     done = run(python, "-m", "cadm_paper", "predict", photograph, cwd=tmp_path, env=env)
     assert done.returncode == 0 and "chelsea.png: cat " in done.stdout, done.stdout + done.stderr[-2000:]

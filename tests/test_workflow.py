@@ -192,31 +192,23 @@ def test_an_invalid_line_is_rejected_with_a_hint(content, hint):
         batch.parse_batch(content)
 
 
-def test_uncommitted_code_is_rejected_if_the_batch_requires_it(monkeypatch):
+@pytest.mark.parametrize("content, modified", [({"dirty": True}, True), ({"clean": False}, True), ({}, None)])
+def test_uncommitted_code_is_rejected_if_the_batch_requires_it(monkeypatch, content, modified):
     monkeypatch.setattr(batch, "code_version", lambda: {"modified": True})
-    clean = batch.parse_batch({"clean": True})
     with pytest.raises(ValueError, match="uncommitted changes"):
-        batch.check_code(clean, ["a run"])
-    for allowed in (clean.model_copy(update={"dirty": True}), batch.parse_batch({})):
-        batch.check_code(allowed, ["a run"])
-    batch.check_code(clean, [])
-    for unknown in ({}, {"modified": None}):  # neither commit nor changes are known
-        monkeypatch.setattr(batch, "code_version", lambda: unknown)
-        batch.check_code(clean, ["a run"])
+        batch.check_code(batch.parse_batch({"clean": True}), ["a run"])
+    monkeypatch.setattr(batch, "code_version", lambda: {"modified": modified})
+    batch.check_code(batch.parse_batch({"clean": True} | content), ["a run"])
 
 
 def test_a_record_of_other_labels_is_stale(tmp_path, monkeypatch):
     monkeypatch.setenv("CADM_DATA", str(tmp_path))
-    record = synthetic_run(tmp_path / "run", images=40, drawn=2)
-    content = json.loads((record.folder / "run.json").read_text()) | {"synthetic": False}
-    (record.folder / "run.json").write_text(json.dumps(content))
-    assert status.state(record.folder).word == "finished"  # no data to compare with
+    file = synthetic_run(tmp_path / "run", images=40, drawn=2).folder / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"synthetic": False}))
+    assert status.state(file.parent).word == "finished"  # no data to compare with
     build_scenes(tmp_path / "scenes-coco", "coco", train=16, test=8)
     status._fingerprints.cache_clear()
-    assert (
-        status.state(record.folder).reason
-        == "made with other train and test images or labels than the current ones"
-    )
+    assert "other train and test images or labels" in status.state(file.parent).reason
 
 
 @pytest.mark.slow
@@ -240,8 +232,7 @@ def test_failures_do_not_stop_other_runs_and_force_reruns_records_of_other_code(
     states = site.table()[0]
     assert "ValueError: asked to fail" in output and sorted(states.values()) == ["failed", "finished"]
     (reason,) = (why for word, why in site.table()[2].values() if word == "failed")
-    cells = nbformat.read(site.outputs / reason.split("; see ")[1], 4).cells
-    assert any(o.get("ename") == "ValueError" for c in cells for o in c.get("outputs", []))
+    assert "asked to fail" in (site.outputs / reason.split("; see ")[1]).read_text()
     assert site.run(STUB_CODE="other").count("[1/1]") == 1
     made = site.made()
     assert [m["first"] for m in made.values()] == [1, 0]  # continued from the checkpoint
@@ -251,7 +242,6 @@ def test_failures_do_not_stop_other_runs_and_force_reruns_records_of_other_code(
     site.run("--force", STUB_FAIL="cadm", code=1)
     again = site.made()  # a failure keeps the older record
     assert ["baseline" in name for name in made if made[name] != again[name]] == [True]
-    assert set(site.table()[0].values()) == {"finished"} and site.table()[1].keys() == made.keys()
     site.run("--force")
     assert [m["first"] for m in site.made().values()] == [0, 1] and "made by" not in site.run("--dry-run")
 
@@ -318,8 +308,7 @@ def test_a_killed_training_ends_with_the_results_of_an_undisturbed_one(tmp_path)
 def test_a_fresh_clone_makes_its_first_report(tmp_path):
     """Clone, reproduce with one epoch, open the report."""
     clone = tmp_path / "clone"
-    done = subprocess.run(["git", "clone", "-q", ROOT, clone], capture_output=True)
-    if done.returncode:
+    if subprocess.run(["git", "clone", "-q", ROOT, clone], capture_output=True).returncode:
         pytest.skip("not a git checkout")
     runs = [{"dataset": "scenes-coco", "method": "cadm", "lam": lam} for lam in (0, 0.5)]
     config = yaml.safe_load((clone / "workflow" / "config" / "mini.yaml").read_text())
@@ -330,10 +319,11 @@ def test_a_fresh_clone_makes_its_first_report(tmp_path):
     command = [sys.executable, "-m", "cadm_paper", "reproduce", "--config", tmp_path / "short.yaml"]
     done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    page = (clone / "outputs" / "report" / "index.html").read_text(encoding="utf-8")
-    assert all(f'id="run-{r.digest}"' in page for r in load_runs(clone / "outputs" / "runs"))
-    assert {f"table{n}.html" for n in (1, 2)} <= {p.name for p in (clone / "outputs" / "tables").iterdir()}
-    assert list((clone / "outputs" / "figures").glob("figure4*.png"))
+    outputs = clone / "outputs"
+    page = (outputs / "report" / "index.html").read_text(encoding="utf-8")
+    assert all(f'id="run-{r.digest}"' in page for r in load_runs(outputs / "runs"))
+    for made in ("tables/table1.html", "tables/table2.html", "figures/figure4*.png"):
+        assert list(outputs.glob(made)), made
     assert not subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True).stdout
 
 

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -19,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+# %% ../../nbs/app/batch.ipynb #02e614ff
 import tyro
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ..data.datasets import DATASETS
 from ..engine.config import ConfigError, TrainConfig, explain
@@ -43,24 +43,12 @@ class WorkflowError(ValueError):
     """A batch that cannot be read or run; the message names file, line or run, and what to do."""
 
 
-# %% ../../nbs/app/batch.ipynb #89fccab1
-def _by_name(given: list | dict) -> dict:
-    """A list of names, or of names with parameters, as a dictionary."""
-    items = [item if isinstance(item, dict) else {item: {}} for item in given]
-    return given if isinstance(given, dict) else {k: v or {} for item in items for k, v in item.items()}
-
-
 # %% ../../nbs/app/batch.ipynb #2bb4daee
 class Batch(BaseModel, extra="forbid", frozen=True):
     """The content of a config file; `cadm reproduce` sets the last three fields."""
 
     title: str = ""
-    notebooks: Annotated[dict[str, dict], BeforeValidator(_by_name)] = {
-        "table1": {},
-        "table2": {},
-        "fig2": {},
-        "fig4": {},
-    }
+    notebooks: list[str] = ["table1", "table2", "fig2", "fig4"]
     report: bool = True
     keep: bool = False
     clean: bool = False
@@ -194,9 +182,6 @@ def make_run(given: dict, batch: Batch) -> Run:
 
 
 # %% ../../nbs/app/batch.ipynb #d0d2197a
-MOST_RUNS = 10_000  # per line
-
-
 def plan(batch: Batch) -> list[Run]:
     """The runs of a batch, in order. Raises `WorkflowError` that names the line."""
     runs = {}
@@ -204,8 +189,6 @@ def plan(batch: Batch) -> list[Run]:
         try:
             line = {**batch.defaults, **line}
             choices = [v if isinstance(v, list) else [v] for v in line.values()]
-            if math.prod(map(len, choices)) > MOST_RUNS:
-                raise ConfigError(f"{math.prod(map(len, choices)):,} runs are more than {MOST_RUNS:,}")
             for values in itertools.product(*choices):
                 run = make_run(dict(zip(line, values)), batch)
                 if runs.setdefault(run.key, run) is not run:
@@ -282,6 +265,7 @@ def follow(process: subprocess.Popen, runs: list[Run]) -> None:
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
+# %% ../../nbs/app/batch.ipynb #96463a3a
 def engine(batch: Batch, target: str, jobs: int | None = None, profile: str | None = None) -> bool:
     """Run Snakemake for a target, runs or reports; returns whether a job failed.
 

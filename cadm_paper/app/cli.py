@@ -34,6 +34,7 @@ def later() -> None:
     """Stands for a command that is not called."""
 
 
+# %% ../../nbs/app/cli.ipynb #db17c12e
 def application(called: str) -> tyro.extras.SubcommandApp:
     """All commands as one program; the function (or group) `called` is imported, the others are listed."""
     load = lambda name: getattr(importlib.import_module("cadm_paper.app.commands"), name)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from cadm_paper.app.batch import MaybePath, reproduce, unset  # noqa: F401
+from cadm_paper.app.batch import MaybePath, reproduce  # noqa: F401
 from cadm_paper.app.runs import runs_diff, runs_list, runs_submit  # noqa: F401
 from cadm_paper.data.datasets import DATASETS
 from cadm_paper.engine.config import PRESETS, ConfigError, TrainConfig
@@ -110,20 +110,9 @@ def evaluate(
     """
     from cadm_paper.results.evaluation import evaluate_files
 
-    evaluate_files(
-        scores,
-        against,
-        threshold=threshold,
-        k=k,
-        array=array,
-        unlabelled=unlabelled,
-        json=json,
-        csv=csv,
-        per_class=per_class,
-        replicates=replicates,
-        level=level,
-        seed=seed,
-    )
+    rule = dict(threshold=threshold, k=k, array=array, unlabelled=unlabelled)
+    bootstrap = dict(replicates=replicates, level=level, seed=seed)
+    evaluate_files(scores, against, json=json, csv=csv, per_class=per_class, **rule, **bootstrap)
 
 
 # %% ../../nbs/app/commands.ipynb #1777f27e
@@ -134,9 +123,6 @@ def predict(
     maps: Annotated[Path | None, arg(metavar="PATH")] = Path("maps"),
     json: MaybePath = None,
     csv: MaybePath = None,
-    resize: Annotated[Literal["squash", "crop"] | None, unset(metavar="{squash,crop}")] = None,
-    normalise: Annotated[Literal["imagenet", "half"] | None, unset(metavar="{imagenet,half}")] = None,
-    exif: Annotated[Literal["true", "false"] | None, unset(metavar="{true,false}")] = None,
 ) -> int:
     """Predict the labels of images with confidences, and draw the labels' maps over each image.
 
@@ -147,19 +133,15 @@ def predict(
         maps: Folder for the images with maps; None writes none.
         json: File for labels and all scores, as JSON.
         csv: File for labels and all scores, as CSV.
-        resize: How images are resized to the model's size; by default as in its training.
-        normalise: Mean and deviation of pixels; by default as in its training.
-        exif: Apply the orientation stored in a file; by default as in its training.
     """
     from cadm_paper.app.predict import predict_files, sentence
 
     def tell(answer: dict) -> None:
         print(sentence(answer, threshold) + (f" -> {answer['maps']}" if "maps" in answer else ""))
 
-    seen = {"resize": resize, "normalise": normalise, "exif": exif and exif == "true"}
-    seen = {name: value for name, value in seen.items() if value is not None}
-    where = dict(maps=maps, json_file=json, csv_file=csv)
-    _, errors = predict_files(images, checkpoint, threshold=threshold, each=tell, **where, **seen)
+    _, errors = predict_files(
+        images, checkpoint, threshold=threshold, each=tell, maps=maps, json_file=json, csv_file=csv
+    )
     for error in errors:
         print(f"cadm: {error}", file=sys.stderr)
     return 2 if errors else 0

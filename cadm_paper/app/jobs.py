@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+# %% ../../nbs/app/jobs.ipynb #a28225fd
 from cadm_paper.app.batch import (
     Batch,
     WorkflowError,
@@ -118,7 +119,7 @@ def data_job(batch: Batch, dataset: str, out: Path) -> None:
 def notebook_job(batch: Batch, name: str, out: Path) -> None:
     """Execute a notebook that reads records: a table, a figure, a study."""
     part = out.with_name(f"{name}.failed.ipynb")  # an interrupted notebook can look like a finished one
-    execute(notebook_path(name), part, {"runs_dir": str(batch.outputs / "runs"), **batch.notebooks[name]})
+    execute(notebook_path(name), part, {"runs_dir": str(batch.outputs / "runs")})
     os.replace(part, out)
 
 

@@ -14,17 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# %% ../../nbs/app/predict.ipynb #8266ed05
 import numpy as np
 import torch
 
 import cadm_paper
 from ..data.loading import decode_rgb, displayed_image, prepare, resized
 from ..data.photograph import ImageError, read_photograph
-from ..engine.record import RunRecord
 from ..files import naming, open_through, whole_file
 from ..methods import load_model
 from ..metrics import checked_rule
@@ -61,24 +60,17 @@ class Predictor:
     def load(cls, checkpoint: str | Path | None = None, **given) -> "Predictor":
         """Load from a run's folder, a saved or an exported model; None: the packaged model.
 
-        `given` fields override the stored ones.
-        Raises `FileNotFoundError` without a model, `ValueError` for a model with unknown pre-processing.
+        `given` fields override the stored ones. Raises `FileNotFoundError` without a model.
         """
         folder = PRETRAINED if checkpoint is None else Path(checkpoint).expanduser()
-        recorded = {}
         if (folder / "run.json").is_file():
-            recorded = RunRecord.load(folder).seen_at()
             folder = folder / "checkpoint" / "model"
-        elif not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"{folder}: neither a finished run (run.json) nor a saved model (config.json)"
             )
         model = load_model(folder)
-        seen = {"image_size": model.image_size} | (model.seen or {}) | recorded | given
-        if unknown := {"resize", "normalise"} - seen.keys():
-            how = "set them as in its training, or name the run's folder"
-            raise ValueError(f"{folder}: config.json does not say {' and '.join(sorted(unknown))}: {how}")
-        return cls(model, **seen)
+        return cls(model, **{"image_size": model.image_size, **model.seen, **given})
 
     def output(self, path) -> tuple[np.ndarray, NamedTuple]:
         """The image region that the model sees, at its own aspect (uint8 H x W x 3), and the output.
@@ -191,41 +183,21 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3)
     return Path(path)
 
 
-# %% ../../nbs/app/predict.ipynb #5e037720
-def add_entry(file, entry) -> None:
-    """Append an entry to the JSON list in a file, which is valid before and after."""
-    text = json.dumps(entry, indent=1, allow_nan=False, ensure_ascii=False)
-    start = file.seek(-len("\n]\n"), os.SEEK_END)
-    file.write(f"{',' if start > 1 else ''}\n{text}\n]\n".encode())
-    file.flush()
-
-
 # %% ../../nbs/app/predict.ipynb #dfe900b8
-def answer_files(
-    opened: ExitStack, answers: list, json_file, csv_file, classes: Sequence[str]
-) -> list[tuple]:
-    """The requested files, each with a function that adds an answer (a pipe gets its JSON list at the end).
+def csv_lines(file, classes: Sequence[str]) -> Callable[[dict], None]:
+    """Write the header of a CSV file; returns a function that writes the line of an answer.
 
-    The CSV file joins labels by ";", or by "|" or tab if a class name contains it.
+    Labels are joined by ";", or by "|" or tab if a class name contains it.
     """
-    adders = []
-    if json_file:
-        opened.enter_context(naming(json_file))
-        entries = opened.enter_context(open_through(json_file))
-        if Path(json_file).expanduser().is_file():
-            entries.write(b"[\n]\n")
-            adders.append((json_file, partial(add_entry, entries)))
-        else:
-            opened.callback(lambda: entries.write(json.dumps(answers, indent=1).encode()))
-    if csv_file:
-        opened.enter_context(naming(csv_file))
-        lines = csv.writer(opened.enter_context(open_through(csv_file, "w")), lineterminator="\n")
-        lines.writerow(["image", "labels", *classes])
-        joint = next((s for s in (";", "|", "\t") if not any(s in c for c in classes)), "\n")
-        six = lambda answer: [f"{score:.6f}" for score in answer["scores"].values()]
-        line = lambda a: lines.writerow([a["image"], joint.join(a["labels"]), *six(a)])
-        adders.append((csv_file, line))
-    return adders
+    joint = next((s for s in (";", "|", "\t") if not any(s in c for c in classes)), "\n")
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow(["image", "labels", *classes])
+
+    def add(answer: dict) -> None:
+        six = [f"{score:.6f}" for score in answer["scores"].values()]
+        lines.writerow([answer["image"], joint.join(answer["labels"]), *six])
+
+    return add
 
 
 # %% ../../nbs/app/predict.ipynb #5a0f8cbb
@@ -238,7 +210,6 @@ def predict_files(
     json_file: Path | None = None,
     csv_file: Path | None = None,
     each: Callable[[dict], None] = lambda answer: None,
-    **preprocessing,
 ) -> tuple[list[dict], list[str]]:
     """Predict images and folders of them.
 
@@ -247,9 +218,9 @@ def predict_files(
         checkpoint: a run's folder, a saved or an exported model; None: the packaged model.
         threshold: a label is reported when its score is above it.
         maps: folder for the overlays of images and their labels' maps.
-        json_file, csv_file: get every answer immediately.
+        csv_file: gets every answer immediately.
+        json_file: gets all answers at the end, also after an error.
         each: called with each answer.
-        preprocessing: fields of `Predictor` that override the model's.
 
     Returns:
         The answers (image, labels, scores by label, maps: the file) and a line for each unreadable image.
@@ -263,13 +234,19 @@ def predict_files(
         >>> answers[0]["labels"]
     """
     checked_rule(threshold, 1)
-    predictor = Predictor.load(checkpoint, **preprocessing)
+    predictor = Predictor.load(checkpoint)
     paths = image_files(images)
     maps = maps and Path(maps).expanduser()
     answers, errors, named = [], [], Counter()
     classes = predictor.model.classes or [str(c) for c in range(predictor.model.num_classes)]
     with ExitStack() as opened:
-        adders = answer_files(opened, answers, json_file, csv_file, classes)
+        if json_file:
+            opened.enter_context(naming(json_file))
+            file = opened.enter_context(open_through(json_file, "w"))
+            opened.callback(json.dump, answers, file, indent=1, ensure_ascii=False)
+        if csv_file:
+            opened.enter_context(naming(csv_file))
+            add_line = csv_lines(opened.enter_context(open_through(csv_file, "w")), classes)
         for path in paths:
             if maps and path.name.endswith("-maps.png") and maps.resolve() in path.resolve().parents:
                 continue  # overlays of an earlier call
@@ -283,10 +260,8 @@ def predict_files(
             if maps:
                 named[path.stem] += 1  # a/x.jpg and b/x.png
                 name = path.stem + (f"-{named[path.stem]}" if named[path.stem] > 1 else "")
-                file = save_overlays(found, maps / f"{name}-maps.png", threshold)
-                answers[-1]["maps"] = printable(file)
+                answers[-1]["maps"] = printable(save_overlays(found, maps / f"{name}-maps.png", threshold))
             each(answers[-1])
-            for file, add in adders:
-                with naming(file):
-                    add(answers[-1])
+            if csv_file:
+                add_line(answers[-1])
     return answers, errors

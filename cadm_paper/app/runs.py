@@ -8,13 +8,13 @@ __all__ = []
 # %% ../../nbs/app/runs.ipynb #6191c633
 import contextlib
 import functools
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+# %% ../../nbs/app/runs.ipynb #f17e4373
 import tyro
 from tyro.conf import Positional
 
@@ -75,30 +75,27 @@ def missing(rows: list[dict]) -> list[dict]:
 
 
 # %% ../../nbs/app/runs.ipynb #5222d16b
-def runs_list(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, outputs: MaybePath = None) -> int:
+def runs_list(outputs: MaybePath = None) -> None:
     """List runs with state and reason; finished ones with mAP, seconds, device, and changes to the preset.
 
     Missing runs of `cadm reproduce` and committed records follow those on disk; a study has one line.
 
     Args:
-        as_json: Print JSON, with every record of the studies.
         outputs: Folder of the runs; by default outputs/, with the missing runs.
     """
     import pandas as pd
 
     rows = runs_table(outputs)
     rows += [*(missing(rows) if outputs is None else ()), *committed(outputs)]
-    if not as_json:
-        study = lambda row: row["run"].startswith("reference/studies/") and Path(row["run"]).parts[2]
-        counts = Counter(filter(None, map(study, rows)))
-        lines = [{"state": "committed", "run": f"reference/studies/{k}: {n} runs"} for k, n in counts.items()]
-        rows = [row for row in rows if not study(row)] + lines
+    study = lambda row: row["run"].startswith("reference/studies/") and Path(row["run"]).parts[2]
+    counts = Counter(filter(None, map(study, rows)))
+    lines = [{"state": "committed", "run": f"reference/studies/{k}: {n} runs"} for k, n in counts.items()]
+    rows = [row for row in rows if not study(row)] + lines
     shown = ["state", "run", "mAP", "seconds", "device", "differs", "reason"]
     table = pd.DataFrame(rows, columns=shown).dropna(axis="columns", how="all")
     left = {"run": f"{{:<{max((len(row['run']) for row in rows), default=0)}}}".format}
     table = table.to_string(index=False, na_rep="", float_format="{:.1f}".format, formatters=left)
-    print(json.dumps(rows, indent=1) if as_json else table if rows else "no runs")
-    return 0
+    print(table if rows else "no runs")
 
 
 # %% ../../nbs/app/runs.ipynb #59ac7b78
@@ -143,6 +140,7 @@ def facts(record: RunRecord) -> dict:
 Run = Annotated[str, Positional, tyro.conf.arg(metavar="RUN")]
 
 
+# %% ../../nbs/app/runs.ipynb #7a5229c7
 def runs_diff(a: Run, b: Run, outputs: MaybePath = None) -> int:
     """Compare two runs: configuration, labels, metrics in percent, machine and code.
 
@@ -195,7 +193,7 @@ def label_problems(record: RunRecord, outputs: Path) -> Iterator[str]:
 
 
 # %% ../../nbs/app/runs.ipynb #268e95b1
-def runs_submit(source: Positional[Path], by: str = "", outputs: MaybePath = None) -> int:
+def runs_submit(source: Positional[Path], by: str = "", outputs: MaybePath = None) -> None:
     """Check a record made elsewhere, recomputing its numbers, and add it to the runs.
 
     A record with problems, or of a configuration that has a run, is rejected with the reasons.
@@ -224,4 +222,3 @@ def runs_submit(source: Positional[Path], by: str = "", outputs: MaybePath = Non
             shutil.copyfile(source / name, new / name)
         write_json(new / "run.json", content)
     print(f"added: {target.relative_to(outputs)}; `cadm reproduce` updates the tables")
-    return 0
