@@ -541,17 +541,16 @@ class CADM(Network):
 
 
 # %% ../nbs/01_model.ipynb #4ea41192
-def export_onnx(model: Network, path: str | Path, image_size: int | Sequence[int] | None = None) -> Path:
+def export_onnx(model: Network, path: str | Path) -> Path:
     """Write a model for prediction as one ONNX file, atomically.
 
     Args:
         model: of any method.
         path: the file.
-        image_size: px (or height, width) of its input; None: the model's.
 
     Returns:
-        The path. Inputs: `images` (any batch size); outputs: the tensors of the model's output by name; the
-        metadata `cadm_paper` holds the model's configuration.
+        The path. Inputs: `images` (any number, of the model's size); outputs: the tensors of the model's
+        output by name; the metadata `cadm_paper` holds the model's configuration.
 
     Raises:
         ModuleNotFoundError: without the extra `onnx`.
@@ -561,8 +560,7 @@ def export_onnx(model: Network, path: str | Path, image_size: int | Sequence[int
     """
     optional("onnxscript", "onnx")
     training, like = model.training, next(model.parameters())
-    size = model.image_size if image_size is None else pair(image_size)
-    example = torch.zeros(2, 3, *size, dtype=like.dtype, device=like.device)
+    example = torch.zeros(2, 3, *model.image_size, dtype=like.dtype, device=like.device)
     try:
         program: Any = torch.onnx.export(
             TupleOutput(model).eval(),
@@ -573,8 +571,7 @@ def export_onnx(model: Network, path: str | Path, image_size: int | Sequence[int
             output_names=[name for name, x in model(example)._asdict().items() if x is not None],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
-        about = json.dumps({**model.config, "image_size": list(size)})
-        program.model.metadata_props["cadm_paper"] = about
+        program.model.metadata_props["cadm_paper"] = json.dumps(model.config)
         with whole_file(path) as file:
             program.save(file.name, external_data=False)
     finally:

@@ -127,13 +127,10 @@ def facts(record: RunRecord) -> dict:
 
     labels = {s: record.dataset[s]["fingerprint"] for s in ("train", "test")}
     metrics = {k: 100 * record.metrics[k] for k in (*COLUMNS, *record.metrics)}
-    parts = {
-        "config": record.config.model_dump(exclude={"data_dir", "out_dir"}),
-        "labels": labels,
-        "metrics": metrics,
-    }
-    more = {"machine": record.machine, "environment": record.environment}
-    return pd.json_normalize(parts | more).iloc[0].to_dict()
+    config = record.config.model_dump(exclude={"data_dir", "out_dir"})
+    parts = {"config": config, "labels": labels, "metrics": metrics}
+    parts |= {"machine": record.machine, "environment": record.environment}
+    return pd.json_normalize(parts).iloc[0].to_dict()
 
 
 # %% ../../nbs/app/runs.ipynb #9290931d
