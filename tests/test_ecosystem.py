@@ -44,35 +44,17 @@ def test_a_split_in_a_data_loader(loader):
     assert torch.equal(targets, torch.eye(6, 2) * 2 - 1)
 
 
-class Module(torch.nn.Module):
-    """The methods that a Lightning module has, without Lightning."""
-
-    def __init__(self):
-        super().__init__()
-        self.model = CADM(2, "narrow_resnet", None, image_size=32, quiet=True)
-        self.loss, self.meter = CADMLoss(lam=0.5), MultiLabelMetrics()
-
-    def training_step(self, batch):
-        return self.loss(self.model(batch[0]), batch[1])
-
-    def validation_step(self, batch):
-        self.meter.update(self.model(batch[0]).scores, batch[1])
-
-
-def test_a_training_loop_of_another_framework(loader):
-    module = Module()
-    optimiser = torch.optim.SGD(module.parameters(), lr=0.01)
-    for batch in [*loader] * 3:
+def test_a_training_loop_of_another_project(loader):
+    model, meter = CADM(2, "narrow_resnet", None, image_size=32, quiet=True), MultiLabelMetrics()
+    loss, optimiser = CADMLoss(lam=0.5), torch.optim.SGD(model.parameters(), lr=0.01)
+    for images, targets in [*loader] * 3:
         optimiser.zero_grad()
-        module.train().training_step(batch).backward()
+        loss(model(images), targets).backward()
         optimiser.step()
     with torch.no_grad():
-        for batch in loader:
-            module.eval().validation_step(batch)
-    assert len(module.meter) == 6 and 0 <= module.meter.compute()["mAP"] <= 1
-    again = Module()
-    again.load_state_dict(module.state_dict())  # what a checkpoint of such a framework holds
-    assert torch.equal(again.eval().model(batch[0]).logits, module.model(batch[0]).logits)
+        for images, targets in loader:
+            meter.update(model.eval()(images).scores, targets)
+    assert len(meter) == 6 and 0 <= meter.compute()["mAP"] <= 1
 
 
 def test_a_custom_backbone_and_the_loss_of_plain_logits():

@@ -111,7 +111,7 @@ def find_run(name: str, outputs: Path | None = None) -> RunRecord:
     folders = own if any(name in run for run in own) else own | kept
     found = [run for run in folders if name in run]
     if len(found) > 1 and name not in found:
-        raise WorkflowError(f"{name!r} matches {len(found)} runs: {', '.join(found)}")
+        raise WorkflowError(f"{name!r} matches {len(found)} runs, such as {', '.join(found[:3])}")
     run = found[0] if len(found) == 1 else known(name, folders, "no run named")
     if run in own:
         return RunRecord.load(own[run])
