@@ -148,7 +148,7 @@ class Site:
         """Sockets of kernels and other temporary files."""
         return [p for p in self.temporary.glob("cadm-*/**/*") if not p.is_dir()]
 
-    def wait(self, condition, seconds=120):
+    def wait(self, condition, seconds=300):
         end = time.time() + seconds
         while not condition():
             assert time.time() < end, self.processes()
