@@ -84,7 +84,6 @@ def evaluate(
     threshold: float = 0.5,
     k: int = 3,
     array: str = "scores",
-    unlabelled: Literal["keep", "drop"] = "keep",
     json: MaybePath = None,
     csv: MaybePath = None,
     per_class: MaybePath = None,
@@ -100,7 +99,6 @@ def evaluate(
         threshold: A label is predicted when its score is greater.
         k: Number of labels per image in the top-k metrics.
         array: The array that holds the scores (a run also has scores_fcls and scores_scls).
-        unlabelled: Whether images without any label count.
         json: JSON file for all results.
         csv: CSV file for the metrics, one per line.
         per_class: CSV file for the classes, one per line.
@@ -110,7 +108,7 @@ def evaluate(
     """
     from cadm_paper.results.evaluation import evaluate_files
 
-    rule = dict(threshold=threshold, k=k, array=array, unlabelled=unlabelled)
+    rule = dict(threshold=threshold, k=k, array=array)
     bootstrap = dict(replicates=replicates, level=level, seed=seed)
     evaluate_files(scores, against, json=json, csv=csv, per_class=per_class, **rule, **bootstrap)
 

@@ -9,7 +9,7 @@ __all__ = ["compare_scores", "per_class_metrics", "compare_classes", "ScoreFileE
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -101,14 +101,11 @@ def per_class_metrics(
     c, names = count_classes(s, y, threshold, k), distinct(classes, s.shape[1], "classes")
     found = dict(images=c.images, positives=c.positives, AP=c.ap)
     found |= dict(AP_voc11=c.ap_voc11, AP_voc_area=c.ap_voc_area)
-    known = lambda part, whole: np.where(c.positives > 0, ratio(part, whole), np.nan)
-    rules = {"": (c.predicted, c.correct), f"_top{k}": (c.predicted_top, c.correct_top)}
-    for rule, (given, right) in rules.items():
-        found |= {f"predicted{rule}": given, f"correct{rule}": right, f"precision{rule}": ratio(right, given)}
-        found |= {
-            f"recall{rule}": known(right, c.positives),
-            f"F1{rule}": known(2 * right, given + c.positives),
-        }
+    occurs = np.where(c.positives > 0, 1, np.nan)
+    for rule, given, right in (("", c.predicted, c.correct), (f"_top{k}", c.predicted_top, c.correct_top)):
+        recall, f1 = occurs * ratio(right, c.positives), occurs * ratio(2 * right, given + c.positives)
+        columns = dict(predicted=given, correct=right, precision=ratio(right, given), recall=recall, F1=f1)
+        found |= {f"{name}{rule}": values for name, values in columns.items()}
     return pd.DataFrame(found, index=pd.Index(names or range(s.shape[1]), name="class"))
 
 
@@ -182,10 +179,11 @@ class ScoreFile:
         """The file's name; for a run's `scores.npz` the folder's name."""
         return self.path.resolve().parent.name if self.path.name == "scores.npz" else self.path.name
 
-    def take(self, images: np.ndarray) -> "ScoreFile":
-        """The given images, in this order."""
-        ids = self.image_ids and [self.image_ids[i] for i in images]
-        return replace(self, scores=self.scores[images], targets=self.targets[images], image_ids=ids)
+    def by_id(self) -> "ScoreFile":
+        """The images sorted by id."""
+        order = np.argsort(self.image_ids, kind="stable")
+        ids = [self.image_ids[i] for i in order]
+        return replace(self, scores=self.scores[order], targets=self.targets[order], image_ids=ids)
 
 
 # %% ../../nbs/results/evaluation.ipynb #ada59541
@@ -193,35 +191,28 @@ def read_score_file(path: str | Path, array: str = "scores") -> ScoreFile:
     """Read and validate a score file, or the `scores.npz` of a run's folder; `array` names the scores."""
     path = Path(path).expanduser()
     path = path / "scores.npz" if path.is_dir() else path
-    if not path.is_file():
-        raise ScoreFileError(f"{path} does not exist: a score file is an .npz with scores and targets")
     try:
         content = read_arrays(path)
-    except (ValueError, OSError) as error:
-        raise ScoreFileError(str(error) if path.name in str(error) else f"{path}: {error}") from None
-    if missing := [name for name in (array, "targets") if name not in content]:
-        there = ", ".join(sorted(content)) or "none"
-        raise ScoreFileError(f"{path} has no array {missing[0]!r}: it has {there}")
-    try:
+        if missing := {array, "targets"} - content.keys():
+            raise ValueError(f"no array {min(missing)!r}: it has {', '.join(sorted(content)) or 'none'}")
         scores, targets = checked(content[array], content["targets"])
         with_a_label(targets)
         ids, names = (distinct(content.get(k), n, k) for k, n in zip(("image_ids", "classes"), scores.shape))
-    except ValueError as error:
-        raise ScoreFileError(f"{path}: {error}") from None
+    except (ValueError, OSError) as error:
+        raise ScoreFileError(str(error) if path.name in str(error) else f"{path}: {error}") from None
     return ScoreFile(path, scores, targets, ids, names)
 
 
 # %% ../../nbs/results/evaluation.ipynb #e929b5fe
-def check_same(first: ScoreFile, second: ScoreFile) -> None:
+def check_same(a: ScoreFile, b: ScoreFile) -> None:
     """Raise `ScoreFileError` unless two files have the same images, classes and labels."""
-    a, b, why = first, second, ""
-    odd = set(a.image_ids) ^ set(b.image_ids) if a.image_ids and b.image_ids else ()
-    if a.scores.shape[1] != b.scores.shape[1] or a.classes and b.classes and a.classes != b.classes:
-        why = f"classes ({a.scores.shape[1]} and {b.scores.shape[1]}, or other names)"
-    elif odd:
+    odd, why = set(a.image_ids) ^ set(b.image_ids) if a.image_ids and b.image_ids else (), ""
+    if odd:
         why = f"images: {min(odd)!r} is in only one of them ({len(odd)} such images)"
-    elif len(a.targets) != len(b.targets):
-        why = f"numbers of images: {len(a.targets)} and {len(b.targets)}"
+    elif a.scores.shape != b.scores.shape:
+        why = f"numbers of images and classes: {a.scores.shape} and {b.scores.shape}"
+    elif a.classes and b.classes and a.classes != b.classes:
+        why = "classes, or the same in another order"
     elif (unlike := np.argwhere(a.targets != b.targets)).size:
         need = "both must be scores for the same images, in the same order unless image_ids are given"
         why = "labels (first at image {}, class {}): {}".format(*unlike[0], need)
@@ -230,16 +221,12 @@ def check_same(first: ScoreFile, second: ScoreFile) -> None:
 
 
 # %% ../../nbs/results/evaluation.ipynb #83120571
-def read_files(scores, against=None, array: str = "scores", unlabelled: str = "keep") -> list[ScoreFile]:
-    """One or two score files of the same images; unlabelled="drop" omits images without a label."""
-    if unlabelled not in ("keep", "drop"):
-        raise ValueError(f"unlabelled must be keep or drop, not {unlabelled!r}")
+def read_files(scores, against=None, array: str = "scores") -> list[ScoreFile]:
+    """One or two score files of the same images."""
     files = [read_score_file(path, array) for path in (scores, against) if path is not None]
     if all(file.image_ids for file in files):
-        files = [file.take(np.argsort(file.image_ids, kind="stable")) for file in files]
+        files = [file.by_id() for file in files]
     check_same(files[0], files[-1])
-    if unlabelled == "drop":
-        files = [file.take(np.flatnonzero(with_a_label(file.targets))) for file in files]
     return files
 
 
@@ -271,13 +258,12 @@ def file_data(file: ScoreFile, table: pd.DataFrame, side: str, threshold: float,
 # %% ../../nbs/results/evaluation.ipynb #4cbd21a2
 def format_rows(table: pd.DataFrame, files: Sequence[str], k: int = 3) -> str:
     """The result of `compare_scores` as in Tables 1 and 2, each row followed by the ends of its intervals."""
-    names, heads, rows = list(metric_names(k)), [], []
-    for label, side in zip([*files, "difference"], ("", "against_", "difference_")[: 2 * len(files) - 1]):
-        for head, column in ((label, "value"), ("from", "low"), ("to", "high")):
-            percent = 100 * table.loc[names, side + column]
-            if percent.notna().all():
-                heads.append(head)
-                rows.append([f"{x:{'+' * (side == 'difference_')}.1f}" for x in percent])
+    names = list(metric_names(k))
+    percent = 100 * table.loc[names].T.dropna()
+    labels = dict(zip(("value", "against_value", "difference_value"), (*files, "difference")))
+    heads = [labels.get(side, "from" if side.endswith("low") else "to") for side in percent.index]
+    sign = {side: "+" if side.startswith("difference") else "" for side in percent.index}
+    rows = [[f"{x:{sign[side]}.1f}" for x in percent.loc[side]] for side in percent.index]
     over = [f"top-{k}" if name.endswith(f"_top{k}") else "All" for name in names]
     columns = pd.MultiIndex.from_arrays([over, [name.removesuffix(f"_top{k}") for name in names]])
     return pd.DataFrame(rows, heads, columns).to_string()
@@ -294,7 +280,6 @@ def evaluate_files(
     threshold: float = 0.5,
     k: int = 3,
     array: str = "scores",
-    unlabelled: Literal["keep", "drop"] = "keep",
     replicates: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -305,7 +290,6 @@ def evaluate_files(
         scores, against: run folders, or .npz files with `scores`, `targets`, optional `image_ids`, `classes`.
         json, csv, per_class: files to write: all results, a row per metric, a row per class.
         array: name of the scores in the file.
-        unlabelled: whether to keep or drop images without a label.
         threshold, k, replicates, level, seed: as in `compare_scores`.
 
     Returns:
@@ -321,17 +305,16 @@ def evaluate_files(
     """
     if min(replicates, seed) < 0:
         raise ValueError(f"replicates (0: no intervals) and seed must be >= 0, not {replicates} and {seed}")
-    files = read_files(scores, against, array, unlabelled)
+    files = read_files(scores, against, array)
     other = files[1].scores if against is not None else None
     table = compare_scores(files[0].scores, other, files[0].targets, replicates, level, seed, threshold, k)
     sides = [file_data(*pair, threshold, k) for pair in zip(files, (table, table), ("", "against_"))]
-    found = dict(schema="cadm-evaluation/1", threshold=threshold, k=k, array=array, unlabelled=unlabelled)
+    found = dict(schema="cadm-evaluation/1", threshold=threshold, k=k, array=array)
     found |= {"bootstrap": dict(replicates=replicates, level=level, seed=seed), **sides[0]}
     if against is not None:
         gains, ends = numbers_of(table, "difference_")
         found |= {"against": sides[1], "difference": gains, "difference_intervals": ends}
-    names = [file.name for file in files]
-    print(format_rows(table, names if len({*names}) == len(names) else [file.path for file in files], k))
+    print(format_rows(table, [file.name for file in files], k))
     print(
         "{images:,} images ({unlabelled_images:,} without a label), {classes} classes "
         "({classes_without_positive} without a positive), {labels:,} labels, {ignored:,} ignored".format(
