@@ -7,14 +7,13 @@ __all__ = []
 
 # %% ../../nbs/results/statistics.ipynb #8af6123a
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from scipy.sparse import csr_array
 
 from cadm_paper.metrics import PerClass, by_class, checked, checked_rule, metrics_of, ranking, ratio, top_k
 from cadm_paper.paper import signed
@@ -36,15 +35,15 @@ def draws(images: int, replicates: int, seed: int = 0, block: int = 32) -> Itera
 
 
 # %% ../../nbs/results/statistics.ipynb #b9527a4d
-def bags(members: np.ndarray, ends: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that sums weights (float32, N x B) over the members of each bag: bags x B.
+def bags(members: np.ndarray, ends: Sequence[int], images: int) -> csr_array:
+    """A matrix, bags x images, whose product with weights N x B sums them over the members of each bag.
 
     Args:
         members: image indices, bag after bag.
         ends: the position in `members` at which each bag ends.
     """
-    indices, starts = (torch.from_numpy(x.astype(np.int32)) for x in (members, np.r_[0, ends[:-1]]))
-    return lambda w: F.embedding_bag(indices, torch.from_numpy(w), starts, mode="sum").numpy()
+    once = np.ones(len(members), np.float32)
+    return csr_array((once, members, np.r_[0, ends]), (len(ends), images))
 
 
 # %% ../../nbs/results/statistics.ipynb #65300313
@@ -64,15 +63,15 @@ def plan_class(scores: np.ndarray, labels: np.ndarray, forced: np.ndarray, thres
     above, reached = ((labels >= 0) & over(scores, threshold) for over in (np.greater, np.greater_equal))
     given = [g for mask in (above, reached, forced & above, forced) for g in (mask, mask & (labels == 1))]
     image, ends = np.nonzero(given)[1], np.cumsum([mask.sum() for mask in given])
-    return ClassPlan(bags(positive, groups), bags(known, steps), bags(image, ends))
+    return ClassPlan(*(bags(*of, len(labels)) for of in ((positive, groups), (known, steps), (image, ends))))
 
 
 # %% ../../nbs/results/statistics.ipynb #7c572988
 def replicate_class(plan: ClassPlan, weights: np.ndarray) -> list[np.ndarray]:
     """The fields of `PerClass` for one class and multiplicities N x B: B numbers each."""
-    gain = plan.groups(weights).astype(np.float64)
+    gain = (plan.groups @ weights).astype(np.float64)
     hits = gain.cumsum(0)
-    seen = plan.steps(weights).cumsum(0, dtype=np.float64)
+    seen = (plan.steps @ weights).cumsum(0, dtype=np.float64)
     precision = hits / np.maximum(seen[:-1], 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     # where recall reaches 0, 0.1, ..., 1
@@ -80,7 +79,7 @@ def replicate_class(plan: ClassPlan, weights: np.ndarray) -> list[np.ndarray]:
     eleven = np.take_along_axis(envelope, np.stack(first, 1), 0).mean(0)
     area = lambda height: ratio((gain * height).sum(0), hits[-1])
     aps = [np.where(hits[-1] > 0, value, np.nan) for value in (area(precision), eleven, area(envelope))]
-    return [seen[-1], hits[-1], *aps, *plan.counted(weights)]
+    return [seen[-1], hits[-1], *aps, *(plan.counted @ weights)]
 
 
 # %% ../../nbs/results/statistics.ipynb #08527dd9
@@ -125,7 +124,7 @@ def interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
 class Difference:
     """Mean of paired differences over seeds with its interval (NaN for a single seed).
 
-    `p`: of the t test of the mean; `se_seeds`, `se_images`: its two standard errors.
+    `p`: of the t test of the mean; `se_images`: its standard error over test images.
     """
 
     mean: float
@@ -133,7 +132,6 @@ class Difference:
     high: float
     p: float
     by_seed: tuple[float, ...]
-    se_seeds: float
     se_images: float
 
     @property
@@ -170,7 +168,7 @@ def difference(per_seed: Sequence, se_images: float | None = None, level: float 
     d = values[:, 0] if values.ndim > 1 else values
     if se_images is None:
         se_images = float(np.std(values[:, 1:].mean(0))) if values.ndim > 1 else 0.0
-    mean, n, half, p, se_seeds = d.mean() if len(d) else np.nan, len(d), np.nan, np.nan, np.nan
+    mean, n, half, p = d.mean() if len(d) else np.nan, len(d), np.nan, np.nan
     if n > 1:
         se_seeds = d.std(ddof=1) / np.sqrt(n)
         se = np.hypot(se_seeds, se_images)
@@ -178,7 +176,7 @@ def difference(per_seed: Sequence, se_images: float | None = None, level: float 
         half = t.ppf((1 + level) / 2, freedom) * se
         p = 2 * t.sf(abs(mean) / se, freedom) if se else mean == 0
     ends = map(float, (mean, mean - half, mean + half, p))
-    return Difference(*ends, tuple(d.tolist()), float(se_seeds), se_images)
+    return Difference(*ends, tuple(d.tolist()), se_images)
 
 
 # %% ../../nbs/results/statistics.ipynb #6015ec60
