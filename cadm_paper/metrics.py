@@ -341,9 +341,6 @@ class MultiLabelMetrics:
                 f"cannot merge threshold {other.threshold}, k {other.k} "
                 f"into threshold {self.threshold}, k {self.k}"
             )
-        widths = {s.shape[1] for s in (*self.scores, *other.scores)}
-        if len(widths) > 1:
-            raise ValueError(f"cannot merge objects with {' and '.join(map(str, sorted(widths)))} classes")
         for scores, targets in zip(list(other.scores), list(other.targets)):
             self.update(scores, targets)
         return self
