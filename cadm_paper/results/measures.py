@@ -272,22 +272,15 @@ def model_outputs(model, batches: Iterable[torch.Tensor], normalise: str) -> lis
 
 
 # %% ../../nbs/results/measures.ipynb #31051fd3
-def measure_pairs(model, normalise: str, unit: float, n: int = 300) -> dict[str, np.ndarray]:
-    """Change of logits when one object of a scene is removed, in `unit`s, for n pairs of scenes.
+def measure_pairs(model, normalise: str, unit: float, n: int = 300) -> np.ndarray:
+    """Mean change of the remaining labels' logits when one object of a scene is removed, for n pairs.
 
-    Returns:
-        pairs_removed: of the removed label.
-        pairs_remaining, pairs_absent: mean over the remaining labels, and over the absent ones.
-    """
+    In `unit`s."""
     pairs = paired_scenes("coco", n)
+    remaining = pairs.labels_without == 1
     logits = lambda images: model_outputs(model, torch.from_numpy(images).split(100), normalise)[2]
     change = (logits(pairs.images_without) - logits(pairs.images)) / unit
-    mean = lambda where: (change * where).sum(1) / where.sum(1)
-    return {
-        "pairs_removed": change[np.arange(n), pairs.removed],
-        "pairs_remaining": mean(pairs.labels_without == 1),
-        "pairs_absent": mean(pairs.labels == 0),
-    }
+    return (change * remaining).sum(1) / remaining.sum(1)
 
 
 # %% ../../nbs/results/measures.ipynb #9ae51ea9
@@ -307,19 +300,21 @@ def measure(record: RunRecord, split, train=None) -> dict[str, np.ndarray]:
     if split.boxes and train:
         usual = usual_places(train, [*map(annotated_size, train.paths)])
         found["points"] = measure_points(found["lines"], split, sizes, maps.shape[2:], usual)
-    pairs = record.dataset["name"] == "scenes-coco"
-    return found | (measure_pairs(model, normalise, logits.std()) if pairs else {})
+    if record.dataset["name"] == "scenes-coco":
+        found["pairs_remaining"] = measure_pairs(model, normalise, logits.std())
+    return found
 
 
 # %% ../../nbs/results/measures.ipynb #661bb5bd
+HALF = "vectors_present vectors_absent distances pmi points pairs_remaining".split()  # stored as float16
+
+
 def keep_evidence(record: RunRecord, split, train=None) -> None:
     """Measure a finished run's model on a split and store `evidence.npz` beside its record."""
-    short = lambda name: (
-        name in ("vectors_present", "vectors_absent", "distances", "pmi", "points")
-        or name.startswith("pairs")
+    found = measure(record, split, train)
+    record.keep(
+        "evidence.npz", **found | {name: found[name].astype(np.float16) for name in HALF if name in found}
     )
-    found = {k: v.astype(np.float16) if short(k) else v for k, v in measure(record, split, train).items()}
-    record.keep("evidence.npz", **found)
 
 
 # %% ../../nbs/results/measures.ipynb #34cd2dc8
