@@ -1,7 +1,9 @@
 """Forged, damaged and foreign records: submitted, listed and shown beside others."""
 
 import copy
+import functools
 import json
+import operator
 import os
 import random
 import shutil
@@ -11,7 +13,6 @@ import numpy as np
 import pytest
 
 from cadm_paper.app.batch import WorkflowError
-from cadm_paper.app.explorer import build_explorers
 from cadm_paper.app.report import build_report
 from cadm_paper.app.runs import runs_list, runs_submit, summary
 from cadm_paper.engine import record as records
@@ -93,18 +94,10 @@ FORGED = {
     "an epoch's missing mAP": (lambda c: c["history"][9].update(mAP=None), "epoch 10: mAPs are expected"),
     "the last epoch": (lambda c: c["history"][-1].update(mAP=0.4), "last epoch.mAP"),
     "a word in the history": (lambda c: c["history"][3].update(loss="low"), "history.3.loss = 'low'"),
-    "no time": (lambda c: c["timing"].update(wall_s=0.0), "timing: "),
     "a time below zero": (lambda c: c["timing"].update(cpu_s=-1.0), "timing.cpu_s"),
-    "more training than time": (lambda c: c["timing"].update(training_s=99.0), "timing: 99 s"),
-    "another machine": (
-        lambda c: (relabel(c, device="cuda"), c["machine"].update(device="cpu")),
-        "machine.device",
-    ),
     "no machine": (lambda c: c.update(machine={}), "machine.device: Field required"),
     "images": (lambda c: c["dataset"]["test"].update(images=41), "scores.npz"),
     "labels": (lambda c: c["dataset"]["test"]["positives"].update({"synth-0": 3}), "positives"),
-    "training labels": (lambda c: c["dataset"]["train"].update(labels=3), "dataset.train.labels"),
-    "an unknown count": (lambda c: c["dataset"]["train"].update(note="<b>"), "dataset.train.note: unknown"),
     "a count's type": (
         lambda c: c["dataset"]["train"].update(ignored="none"),
         "dataset.train.ignored = 'none'",
@@ -169,7 +162,6 @@ ARRAYS = [
     ("scores.npz", dict(image_ids=np.array(["a"] * 40)), "image ids"),
     ("scores.npz", dict(secret=HALF), "scores.npz: secret: unknown"),
     ("scores.npz", dict(classes=np.array([{}] * 6, object)), "no arrays"),
-    ("maps.npz", dict(maps=np.zeros((3, 6, 10, 10), np.float16)), "the maps do not give the scores"),
     ("maps.npz", dict(indices=np.arange(3)), "not the images that the fixed seed draws"),
     ("maps.npz", dict(scores=HALF[:3]), "scores differ from scores.npz"),
     ("maps.npz", dict(secret=HALF), "maps.npz: secret: unknown"),
@@ -198,27 +190,18 @@ def test_missing_files_and_pipes_are_rejected(given, file, put):
     refuse(given, file)
 
 
-def test_a_consistent_record_is_accepted_once_and_names_its_submitter(given, tmp_path, capsys):
+def test_a_consistent_record_is_accepted_once_and_names_its_submitter(given, tmp_path):
     (given / "private.txt").write_text("of the sender")
     by = "<img src=x onerror=alert(1)>\n"
     there = submit(given, by)
-    assert {p.name for p in there.rglob("*") if p.is_file()} - {".lock"} == {
-        "run.json",
-        "scores.npz",
-        "maps.npz",
-    }
+    names = {p.name for p in there.rglob("*") if p.is_file()}
+    assert names - {".lock"} == {"run.json", "scores.npz", "maps.npz"}
     record = RunRecord.load(there)
     assert record.submitted == by.strip() and f"submitted, by {by.strip()}" in source(record)
     with pytest.raises(WorkflowError, match="there is a run of this configuration"):
         runs_submit(given, "another", tmp_path / "outputs")
-    runs = tmp_path / "outputs" / "runs"
-    shown = table("table1", load_runs(runs), status=run_status(runs))
-    page = build_report(runs, tmp_path / "report").read_text()
-    runs_list(outputs=tmp_path / "outputs")
-    assert "submitted, by <img" in capsys.readouterr().out
-    for text in (shown.html(), shown.markdown(), page):
-        assert "submitted, by &lt;img" in text and "<img src=x" not in text
-    assert page.count("submitted, by") >= 3  # table, bars, runs
+    page = build_report(tmp_path / "outputs" / "runs", tmp_path / "report").read_text()
+    assert page.count("submitted, by &lt;img") >= 3 and "<img src=x" not in page  # table, bars, runs
 
 
 def test_a_submission_does_not_touch_an_unfinished_run(given):
@@ -256,49 +239,22 @@ BAD = {
 }
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("good")
-    synthetic_runs(folder / "runs", ["scenes-coco"], images=40, classes=6, drawn=2)
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore:left out")
-def test_bad_records_do_not_affect_the_others(good, tmp_path, capsys):
-    outputs = Path(shutil.copytree(good, tmp_path / "outputs"))
-    rows = table("table1", load_runs(outputs / "runs")).rows()
-    template = next((outputs / "runs").rglob("run.json")).read_text()
-    for n, (name, change) in enumerate(BAD.items()):
-        folder = outputs / "runs" / "scenes-coco" / f"bad {n}"
-        folder.mkdir()
-        (folder / "run.json").write_text(change(template))
-    (outputs / "runs" / "scenes-coco" / "bad folder" / "run.json").mkdir(parents=True)
-    (outputs / "runs" / "scenes-coco" / "bad link").symlink_to(outputs)
-    runs, status = load_runs(outputs / "runs"), run_status(outputs / "runs")
-    assert len(runs) == 5 and table("table1", runs, status=status).rows() == rows
-    assert sum("cannot be read" in why for why in status.unfinished.values()) == len(BAD) + 1
-    page = build_report(outputs / "runs", tmp_path / "report").read_text()
-    assert (
-        page.count("cannot be read") == len(BAD) + 1
-        and "is not drawn" not in page
-        and str(tmp_path) not in page
-    )
-    assert build_explorers(runs, tmp_path / "report") == {"scenes-coco": "explorer.html"}
-    assert runs_list(outputs=outputs) == 0 and capsys.readouterr().out.count("unreadable") == len(BAD) + 1
-
-
-def test_foreign_and_damaged_records_do_not_affect_figures(good, tmp_path):
-    runs = Path(shutil.copytree(good / "runs", tmp_path / "runs"))
-    synthetic_run(runs / "scenes-coco" / "foreign", images=30, classes=4, drawn=2, seed=1)
-    for lam in (0, 0.5):
-        run = synthetic_run(
-            runs / "scenes-coco" / f"damaged {lam}", images=40, classes=6, drawn=2, lam=lam, seed=2
-        )
-        for file in run.files:
-            (run.folder / file).write_bytes(b"other")
-    page = build_report(runs, tmp_path / "out").read_text()
-    assert "is not drawn" not in page and "2 of 7 records are left out" in page
-    assert build_explorers(load_runs(runs), tmp_path / "out") == {"scenes-coco": "explorer.html"}
+def test_bad_records_do_not_affect_the_others(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    synthetic_runs(runs, ["scenes-coco"], images=40, classes=6, drawn=2)
+    rows = table("table1", load_runs(runs)).rows()
+    template = next(runs.rglob("run.json")).read_text()
+    for n, change in enumerate(BAD.values()):
+        (runs / "scenes-coco" / f"bad {n}").mkdir()
+        (runs / "scenes-coco" / f"bad {n}" / "run.json").write_text(change(template))
+    (runs / "scenes-coco" / "bad folder" / "run.json").mkdir(parents=True)
+    (runs / "scenes-coco" / "bad link").symlink_to(tmp_path)
+    assert len(load_runs(runs)) == 5
+    assert table("table1", load_runs(runs), status=run_status(runs)).rows() == rows
+    page = build_report(runs, tmp_path / "report").read_text()
+    assert page.count("cannot be read") == len(BAD) + 1 and "is not drawn" not in page
+    assert runs_list(outputs=tmp_path) == 0 and capsys.readouterr().out.count("unreadable") == len(BAD) + 1
 
 
 STRANGE = [
@@ -319,28 +275,20 @@ STRANGE = [
 ]
 
 
-def test_a_run_of_an_unknown_data_set_is_listed(honest, tmp_path, capsys):
-    content = content_of(honest)
-    relabel(content, dataset="elsewhere")
-    content["dataset"]["name"] = "elsewhere"
-    for place in ("runs", "on-mine/runs"):
-        write_json(tmp_path / place / "elsewhere" / content["name"] / "run.json", content)
-    assert runs_list(outputs=tmp_path) == 0 and capsys.readouterr().out.count("elsewhere") == 2
-    assert not run_status(tmp_path / "runs").unfinished
+def places(part, path=()):
+    """The path of each value in nested parts of a record, also of the parts themselves."""
+    items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+    for key, value in items:
+        yield *path, key
+        yield from places(value, (*path, key))
 
 
 def test_a_mutated_record_is_read_or_rejected_in_one_line(honest):
-    """300 random mutations of one value."""
+    """Each value in turn, and each part, is replaced by a random other one."""
     draw, content, kept = random.Random(7), content_of(honest), 0
-    for _ in range(300):
+    for *path, key in places(content):
         changed = copy.deepcopy(content)
-        place = changed
-        while True:
-            key = draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
-            if not (isinstance(place[key], (dict, list)) and place[key]) or draw.random() < 0.2:
-                break
-            place = place[key]
-        place[key] = draw.choice(STRANGE)
+        functools.reduce(operator.getitem, path, changed)[key] = draw.choice(STRANGE)
         try:
             record = RunRecord.from_dict(changed, honest)
         except RecordError as error:
@@ -349,12 +297,4 @@ def test_a_mutated_record_is_read_or_rejected_in_one_line(honest):
         kept += 1
         assert all(isinstance(problem, str) for problem in problems(record))
         assert table("table1", [record]).html() and summary(record)
-    assert 0 < kept < 200
-
-
-def test_a_checkout_is_identified_without_git(monkeypatch):
-    """A container may have the checkout and no git: the digest of the package still names the code."""
-    with_git = records.code_version()
-    monkeypatch.setenv("PATH", "")
-    found = records.code_version()
-    assert set(found) == {"cadm_paper", "package"} and found.items() <= with_git.items()
+    assert 0 < kept < 100
