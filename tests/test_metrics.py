@@ -147,12 +147,18 @@ def test_bad_input_gets_one_line(scores, targets, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_meters_that_do_not_fit_are_not_merged():
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda a, b: a.merge(b), "has 2 classes"),
+        (lambda a, b: a.update([[0.5, 0.5]], [[1, 0]]), "has 2 classes"),
+        (lambda a, b: a.merge(MultiLabelMetrics(k=5)), "k 5"),
+        (lambda a, b: MultiLabelMetrics().compute(), "no batch"),
+    ],
+)
+def test_batches_that_do_not_fit_are_rejected(call, says):
     a, b = MultiLabelMetrics(), MultiLabelMetrics()
     a.update([[0.5]], [[1]])
     b.update([[0.5, 0.5]], [[1, 0]])
-    for call, argument, says in ((a.merge, b, "has 2 classes"), (a.merge, MultiLabelMetrics(k=5), "k 5")):
-        with pytest.raises(ValueError, match=says):
-            call(argument)
-    with pytest.raises(ValueError, match="no batch"):
-        MultiLabelMetrics().compute()
+    with pytest.raises(ValueError, match=says):
+        call(a, b)

@@ -15,7 +15,6 @@ import pytest
 from cadm_paper.app.batch import WorkflowError
 from cadm_paper.app.report import build_report
 from cadm_paper.app.runs import runs_list, runs_submit, summary
-from cadm_paper.engine import record as records
 from cadm_paper.engine.audit import problems
 from cadm_paper.engine.config import TrainConfig, config_digest
 from cadm_paper.engine.record import RecordError, RunRecord, load_runs, save_arrays, source
@@ -133,15 +132,6 @@ def test_a_forged_record_is_rejected(given, change, says):
     refuse(given, says)
 
 
-@pytest.mark.parametrize(
-    "text", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', "[" * 9999]
-)
-def test_json_without_a_finite_number_is_rejected(given, text):
-    content = (given / "run.json").read_text()
-    (given / "run.json").write_text(content.replace('"mAP": ', f'"mAP": {text}, "was": ', 1))
-    refuse(given, "run.json")
-
-
 def rewrite(folder: Path, file: str, **arrays) -> None:
     """Change arrays of a file and update its checksum."""
     found, content = dict(np.load(folder / file)), content_of(folder)
@@ -175,11 +165,6 @@ ARRAYS = [
 def test_forged_arrays_are_rejected(given, file, arrays, says):
     rewrite(given, file, **arrays)
     refuse(given, says)
-
-
-def test_a_decompression_bomb_is_rejected(given, monkeypatch):
-    monkeypatch.setattr(records, "LARGEST", 1000)
-    refuse(given, "unpacks to .* bytes, more than 1,000")
 
 
 @pytest.mark.parametrize("file", ["run.json", "scores.npz"])

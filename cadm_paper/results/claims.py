@@ -67,28 +67,19 @@ ORIGIN = Variant("cadm", 0.5, (("center", "origin"),))  # Eq. 12 around the orig
 MEASURED = COCO, NUS, VOC = "scenes-coco", "scenes-nus", "voc2007"
 
 
-# %% ../../nbs/results/claims.ipynb #a9c41e07
-def measured_again(folder: Path | None = None) -> dict[str, list[RunRecord]]:
-    """Records of the second and fifth plan, for each data set with eight complete seeds of the ablation."""
-    folder = folder or reference_folder()
-    runs = [r for r in load_runs(folder / SECOND) + load_runs(folder / ROWS) if not r.config.holdout]
-    ready = [d for d in (COCO, NUS) if len(complete(runs, d, MAIN[1:])[PLAIN]) >= 8]
-    return {dataset: [r for r in runs if r.dataset["name"] == dataset] for dataset in ready}
-
-
 # %% ../../nbs/results/claims.ipynb #e3526842
 def study_records(folder=None, second: bool = True) -> dict[str, list[RunRecord]]:
     """Records of the studies by part: the committed ones, or those in a folder such as outputs/runs.
 
-    A data set that the second plan repeated has its records; with `second=False` those of the first plan.
+    The runs of the second and fifth plan replace those of the first; with `second=False` they do not.
     """
     folder = Path(folder) if folder else reference_folder()
     if any((folder / part).is_dir() for part in PARTS):
-        again = measured_again(folder) if second else {}
         parts = {part: load_runs(folder / part) for part in PARTS}
-        for part in ("confirm", "control"):
-            new = [r for runs in again.values() for r in runs if study_part(r) == part]
-            parts[part] = new + [r for r in parts[part] if r.dataset["name"] not in again]
+        if second:
+            new = [r for study in (SECOND, ROWS) for r in load_runs(folder / study) if not r.config.holdout]
+            new = sorted(new, key=lambda r: r.dataset["name"])
+            parts |= {part: [r for r in new if study_part(r) == part] for part in ("confirm", "control")}
         return parts
     runs = load_runs(folder)
     # the workflow's folder of runs on scenes with independent labels
