@@ -83,10 +83,13 @@ def replicate_class(plan: ClassPlan, weights: np.ndarray) -> list[np.ndarray]:
 
 
 # %% ../../nbs/results/statistics.ipynb #08527dd9
-def bootstrap_classes(
+def bootstrap(
     scores: Any, targets: Any, replicates: int = 1000, seed: int = 0, threshold: float = 0.5, k: int = 3
-) -> PerClass:
-    """Counts and APs per class for bootstrap replicates over images: replicates x C each."""
+) -> dict[str, np.ndarray]:
+    """Bootstrap replicates over images of the metrics of `multilabel_metrics`, except the `_labelled` ones.
+
+    Equal seeds draw equal images, so replicates of two methods are paired.
+    """
     s, y = checked(scores, targets)
     checked_rule(threshold, k)
     limit = s.dtype.type(threshold)
@@ -96,27 +99,16 @@ def bootstrap_classes(
         np.stack([replicate_class(plan, weights) for plan in plans], 2)  # fields x B x C
         for weights in draws(len(s), replicates, seed)
     ]
-    return PerClass(*np.concatenate(found, 1))
-
-
-# %% ../../nbs/results/statistics.ipynb #8879c727
-def bootstrap(
-    scores: Any, targets: Any, replicates: int = 1000, seed: int = 0, threshold: float = 0.5, k: int = 3
-) -> dict[str, np.ndarray]:
-    """Bootstrap replicates over images of the metrics of `multilabel_metrics`, except the `_labelled` ones.
-
-    Equal seeds draw equal images, so replicates of two methods are paired.
-    """
-    return metrics_of(bootstrap_classes(scores, targets, replicates, seed, threshold, k), k)
+    return metrics_of(PerClass(*np.concatenate(found, 1)), k)
 
 
 # %% ../../nbs/results/statistics.ipynb #1215db77
 def interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap replicates (first axis), without NaN."""
+    """Percentile interval of bootstrap replicates, without NaN."""
     if not 0 < level < 1:
         raise ValueError(f"the level of an interval must be between 0 and 1, not {level}")
-    low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return (low, high) if np.ndim(low) else (float(low), float(high))
+    low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 # %% ../../nbs/results/statistics.ipynb #3d3a98f0
