@@ -18,8 +18,7 @@ import shutil
 import stat
 import uuid
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -28,23 +27,17 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 
-# %% ../nbs/files.ipynb #34b426e6
-def remove(path: Path) -> None:
-    """Remove a file or folder if possible."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
 # %% ../nbs/files.ipynb #9f333015
 def tidy(path: Path, lock: Path) -> None:
     """Remove the temporary files of a write to `path`; restore a folder that was moved aside."""
-    old = lock.with_suffix(".old")
+    part, old = lock.with_suffix(".part"), lock.with_suffix(".old")
     if old.exists() and not path.exists():
         old.rename(path)
-    for left in (old, lock.with_suffix(".part"), lock):
-        remove(left)
+    for folder in (part, old):
+        shutil.rmtree(folder, ignore_errors=True)  # ignores a file, too
+    with contextlib.suppress(OSError):
+        part.unlink(missing_ok=True)
+        lock.unlink()
 
 
 # %% ../nbs/files.ipynb #9f333016
@@ -57,44 +50,27 @@ def remove_leftovers(path: Path) -> None:
 
 # %% ../nbs/files.ipynb #e9ac6e8e
 @contextlib.contextmanager
-def temporary(path: Path, make: Callable[[Path], None]):
-    """A locked temporary sibling of `path`, created by `make` and removed at the end of the block."""
-    absent = [folder for folder in path.parents if not folder.exists()]
+def temporary(path: Path):
+    """A locked name for a temporary sibling of `path`, which is removed at the end of the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     lock = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.lock")
     try:
         with FileLock(lock):
-            make(part := lock.with_suffix(".part"))
-            yield part
+            yield lock.with_suffix(".part")
     finally:
         tidy(path, lock)
-        with contextlib.suppress(OSError):  # not empty
-            for folder in absent:
-                folder.rmdir()
-
-
-# %% ../nbs/files.ipynb #d55b85dd
-def sync(path: Path) -> None:
-    """Sync a file's content or a folder's entries to disk, against power cuts (not on Windows)."""
-    if os.name != "nt":
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 # %% ../nbs/files.ipynb #956b7e95
-FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
-
-
 @contextlib.contextmanager
 def naming(path):
-    """Name `path` in an error of a full disk inside the block."""
+    """Name `path` in an error, such as a full disk, that names no file or a temporary one."""
     try:
         yield
     except OSError as error:
         ours = error.filename is None or str(error.filename).endswith((".part", ".lock"))
-        if error.errno in FULL and ours:
+        if error.errno and ours:
             error.filename = str(path)
         raise
 
@@ -104,13 +80,19 @@ TEXT = {"encoding": "utf-8", "newline": "\n"}
 
 
 def open_through(path, mode: str = "wb"):
-    """Open a file, pipe or device for direct writing. Raises `OSError` for a pipe without a reader."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    """Open a file, pipe or device for direct writing."""
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, flags, 0o666)
-    os.set_blocking(descriptor, True)
-    return open(descriptor, mode, **({} if "b" in mode else TEXT | {"buffering": 1}))  # text: line-buffered
+    return open(path, mode, **({} if "b" in mode else TEXT | {"buffering": 1}))  # text: line-buffered
+
+
+# %% ../nbs/files.ipynb #5a245074
+def regular(path):
+    """The path of a file or folder. Raises `OSError` for a pipe or device, which may be endless."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return path
+    raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
 
 
 # %% ../nbs/files.ipynb #98985e69
@@ -121,25 +103,21 @@ def whole_file(path, mode: str = "wb", through: bool = True):
     Args:
         path: file to write.
         mode: "wb" or "w" (UTF-8).
-        through: follow links, and write directly to a pipe or device; if false, replace `path` itself.
+        through: follow links; if false, replace `path` itself.
 
     Raises:
-        OSError: as for `open`, or for a pipe without a reader; a full disk is reported with `path`.
+        OSError: as for `open`, or for a pipe or device; a full disk is reported with `path`.
     """
     path = Path(path).expanduser()
     path = Path(os.path.realpath(path)) if through else path
-    with naming(path):
-        if through and path.exists() and not (path.is_file() or path.is_dir()):
-            with open_through(path, mode) as file:
-                yield file
-            return
-        with temporary(path, Path.touch) as part:
-            with open(part, mode, **({} if "b" in mode else TEXT)) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        sync(path.parent)
+    if path.exists():
+        regular(path)
+    with naming(path), temporary(path) as part:
+        with open(part, mode, **({} if "b" in mode else TEXT)) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
 
 
 # %% ../nbs/files.ipynb #93e26ec6
@@ -160,14 +138,12 @@ def whole_folder(folder, known: tuple[str, ...], what: str):
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= set(known)):
         raise FileExistsError(f"{folder} exists and is not {what}: choose another name")
-    with naming(folder), temporary(folder, Path.mkdir) as new:
+    with naming(folder), temporary(folder) as new:
+        new.mkdir()
         yield new
-        for path in (*new.rglob("*"), new):
-            sync(path)
         if folder.exists():
             folder.rename(new.with_suffix(".old"))
         new.rename(folder)
-    sync(folder.parent)
 
 
 # %% ../nbs/files.ipynb #59823d18
@@ -185,15 +161,6 @@ def optional(package: str, extra: str) -> ModuleType:
             raise
         how = f"pip install 'cadm-paper[{extra}]'"
         raise MissingPackage(f"{package} is not installed: {how}", name=package) from None
-
-
-# %% ../nbs/files.ipynb #5a245074
-def regular(path):
-    """The path of a file or folder. Raises `OSError` for a pipe or device, which may be endless."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-        return path
-    raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
 
 
 # %% ../nbs/files.ipynb #e19bba8e
@@ -234,32 +201,12 @@ def read_json(path):
 
 # %% ../nbs/files.ipynb #b5b21800
 def read_yaml(path):
-    """A YAML file as plain values; an unquoted scalar is parsed as JSON (1e-4, true), else it is text.
+    """A YAML file as plain values; `1e-4` is text, as YAML 1.1 has it, and cast where a number is expected.
 
-    So no scalar is octal (010), sexagesimal (1:30) or a date. Raises `OSError` if the file is unreadable, and
-    `ValueError` naming file and line for repeated keys and aliases."""
+    Raises `OSError` if the file is unreadable, and `ValueError` naming file and line if it is no YAML."""
     yaml = optional("yaml", "repro")
-
-    class Plain(yaml.BaseLoader):
-        def construct_scalar(self, node):
-            if node.style is None:
-                with contextlib.suppress(ValueError):
-                    return json.loads(node.value)
-            return super().construct_scalar(node)
-
-        def compose_node(self, parent, index):
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.MarkedYAMLError(problem="an alias", problem_mark=self.peek_event().start_mark)
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node, deep=False):
-            found = super().construct_mapping(node, deep)
-            if len(found) < len(node.value):
-                raise yaml.MarkedYAMLError(problem="a key occurs twice", problem_mark=node.start_mark)
-            return found
-
     try:
-        return yaml.load(read_bytes(path), Plain)
+        return yaml.safe_load(read_bytes(path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
@@ -278,13 +225,11 @@ def read_arrays(path, limit: int = 2**31, start: str = "") -> dict[str, np.ndarr
             raise ValueError(f"it unpacks to {total:,} bytes, more than {limit:,}")
         with np.load(path, allow_pickle=False) as arrays:
             return {k.removeprefix(start): arrays[k] for k in arrays.files if k.startswith(start)}
-    except (ValueError, TypeError, ArithmeticError, EOFError, KeyError, MemoryError, RuntimeError) as error:
-        said = "Python objects; save plain arrays" if "allow_pickle" in str(error) else error
-        raise ValueError(f"{path}: no arrays ({said})") from None  # RuntimeError: an encrypted member
-    except (zipfile.BadZipFile, zlib.error, SyntaxError, OSError) as error:
+    except Exception as error:  # zipfile, zlib and NumPy have their own
         if getattr(error, "filename", None):  # about the file itself
             raise
-        raise ValueError(f"{path}: no arrays, or damaged ({error})") from None
+        said = "Python objects; save plain arrays" if "allow_pickle" in str(error) else error
+        raise ValueError(f"{path}: no arrays ({said})") from None
 
 
 # %% ../nbs/files.ipynb #c546ecb4
@@ -302,14 +247,9 @@ class FolderLocked(RuntimeError):
 # %% ../nbs/files.ipynb #47e5841b
 @contextlib.contextmanager
 def folder_lock(folder, wait: bool = False, name: str = ".lock"):
-    """Lock a folder for this process. If another process holds it, raise `FolderLocked`, or `wait`.
-
-    Raises `PermissionError` for a folder of another user in a world-writable folder such as /tmp."""
+    """Lock a folder for this process. If another process holds it, raise `FolderLocked`, or `wait`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shared = os.name != "nt" and folder.parent.stat().st_mode & stat.S_IWOTH
-    if shared and folder.lstat().st_uid != os.getuid():
-        raise PermissionError(f"{folder}: belongs to another user; choose another folder")
     try:
         held = FileLock(folder / name).acquire(timeout=-1 if wait else 0)
     except Timeout:
