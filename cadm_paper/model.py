@@ -472,8 +472,8 @@ class CADM(Network):
         num_classes: number of classes, C.
         backbone: a name in `BACKBONES` (torchvision's ResNets, "narrow_resnet"), "timm/NAME", or a module
             from images to maps.
-        weights: initial weights of the backbone: "imagenet", "imagenet-v2", torchvision's words and names, a
-            file or a saved model's folder; None: random. A module keeps its weights unless a file is given.
+        weights: initial weights of the backbone: "imagenet", "imagenet-v2", a file or a saved model's
+            folder; None: random. A module keeps its weights unless a file is given.
         image_size: px (or height, width) for which f_embed is built; 448, for the narrow ResNet 80.
         map_size: (h, w) of the maps for which f_embed is built; None: from `image_size`.
         classes: C different names.

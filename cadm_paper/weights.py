@@ -60,16 +60,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 # %% ../nbs/weights.ipynb #483217cb
 def checked_state(state: Any, file: Path) -> dict[str, Tensor]:
     """A state dict, or its entry "state_dict". Raises `ValueError` unless it is finite tensors by name."""
-    state = state if isinstance(state, Mapping) else {}
-    state = state.get("state_dict", state)
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        items = state.items() if isinstance(state, Mapping) else ()
-        inside = [key for key, value in items if isinstance(value, Mapping)]
+        inside = [k for k, v in state.items() if isinstance(v, Mapping)] if isinstance(state, Mapping) else []
         hint = f"; one may be under {inside[0]!r}: save that alone" if inside else ""
         raise ValueError(f"{file} contains no state dict (a mapping of names to tensors){hint}")
-    for key, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{file}: {key} is not finite (NaN or infinite)")
+    if broken := [key for key, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise ValueError(f"{file}: {broken[0]} is not finite (NaN or infinite)")
     return dict(state)
 
 
@@ -88,7 +85,6 @@ def reason(file: Path, error: Exception) -> str:
 
 # %% ../nbs/weights.ipynb #c6026534
 IMAGENET = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}  # name here -> torchvision's name
-WORDS = (*IMAGENET, *IMAGENET.values(), "DEFAULT")
 
 
 class WeightsUnavailable(RuntimeError):
@@ -96,33 +92,25 @@ class WeightsUnavailable(RuntimeError):
 
 
 # %% ../nbs/weights.ipynb #820ced25
-def imagenet_weights(backbone: str, wanted: str | WeightsEnum) -> WeightsEnum:
-    """torchvision's enum member for a backbone's ImageNet weights. Raises `ValueError` if there is none."""
+def imagenet_weights(backbone: str, wanted: str) -> WeightsEnum:
+    """torchvision's entry for a backbone's ImageNet weights. Raises `ValueError` if there is none."""
     if backbone not in torchvision.models.list_models(torchvision.models):
         raise ValueError(f"there are no ImageNet weights for {backbone!r}: use a file, or weights=None")
     versions = torchvision.models.get_model_weights(backbone).__members__
-    if "_Weights." in str(wanted) and not isinstance(wanted, WeightsEnum):
-        wanted = torchvision.models.get_weight(str(wanted))
-    version = wanted.name if isinstance(wanted, WeightsEnum) else IMAGENET.get(wanted, wanted)
-    if version not in versions or isinstance(wanted, WeightsEnum) and wanted is not versions[version]:
+    if IMAGENET[wanted] not in versions:
         raise ValueError(f"torchvision has no {wanted} weights for {backbone}: it has {', '.join(versions)}")
-    return versions[version]
+    return versions[IMAGENET[wanted]]
 
 
 # %% ../nbs/weights.ipynb #91cf3ad7
 def imagenet_state_dict(entry: WeightsEnum) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights, downloaded once into torch's cache; the checksum is always verified."""
-    name = Path(entry.url).name  # resnet18-f37072fd.pth: the checksum's first digits
-    cached = Path(torch.hub.get_dir(), "checkpoints", name)
-    if cached.is_file() and not sha256_file(cached).startswith(cached.stem.rpartition("-")[2]):
-        raise ValueError(
-            f"{cached} is not torchvision's file (checksum differs): remove it to download it again"
-        )
+    """torchvision's ImageNet weights, downloaded once into torch's cache and checked."""
     try:
         return entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except Exception as error:  # no network, a time-out, a wrong checksum, a full disk
-        how = "download it elsewhere and pass its path as weights"
-        raise WeightsUnavailable(f"could not download {entry.url} ({error}): {how}") from error
+    except Exception as error:  # no network, a time-out, a wrong checksum, a full disk, a damaged cache
+        said = " ".join(str(error).split())[:200]
+        how = "remove it from torch's cache, or download it elsewhere and pass its path as weights"
+        raise WeightsUnavailable(f"could not download and read {entry.url} ({said}): {how}") from error
 
 
 # %% ../nbs/weights.ipynb #66908f1e
@@ -193,20 +181,14 @@ def start_backbone(
             message = f"{name} starts from random weights. {what}: {how}"
             warnings.warn(message, UntrainedBackbone, stacklevel=4)  # the caller of CADM(...)
         return {"source": None}
-    if name.startswith("timm/") and weights in WORDS:
-        state = timm_state_dict(name.removeprefix("timm/"))
-        origin = {"source": "imagenet", "version": name}
-    elif (
-        isinstance(weights, WeightsEnum)
-        or weights in WORDS
-        or re.fullmatch(r"\w+_Weights\.[A-Z\d_]+", str(weights))
-    ):
-        entry = imagenet_weights(name, weights)
-        state = imagenet_state_dict(entry)
-        origin = {"source": weights if weights in IMAGENET else "imagenet", "version": entry.name}
-    else:
+    if weights not in IMAGENET:
         state = read_state_dict(weights)
         origin = {"source": Path(weights).name, "sha256": sha256_file(weights_file(weights))}
+    elif name.startswith("timm/"):
+        state, origin = timm_state_dict(name.removeprefix("timm/")), {"source": "imagenet", "version": name}
+    else:
+        entry = imagenet_weights(name, weights)
+        state, origin = imagenet_state_dict(entry), {"source": weights, "version": entry.name}
     try:
         return {**origin, "initialised": load_backbone_weights(backbone, state, expected_missing)}
     except ValueError as error:

@@ -6,7 +6,6 @@
 __all__ = ["PRESETS", "ConfigError", "TrainConfig", "learning_rate"]
 
 # %% ../../nbs/engine/config.ipynb #0409142e
-import enum
 import hashlib
 import json
 import math
@@ -55,8 +54,7 @@ def _from_json(value):
 
 # %% ../../nbs/engine/config.ipynb #46c873f4
 def _in_words(value):
-    """None as "none", and a member of torchvision's weights enum as its name."""
-    value = value.name if isinstance(value, enum.Enum) else value
+    """None as "none"."""
     return "none" if str(value).lower() == "none" else value
 
 
