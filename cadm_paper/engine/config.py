@@ -267,23 +267,6 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
 
         return method_arguments(self.method, self.method_args, self.model_dump(exclude={"method_args"}))
 
-    def _repr_html_(self) -> str:
-        """In a notebook: the fields that differ from the paper's defaults."""
-        import pandas as pd
-
-        usual = {name: field.default for name, field in type(self).model_fields.items()}
-        differ = pd.Series({k: v for k, v in self if v != usual[k]}, dtype=object)
-        return differ.to_frame(f"{self.method} on {self.dataset}").to_html()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_values_as_numbers(cls, values):
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field and field.annotation in (int, float):
-                raise ValueError(f"{name}: a number is expected, not {value}")
-        return values
-
     @model_validator(mode="after")
     def _values_that_go_together(self):
         if self.method_args or self.method not in PAPER_ROWS:  # the import takes seconds

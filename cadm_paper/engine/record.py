@@ -108,7 +108,6 @@ Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=200)]
 
 # %% ../../nbs/engine/record.ipynb #a52d31a2
 LARGEST = 2**28  # bytes, limit of the arrays in one file; NUS-WIDE needs half of it
-LONGEST = 2**26  # bytes, limit of a run.json
 
 # %% ../../nbs/engine/record.ipynb #c51f7223
 EpochFacts = TypedDict(
@@ -279,13 +278,6 @@ class RunRecord:
     def __repr__(self):
         return f"{type(self).__name__}({self.dataset.get('name')}/{self.name})"
 
-    def _repr_html_(self) -> str:
-        """In a notebook: the columns of Table 1, in percent."""
-        import pandas as pd
-
-        row = {column: round(100 * self.metrics[column], 1) for column in COLUMNS}
-        return pd.DataFrame([row], index=[self.name]).to_html()
-
     @classmethod
     def load(cls, folder) -> "RunRecord":
         """Read `folder/run.json`. Raises `RecordError` if it is missing or not a record."""
@@ -293,8 +285,6 @@ class RunRecord:
         if not path.is_file():
             raise RecordError(f"{path}: no such file, so the folder has no finished run")
         try:
-            if path.stat().st_size > LONGEST:
-                raise ValueError(f"{path}: longer than {LONGEST:,} bytes")
             content = read_json(path)
         except (OSError, ValueError) as error:
             raise RecordError(error) from None
