@@ -15,11 +15,9 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, ValidationError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,41 +31,27 @@ from cadm_paper.engine.checkpoint import (
     optimiser_tensors,
     save_checkpoint,
 )
-from cadm_paper.engine.config import (
-    ConfigError,
-    TrainConfig,
-    config_changes,
-    explain,
-    learning_rate,
-    portable,
-)
+from .engine.config import TrainConfig, config_changes, learning_rate, portable
+from .engine.pretrain import PretrainConfig, pretrained_digits
 from cadm_paper.engine.processes import (
-    MeanOverParts,
     ProcessGroup,
     Stopped,
     end_with_parent,
     machine_settings,
+    mean_over_parts,
     process_group,
     rank_and_world,
     resolve_machine,
     stop_signals,
 )
 from .engine.progress import NotebookProgress, Progress, TextProgress  # noqa: F401
-from cadm_paper.engine.record import (
-    EpochFacts,
-    RunRecord,
-    code_version,
-    environment,
-    save_arrays,
-    write_record,
-)
+from .engine.record import RunRecord, code_version, environment, save_arrays, write_record
 from .engine.splits import data_root, draw_examples, held_out, prepare_data
 from .engine.variants import run_name
-from .files import FolderLocked, default_folder, folder_lock, sha256_file
+from .files import FolderLocked, default_folder, folder_lock
 from .methods.base import build_network
 from .methods.linear_probe import Probe
-from .model import LAST, SEEN, Network, feature_maps, feature_shapes
-from .weights import weights_file
+from .model import LAST, SEEN, Network, feature_maps
 
 # %% ../nbs/05_train.ipynb #6e4c6e61
 _all_ = ["TrainConfig"]
@@ -86,8 +70,6 @@ def build_model(
     """The network of a configuration's method with its first weights; `labels`: training labels, N x C."""
     weights, classes = config.weights, [str(c) for c in classes]
     if weights in DIGITS:
-        from cadm_paper.engine.pretrain import PretrainConfig, pretrained_digits
-
         weights = pretrained_digits(config=PretrainConfig(config.backbone, seed=DIGITS[weights]))
     missing = config.expected_missing.replace(" ", "").split(",")
     how = dict(image_size=config.image_size, classes=classes, expected_missing=missing)
@@ -149,22 +131,15 @@ class Trainer:
         where = "cpu" if group.device.type == "mps" else group.device  # mps has no float64
         self.sums = torch.zeros(4, dtype=torch.float64, device=where)
         self.history: list[dict] = []
-        self.seconds, self.saved = (
-            0.0,
-            time.monotonic(),
-        )  # training time until the last checkpoint, and its time
+        self.seconds, self.saved = 0.0, time.monotonic()  # of training until the last checkpoint; its time
         self.code = code_version() if group.main else {}
-        self.origin: dict[str, str | None] = {}  # fingerprints of data and first weights, checked on resume
+        self.labels: list[str] = []  # fingerprints of the splits, compared on resume
         self.stop = SimpleNamespace(asked="", hold=False)  # as yielded by `stop_signals`
 
     def step(self, batch, global_images: int) -> None:
         """One update with this process's share of a global batch."""
-        place = (
-            self.config.seed,
-            self.epoch,
-            self.done,
-            self.group.rank,
-        )  # reproducible dropout, also after a resume
+        place = (self.config.seed, self.epoch, self.done, self.group.rank)
+        # reproducible dropout, also after a resume
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         rate = learning_rate(self.config, self.epoch + self.done / self.steps_per_epoch)
         for settings in self.optimiser.param_groups:
@@ -205,8 +180,7 @@ def add_gradients(trainer: Trainer, batch, global_images: int) -> Tensor:
     images, targets = inputs(config, batch.images, group.device, flip), batch.targets.to(group.device)
     most = min(config.accumulate, len(images))
     pairs = list(zip(images.chunk(most), targets.chunk(most)))  # chunk(4) of five images gives three
-    statistics = MeanOverParts(trainer.model, len(pairs), group)
-    for i, (x, y) in enumerate(pairs, 1):
+    for i, (x, y) in enumerate(mean_over_parts(trainer.model, pairs, group), 1):
         later = group.world > 1 and i < len(pairs)  # synchronise gradients with the last one only
         with trainer.network.no_sync() if later else contextlib.nullcontext():
             with autocast(config, group.device):
@@ -214,9 +188,7 @@ def add_gradients(trainer: Trainer, batch, global_images: int) -> Tensor:
             terms = trainer.model.head.loss(output, y, global_images)
             total_loss = terms.total * group.world  # gradients are averaged over processes
             trainer.scaler.scale(total_loss).backward()
-        statistics.part_done()
         total = total + torch.stack(terms).detach().to(trainer.sums.device).double()
-    statistics.finish()
     return total
 
 
@@ -275,13 +247,6 @@ def predict(trainer: Trainer, loader: Loader) -> dict[str, np.ndarray]:
     return dict(zip(STREAMS, scores))
 
 
-# %% ../nbs/05_train.ipynb #2b9aaeb5
-def compact(values: np.ndarray) -> np.ndarray:
-    """float32 values as float16 if all fit, else unchanged."""
-    largest = np.abs(values[np.isfinite(values)]).max(initial=0.0)
-    return values.astype(np.float16 if largest <= np.finfo(np.float16).max else np.float32)
-
-
 # %% ../nbs/05_train.ipynb #bb29be56
 def example_maps(model: Network, config: TrainConfig, split: Split, scores: dict) -> dict[str, np.ndarray]:
     """Arrays of `maps.npz`: maps, scores and targets of the drawn images; for scenes also thumbnails and boxes.
@@ -298,9 +263,11 @@ def example_maps(model: Network, config: TrainConfig, split: Split, scores: dict
         maps = model.eval()(inputs(config, images, device)).maps
     if maps is None:
         return {}
+    # half precision suffices for a figure; a diverging run may exceed its range
+    maps = maps.float().clamp(-65504, 65504).half().cpu().numpy()
     found = {name: values[rows] for name, values in scores.items()}
     found |= dict(indices=rows, image_ids=np.array(some.image_ids, dtype=str), targets=some.labels)
-    found |= dict(classes=np.array(split.classes, dtype=str), maps=compact(maps.float().cpu().numpy()))
+    found |= dict(classes=np.array(split.classes, dtype=str), maps=maps)
     if config.dataset.startswith("scenes-"):  # photographs stay under their owners' terms
         found |= dict(thumbnails=images.permute(0, 2, 3, 1).contiguous().numpy(), boxes=relative_boxes(some))
     return found
@@ -317,25 +284,11 @@ def relative_boxes(split: Split) -> np.ndarray:
     return np.array(rows, dtype=np.float32).reshape(-1, 6)
 
 
-# %% ../nbs/05_train.ipynb #bf156965
-class State(BaseModel, extra="forbid", strict=True):
-    """Content of a checkpoint besides tensors; fields from `epoch` on are attributes of the trainer."""
-
-    config: dict
-    scaler: dict
-    sums: list[Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]]  # per process
-    epoch: NonNegativeInt
-    done: NonNegativeInt
-    history: list[EpochFacts]
-    seconds: NonNegativeFloat
-    code: dict
-    origin: dict[str, str | None]
-
-
-POSITION = list(State.model_fields)[3:]
-
-
 # %% ../nbs/05_train.ipynb #18024edc
+#: Attributes of the trainer that its checkpoint stores, beside tensors
+POSITION = ("epoch", "done", "history", "seconds", "code", "labels")
+
+
 def save_trainer(trainer: Trainer) -> None:
     """Write the run's checkpoint (main process) if its content is finite."""
     now, weights = time.monotonic(), trainer.model.state_dict()
@@ -349,59 +302,40 @@ def save_trainer(trainer: Trainer) -> None:
         save_checkpoint(checkpoint_file(trainer.folder), parts, state)
 
 
+# %% ../nbs/05_train.ipynb #59fc7af3
+def refuse_others(file: Path, old: TrainConfig, config: TrainConfig, labels: list, now: list) -> None:
+    """Raise `CheckpointError` if a run has another configuration, or other training or test labels."""
+    if changed := config_changes(old, config):
+        raise CheckpointError(
+            f"{file} belongs to another configuration ({changed}): use the old values or another out_dir"
+        )
+    if other := [name for name, a, b in zip(("training", "test"), labels, now) if a != b]:
+        raise CheckpointError(
+            f"{file} was trained from other {other[0]} labels: use the old data or another out_dir"
+        )
+
+
 # %% ../nbs/05_train.ipynb #89fac8b2
 def load_trainer(trainer: Trainer) -> None:
     """Restore the trainer from its checkpoint. Raises `CheckpointError` if the file is damaged, or belongs to
-    another configuration, other data or other first weights.
+    another configuration or other labels.
     """
     file = checkpoint_file(trainer.folder)
-    parts, content = load_checkpoint(file)
+    parts, state = load_checkpoint(file)
     try:
-        state = State.model_validate(content)
-        refuse_changes(TrainConfig(**state.config), trainer.config, file)
-        refuse_others(state.origin, trainer.origin, file)
-        check_position(state, trainer)
+        refuse_others(file, TrainConfig(**state["config"]), trainer.config, state["labels"], trainer.labels)
         trainer.model.load_state_dict(parts["model"])
         load_optimiser_tensors(trainer.optimiser, parts.get("optimiser", {}))
-        trainer.scaler.load_state_dict(state.scaler)
+        trainer.scaler.load_state_dict(state["scaler"])
+        vars(trainer).update({name: state[name] for name in POSITION if name != "code"})
+        trainer.sums = trainer.sums.new_tensor(state["sums"][trainer.group.rank])
+        resumed = [*state["code"].get("resumed", []), trainer.code]
+        trainer.code = {**state["code"], "resumed": resumed}
     except CheckpointError:
         raise
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        said = explain(error, State) if isinstance(error, ValidationError) else " ".join(str(error).split())
-        raise CheckpointError(
-            f"{file}: not a state of this run ({said[:300]}). Remove it to start again"
-        ) from None
-    code = {**state.code, "resumed": [*state.code.get("resumed", []), trainer.code]}
-    vars(trainer).update({name: getattr(state, name) for name in POSITION} | {"code": code})
-    trainer.sums = trainer.sums.new_tensor(state.sums[trainer.group.rank])
-
-
-# %% ../nbs/05_train.ipynb #ff4e920b
-def refuse_changes(old: TrainConfig, config: TrainConfig, where: Path) -> None:
-    """Raise `CheckpointError` with the differences that affect results, if there are any."""
-    if changed := config_changes(old, config):
-        raise CheckpointError(
-            f"{where} belongs to another configuration ({changed}): use the old values or another out_dir"
-        )
-
-
-# %% ../nbs/05_train.ipynb #59fc7af3
-def refuse_others(old: dict, new: dict, where: Path) -> None:
-    """Raise `CheckpointError` if known fingerprints (of labels or first weights) differ."""
-    if other := [what for what, mark in old.items() if mark and new.get(what) not in (None, mark)]:
-        raise CheckpointError(
-            f"{where} was trained from other {' and '.join(other)}: use the old data and weights, or choose "
-            "another out_dir"
-        )
-
-
-# %% ../nbs/05_train.ipynb #d5299b4e
-def check_position(state: State, trainer: Trainer) -> None:
-    """Raise `ValueError` if the state is impossible for this run's length and number of processes."""
-    there = state.epoch <= trainer.config.epochs and state.done <= trainer.steps_per_epoch
-    epochs = [row["epoch"] for row in state.history] == list(range(1, state.epoch + 1))
-    if not (there and epochs and len(state.sums) == trainer.group.world):
-        raise ValueError("position, history and sums contradict each other or this run")
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:  # of another version
+        said = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{file}: not a state of this run ({said}). Remove it to start again") from None
 
 
 # %% ../nbs/05_train.ipynb #0e007018
@@ -420,12 +354,8 @@ def fit(
         for batch in itertools.islice(batches, steps - trainer.done):
             trainer.step(batch, size)
             progress.step()
-            if (
-                group.device.type == "cpu"
-                or trainer.done % 50 == 0
-                or group.world == 1
-                and trainer.stop.asked
-            ):
+            asked = trainer.stop.asked and group.world == 1
+            if asked or group.device.type == "cpu" or trainer.done % 50 == 0:
                 check_finite(trainer)
                 late = time.monotonic() - trainer.saved > 60 * checkpoint_minutes
                 if trainer.done < steps and group.everyone(late)[0]:
@@ -480,32 +410,25 @@ def run_folder(config: TrainConfig) -> Path:
     return Path(config.out_dir or default_folder("outputs") / "runs" / config.dataset / run_name(config))
 
 
-# %% ../nbs/05_train.ipynb #b3e81e23
-ORIGIN = ("training labels", "test labels", "first weights")  # fingerprinted inputs of a run
-
-
 # %% ../nbs/05_train.ipynb #6e8ec0eb
 def finished_run(folder: Path, config: TrainConfig, resume: bool) -> RunRecord | None:
     """The finished run in a folder, or None.
 
-    Raises `CheckpointError` if it belongs to another configuration, other labels or other first weights than
-    the current ones, or if the folder holds an unfinished run and `resume` is false.
+    Raises `CheckpointError` if it belongs to another configuration or other labels than the current ones, or
+    if the folder holds an unfinished run and `resume` is false.
     """
-    file, weights = folder / "run.json", weights_file(config.weights)
-    if not file.is_file():
-        if checkpoint_file(folder).is_file() and not resume:
-            how = "resume it (--resume), remove it, or choose another out_dir"
-            raise CheckpointError(f"{folder} holds an unfinished run: {how}")
-        return None
-    record = RunRecord.load(folder)
-    refuse_changes(record.config, config, file)
-    if data_root(config).is_dir():
+    file = folder / "run.json"
+    if file.is_file():
+        record = RunRecord.load(folder)
         made = [record.dataset[split]["fingerprint"] for split in ("train", "test")]
-        now = [split.fingerprint for split in prepare_data(config)]
-        made.append(record.extra.get("weights", {}).get("sha256"))
-        now.append(sha256_file(weights) if weights.is_file() else None)
-        refuse_others(dict(zip(ORIGIN, made)), dict(zip(ORIGIN, now)), file)
-    return record
+        there = data_root(config).is_dir()
+        now = [split.fingerprint for split in prepare_data(config)] if there else made
+        refuse_others(file, record.config, config, made, now)
+        return record
+    if checkpoint_file(folder).is_file() and not resume:
+        how = "resume it (--resume), remove it, or choose another out_dir"
+        raise CheckpointError(f"{folder} holds an unfinished run: {how}")
+    return None
 
 
 # %% ../nbs/05_train.ipynb #c7640012
@@ -543,21 +466,6 @@ def finish(
     )
     checkpoint_file(folder).unlink(missing_ok=True)  # the saved model stays
     return record
-
-
-# %% ../nbs/05_train.ipynb #fb670c32
-def check_parts(config: TrainConfig, images: int) -> None:
-    """Raise `ConfigError` if a micro-batch has one value per channel, for this number of training images."""
-    size = min(config.batch_size, images)
-    shares = torch.arange(size).tensor_split(config.processes)
-    smallest = min(len(share.chunk(max(min(config.accumulate, len(share)), 1))[-1]) for share in shares)
-    _, height, width = feature_shapes(config.backbone, config.image_size)[LAST]
-    if smallest * height * width < 2:
-        raise ConfigError(
-            f"accumulate = {config.accumulate}: batches of {size} images in {config.processes} x "
-            f"{config.accumulate} parts give one of {smallest}, whose maps are {height} x {width}: too few "
-            "values for BatchNorm. Lower accumulate or processes, or raise image_size"
-        )
 
 
 # %% ../nbs/05_train.ipynb #9f285590
@@ -606,22 +514,16 @@ def train(
         data = prepare_data(config) if group.main else None  # the main process generates scenes
         group.everyone(None)
         data = data or prepare_data(config)
-        if config.method != "linear_probe":  # fitted, not trained
-            check_parts(config, len(data[0]))
         how = dict(resize=config.resize, exif=config.exif, workers=config.workers)
         loaders = [Loader(s, config.image_size, **how) for s in data]
         model = build_model(config, data[0].classes, data[0].labels, group.device)
         if group.main:
             during.enter_context(folder_lock(folder))
-        finished = finished_run(folder, config, resume) if group.main else None
-        if finished := group.everyone(finished)[0]:  # by another process in the meantime
-            return finished
-        if config.method == "linear_probe":
+        if config.method == "linear_probe":  # fitted, not trained
             scores, said = fit_probe(model, config, *loaders)
         else:
             trainer = Trainer(config, model, group, max(len(data[0]) // config.batch_size, 1), folder)
-            marks = [*(split.fingerprint for split in data), model.provenance.get("sha256")]
-            trainer.stop, trainer.origin = stop, dict(zip(ORIGIN, marks))
+            trainer.stop, trainer.labels = stop, [split.fingerprint for split in data]
             if resume and checkpoint_file(folder).is_file():
                 load_trainer(trainer)
             with contextlib.closing(progress or Progress()) as shown:
@@ -632,38 +534,30 @@ def train(
         return finish(asked, config, folder, data, model, scores, said) if group.main else None
 
 
-# %% ../nbs/05_train.ipynb #10e467d2
-class ProcessesFailed(RuntimeError):
-    """One of several processes failed; the message is its error, or the end of the output."""
-
-
 # %% ../nbs/05_train.ipynb #9489aa3e
 def launch(config: TrainConfig, resume: bool, checkpoint_minutes: float) -> RunRecord:
     """Run the configuration in `config.processes` processes on this machine through torchrun.
 
-    They end with this process, which closes the pipe that is their standard input.
+    They end with this process, whose end closes the pipe that is their standard input. Raises `RuntimeError`
+    with the error of the first process that failed, or the end of the output.
     """
     folder = run_folder(config)
     values = config.model_copy(update=dict(out_dir=str(folder))).model_dump_json(exclude_none=True)
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={config.processes}"
     command = [sys.executable, *torchrun.split(), "-m", "cadm_paper.train", values, "--with-parent"]
     command += [f"--checkpoint-minutes={checkpoint_minutes}", *["--resume"] * resume]
-    theirs, ours = os.pipe()
-    how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     stopping = stop_signals(checkpoint_file(folder))
-    with stopping, subprocess.Popen(command, stdin=theirs, **how) as started:
+    with stopping, subprocess.Popen(command, start_new_session=True, **pipes) as started:
         try:
-            said, _ = started.communicate()
+            said = started.stdout.read()
         except BaseException:
             started.terminate()  # torchrun stops its processes, which write a checkpoint
-            started.communicate()
+            started.stdout.read()
             raise
-        finally:
-            os.close(theirs)
-            os.close(ours)
     if started.returncode:
         lines = [line.removeprefix("cadm: ") for line in said.splitlines() if line.startswith("cadm: ")]
-        raise ProcessesFailed(lines[0] if lines else f"{folder}: the processes failed:\n{said[-4000:]}")
+        raise RuntimeError(lines[0] if lines else f"{folder}: the processes failed:\n{said[-4000:]}")
     return RunRecord.load(folder)
 
 

@@ -1,19 +1,16 @@
-"""Pretraining: its images, its caller's state, concurrent callers."""
+"""Pretraining: its images, its names, concurrent callers."""
 
 import os
 import subprocess
 import sys
 
 import pytest
-import torch
 
-from cadm_paper.data import scenes
+from cadm_paper import train as training
 from cadm_paper.data.scenes import CUT, TEST, TRAIN, digit_indices
-from cadm_paper.engine import pretrain as module
 from cadm_paper.engine.config import TrainConfig
-from cadm_paper.engine.pretrain import PretrainConfig, plan_single, pretrain, pretrained_digits, single_digits
+from cadm_paper.engine.pretrain import PretrainConfig, plan_single, pretrained_digits, single_digits
 from cadm_paper.files import sha256_file
-from cadm_paper.train import build_model
 
 SHORT = PretrainConfig(images=320, epochs=2)
 
@@ -28,22 +25,11 @@ def test_the_default_pretraining_uses_training_data_only():
     assert not {p.tobytes() for p in train} & {p.tobytes() for p in test}
 
 
-def test_pretraining_uses_its_plans_and_restores_the_callers_state(monkeypatch):
-    """Only planned images are generated; random state and threads are restored."""
-    torch.manual_seed(5)
-    state, threads, painted = torch.random.get_rng_state(), torch.get_num_threads(), []
-    monkeypatch.setattr(module, "paint", lambda scene: painted.append(scene) or scenes.paint(scene))
-    accuracy = pretrain(SHORT)[1]
-    assert painted == [plan_single(SHORT, i)[0] for i in range(SHORT.images)] and len(accuracy) == 2
-    assert all(0 <= share <= 1 for share in accuracy) and torch.is_grad_enabled()
-    assert torch.equal(state, torch.random.get_rng_state()) and threads == torch.get_num_threads()
-
-
 def test_each_name_of_digit_weights_has_a_separate_seed(monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "pretrained_digits", lambda config: asked.append(config))
+    monkeypatch.setattr(training, "pretrained_digits", lambda config: asked.append(config))
     for word in ("digits", "digits-1"):
-        model = build_model(TrainConfig(weights=word, backbone="narrow_resnet_dilated"), "ab")
+        model = training.build_model(TrainConfig(weights=word, backbone="narrow_resnet_dilated"), "ab")
         assert model.provenance["source"] == word
     assert asked == [PretrainConfig("narrow_resnet_dilated", seed=seed) for seed in (0, 1)]
 

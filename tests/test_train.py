@@ -1,18 +1,15 @@
 """Training end to end: resume, several processes, every method, invalid input; on a few generated scenes."""
 
-import copy
+import itertools
 import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import stat
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,34 +119,27 @@ def test_a_stopped_run_resumes_bit_exactly(config, changes):
 def test_a_finished_run_is_returned_unless_its_labels_changed(config, monkeypatch):
     record = train(config())
     before = {p: p.stat().st_mtime_ns for p in record.folder.rglob("*")}
-    for resume in (False, True):
-        assert train(config(), resume).metrics == record.metrics
+    assert train(config()).metrics == train(config(), resume=True).metrics == record.metrics
     other_labels(config, monkeypatch)
-    for resume in (False, True):
-        with pytest.raises(CheckpointError, match="run.json was trained from other training labels"):
-            train(config(), resume)
+    with pytest.raises(CheckpointError, match="run.json was trained from other training labels"):
+        train(config(), resume=True)
     assert {p: p.stat().st_mtime_ns for p in record.folder.rglob("*")} == before
 
 
-def test_resuming_with_a_changed_configuration_names_the_difference(config):
+def test_resuming_with_another_configuration_or_other_data_is_refused(config, monkeypatch):
+    """data_dir is not part of the digest; the labels in it are compared."""
     begun(config())
     with pytest.raises(CheckpointError, match=r"lr: 0\.003 -> 0\.5"):
         train(config(lr=0.5), resume=True)
     with pytest.raises(CheckpointError, match="unfinished run"):
         train(config())
+    with monkeypatch.context() as patch:
+        other_labels(config, patch)
+        with pytest.raises(CheckpointError, match="from other training labels: use the old data"):
+            train(config(), resume=True)
     train(config(), resume=True)
     with pytest.raises(CheckpointError, match=r"lr: 0\.003 -> 0\.5"):
         train(config(lr=0.5))  # a finished run is not overwritten
-
-
-def test_resuming_on_other_data_is_refused(config, monkeypatch):
-    """data_dir is not part of the digest; the labels in it are compared."""
-    begun(config())
-    other_labels(config, monkeypatch)
-    with pytest.raises(CheckpointError, match="from other training labels: use the old data"):
-        train(config(), resume=True)
-    monkeypatch.undo()
-    assert train(config(), resume=True).metrics
 
 
 def test_a_second_process_cannot_write_the_folder(config):
@@ -158,28 +148,18 @@ def test_a_second_process_cannot_write_the_folder(config):
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_last_checkpoint(config, monkeypatch):
-    """Disk space for no file, one, two, ...: each time the run resumes from the existing files."""
-    whole, record, sync, most = train(config("whole")), None, os.fsync, 0
+    begun(config())
 
     def full(descriptor):
-        nonlocal room
-        room -= stat.S_ISREG(os.fstat(descriptor).st_mode)
-        if room < 0:
-            raise OSError(28, "No space left on device")
-        sync(descriptor)
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    while record is None:
-        room = most
-        try:
-            record = train(config(), resume=True, checkpoint_minutes=1e-9)
-        except OSError as error:
-            assert Path(error.filename).is_relative_to(config().out_dir)
-            assert not Path(config().out_dir, "run.json").exists()
-            most += 1
+    with pytest.raises(OSError, match="No space left on device: '.*last.safetensors'"):
+        train(config(), resume=True, checkpoint_minutes=1e-9)
     monkeypatch.undo()
-    same_run(whole, record)
-    assert not [p for p in record.folder.rglob("*") if p.suffix in (".part", ".old")]
+    record = train(config(), resume=True)
+    same_run(train(config("whole")), record)
+    assert not list(record.folder.rglob("*.part"))
 
 
 def test_an_infinite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(config):
@@ -203,55 +183,26 @@ def test_a_record_names_the_code_of_its_start_and_of_each_resume(config, monkeyp
     assert code.pop("resumed") == [{**began, "commit": "another"}] and code == began
 
 
-BROKEN = {  # changes of a valid checkpoint's parts p and state s
+BROKEN = {  # changes of a valid checkpoint's parts p and state s, as another version might write it
     "no model": lambda p, s: p.pop("model"),
     "missing tensor": lambda p, s: p["model"].popitem(),
-    "additional tensor": lambda p, s: p["model"].update(more=torch.ones(1)),
     "other shape": lambda p, s: p["model"].update({"head.classifier.weight": torch.ones(2)}),
     "buffer's shape": lambda p, s: p["optimiser"].update({"0.momentum_buffer": torch.ones(2)}),
     "buffer of no parameter": lambda p, s: p["optimiser"].update({"99.momentum_buffer": torch.ones(2)}),
-    "buffer without a number": lambda p, s: p["optimiser"].update(momentum_buffer=torch.ones(2)),
-    "epoch too late": lambda p, s: s.update(epoch=7),
-    "step too late": lambda p, s: s.update(done=99),
-    "history too short": lambda p, s: s.update(epoch=1),
-    "malformed history": lambda p, s: s.update(epoch=1, history=[{"epoch": 1}]),
-    "sums of two processes": lambda p, s: s.update(sums=2 * s["sums"]),
-    "sums too short": lambda p, s: s.update(sums=[[0.0]]),
-    "unknown entry": lambda p, s: s.update(more=1),
     "unknown field": lambda p, s: s["config"].update(sede=3),
-    "field out of range": lambda p, s: s["config"].update(epochs=0),
     "empty state": lambda p, s: s.clear(),
-} | {
-    f"{name} = {value!r}": lambda p, s, name=name, value=value: s.update({name: value})
-    for name in "config scaler sums epoch done history seconds code origin".split()
-    for value in (None, "text", -1, [3])
 }
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A trainer after one step, and its checkpoint."""
-    config = TrainConfig(weights="none", image_size=32, batch_size=4, epochs=2, precision="fp32")
-    model = module.build_model(config, range(3))
-    trainer = module.Trainer(config, model, module.ProcessGroup(), 2, tmp_path_factory.mktemp("saved"))
-    batch = SimpleNamespace(
-        images=torch.zeros(4, 3, 32, 32, dtype=torch.uint8),
-        targets=torch.ones(4, 3, dtype=torch.int8),
-        indices=torch.arange(4),
-    )
-    trainer.step(batch, 4)
-    module.save_trainer(trainer)
-    return trainer, load_checkpoint(checkpoint_file(trainer.folder))
-
-
 @pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
-def test_a_malformed_checkpoint_gives_one_line_with_its_name(saved, change):
-    trainer, good = saved
-    parts, state = copy.deepcopy(good)
+def test_a_malformed_checkpoint_gives_one_line_with_its_name(config, change):
+    begun(config())
+    file = checkpoint_file(config().out_dir)
+    parts, state = load_checkpoint(file)
     change(parts, state)
-    module.save_checkpoint(checkpoint_file(trainer.folder), parts, state)
-    with pytest.raises(CheckpointError, match=r"^\S+last.safetensors[: ].+\Z"):
-        module.load_trainer(trainer)
+    module.save_checkpoint(file, parts, state)
+    with pytest.raises(CheckpointError, match=r"^\S+last.safetensors: not a state of this run.+\Z"):
+        train(config(), resume=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -285,14 +236,11 @@ def test_every_method_saves_a_model_that_gives_the_records_scores(config, method
 @pytest.mark.slow
 def test_two_processes_equal_two_micro_batches(config):
     """Two processes against one with the same two micro-batches: scores to 1e-4, losses to 1e-5."""
-    assert run_workers(config("two", processes=2)) == [0, 0]
-    one, two = train(config("one", accumulate=2)), RunRecord.load(config("two").out_dir)
+    one, two = train(config("one", accumulate=2)), train(config("two", processes=2))
     for name in module.STREAMS:
         np.testing.assert_allclose(one.scores()[name], two.scores()[name], atol=1e-4)
-    assert list(one.scores()["image_ids"]) == list(two.scores()["image_ids"])
-    for a, b in zip(one.history, two.history):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["mAP"] == pytest.approx(b["mAP"], abs=5e-3)
+    losses = [[row["loss"] for row in record.history] for record in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def worker(config, environment, steps):
@@ -302,12 +250,13 @@ def worker(config, environment, steps):
     train(config, resume=True, progress=StopAt(steps, signal.SIGKILL), checkpoint_minutes=minutes)
 
 
+PORTS = itertools.count(20000 + os.getpid() % 10000)
+
+
 def run_workers(config, steps=10**6):
     """Start `config.processes` processes with torchrun's variables; return their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(config.processes))
+    port, world = str(next(PORTS)), str(config.processes)
+    environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=world)
     forks = multiprocessing.get_context("forkserver")  # which imports torch once
     forks.set_forkserver_preload(["cadm_paper.train"])
     ranks = [dict(environment, RANK=r, LOCAL_RANK=r) for r in map(str, range(config.processes))]
@@ -344,14 +293,6 @@ def test_micro_batches_differ_from_a_batch_only_through_batch_norm(config, monke
     np.testing.assert_allclose(whole.scores()["scores"], parts.scores()["scores"], atol=1e-5)
 
 
-def test_five_images_in_four_parts_make_three_micro_batches(config):
-    """chunk(4) of five images gives three parts (2, 2, 1), as chunk(3): equal scores."""
-    how = dict(batch_size=12, limit=5)
-    four, three = (train(config(str(parts), accumulate=parts, **how)) for parts in (4, 3))
-    for name, values in four.scores().items():
-        np.testing.assert_array_equal(values, three.scores()[name])
-
-
 @pytest.mark.slow
 def test_processes_end_with_their_parent(config):
     """A killed parent leaves a checkpoint and no process; a probe works in two processes."""
@@ -378,10 +319,6 @@ def wait_until(done, seconds=100):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (
-            dict(backbone="resnet18", image_size=32, batch_size=4, accumulate=4),
-            "accumulate = 4: batches of 4",
-        ),
         (dict(weights="nowhere.safetensors"), "nowhere.safetensors"),
         (dict(dataset="own", data_dir="nowhere"), "nowhere"),
         (dict(expected_missing="a,b", weights="nowhere/x.pth"), "nowhere/x.pth"),
@@ -393,17 +330,15 @@ def test_an_impossible_run_leaves_no_folder(config, changes, said):
     assert not Path(config().out_dir).exists()
 
 
-@pytest.mark.parametrize("processes, said", [(1, "processes = 1"), (2, "RANK=7")])
-def test_variables_of_another_process_group_are_reported(config, monkeypatch, processes, said):
+def test_variables_of_another_process_group_are_reported(config, monkeypatch):
     """WORLD_SIZE set by a cluster or a hosted notebook; RANK alone has no effect."""
-    for name, value in dict(RANK="7", LOCAL_RANK="3", MASTER_ADDR="localhost", MASTER_PORT="1").items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=f"{said}.*unset WORLD_SIZE"):
-        train(config(processes=processes))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ConfigError, match="processes = 1.*unset WORLD_SIZE"):
+        train(config())
     assert not Path(config().out_dir).exists()
     monkeypatch.delenv("WORLD_SIZE")
-    assert processes == 2 or train(config(epochs=1)).metrics
+    assert train(config(epochs=1)).metrics
 
 
 @pytest.mark.parametrize("name, value", [("sede", "3"), ("epochs", "three"), ("resume", "perhaps")])
@@ -416,13 +351,10 @@ def test_the_notebook_rejects_wrong_parameters_before_training(name, value, tmp_
 @pytest.mark.slow
 def test_the_notebook_trains_from_another_folder(tmp_path, scenes):
     """The papermill command casts text parameters."""
-    args = '{"heads": 2}'
-    given = (
-        f"method csra seed 3 epochs 1 weights none flip true lr 1e-3 data_dir {scenes} out_dir here".split()
-    )
-    pairs = [*zip(given[::2], given[1::2]), ("method_args", args)]
+    given = dict(method="csra", method_args='{"heads": 2}', seed=3, epochs=1, weights="none", flip="true")
+    given |= dict(lr="1e-3", data_dir=scenes, out_dir="here")
     command = [str(Path(sys.executable).with_name("papermill")), str(NOTEBOOK), "out.ipynb"]
-    command += [word for pair in pairs for word in ("-p", *pair)]
+    command += [word for name, value in given.items() for word in ("-p", name, str(value))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = RunRecord.load(tmp_path / "here").config
@@ -430,21 +362,16 @@ def test_the_notebook_trains_from_another_folder(tmp_path, scenes):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::cadm_paper.weights.UntrainedBackbone")
 def test_the_paper_preset_trains_and_resumes_at_full_resolution(tmp_path):
-    """ResNet-101 at 448 px with random weights, which warns; stopped after one of two steps."""
-    from cadm_paper.weights import UntrainedBackbone
-
+    """ResNet-101 at 448 px with random weights; stopped after one of two steps."""
     root = build_scenes(tmp_path / "coco", train=4, test=2, size=448)
     given = dict(preset="paper", data_dir=str(root), weights="none", batch_size=2, epochs=1, device="cpu")
     config = TrainConfig(out_dir=str(tmp_path / "run"), **given)
     assert (config.backbone, config.image_size, config.dataset) == ("resnet101", 448, "coco2014")
-    with pytest.warns(UntrainedBackbone):
-        begun(config)
-    with pytest.warns(UntrainedBackbone):
-        record = train(config, resume=True)
+    begun(config)
+    record = train(config, resume=True)
     assert record.maps()["maps"].shape[2:] == (14, 14) and len(record.history) == 1
-    with pytest.warns(UntrainedBackbone):
-        same_run(train(TrainConfig(out_dir=str(tmp_path / "whole"), **given)), record)
 
 
 @pytest.mark.slow

@@ -31,13 +31,11 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 # %% ../../nbs/engine/checkpoint.ipynb #158d0e1c
 def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore an optimiser's buffers. Raises `ValueError` if a shape differs from its parameter's."""
+    """Restore an optimiser's buffers. Raises `LookupError` or `RuntimeError` if they are of other parameters."""
     parameters = [p for settings in optimiser.param_groups for p in settings["params"]]
     for key, value in tensors.items():
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
-        if value.dim() and value.shape != parameter.shape:
-            raise ValueError(f"{key}: shape {list(value.shape)} for a parameter of {list(parameter.shape)}")
         # same memory layout as the parameter: fused kernels treat both as flat arrays
         like = parameter.detach() if value.dim() else value
         optimiser.state[parameter][name] = torch.empty_like(like, device=parameter.device).copy_(value)

@@ -18,7 +18,7 @@ import torch
 
 from ..data.scenes import TEST, TRAIN, Draws, Scene, draw_background, draw_glyph, paint
 from .processes import machine_settings
-from ..files import default_folder, folder_lock, sha256_file, whole_file
+from ..files import default_folder, folder_lock, whole_file
 from ..model import BACKBONES, CADM
 
 
@@ -61,12 +61,6 @@ def single_digits(config: PretrainConfig, n: int, split: int = TRAIN) -> tuple[n
     return np.stack([paint(p) for p in plans]), np.array(targets)
 
 
-# %% ../../nbs/engine/pretrain.ipynb #c3bd93ee
-def as_input(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 B x 3 x H x W to float32 in -1..1 (`normalise='half'`, as in the preset mini)."""
-    return torch.from_numpy(pictures).contiguous(memory_format=torch.channels_last).sub(127.5).div_(127.5)
-
-
 # %% ../../nbs/engine/pretrain.ipynb #ac29b614
 def pretrain(config: PretrainConfig, batch: int = 32) -> tuple[CADM, list[float]]:
     """Train a digit classifier: backbone, average pooling, linear layer.
@@ -90,7 +84,9 @@ def pretrain(config: PretrainConfig, batch: int = 32) -> tuple[CADM, list[float]
             order = np.argsort(d.array((len(pictures),), 2**31), kind="stable")
             for rows in order[:used].reshape(-1, batch):
                 x, y = (d.below(PICTURE - WINDOW + 1) for _ in range(2))
-                logits = model(as_input(pictures[rows, :, y : y + WINDOW, x : x + WINDOW]), False).logits
+                window = torch.from_numpy(pictures[rows, :, y : y + WINDOW, x : x + WINDOW])
+                images = window.contiguous(memory_format=torch.channels_last).sub(127.5).div_(127.5)
+                logits = model(images, False).logits  # of images in -1..1, as in the preset mini
                 truth = torch.from_numpy(targets[rows])
                 optimiser.zero_grad()
                 torch.nn.functional.cross_entropy(logits, truth).backward()
@@ -125,12 +121,10 @@ def pretrained_digits(folder=None, config: PretrainConfig = PretrainConfig()) ->
     """
     name = f"{config.backbone}-{pretrain_digest(config)[:8]}"
     home = Path(folder or default_folder("outputs") / "pretrained") / name
-    weights, mark = home / "backbone.safetensors", home / "backbone.sha256"
+    weights = home / "backbone.safetensors"
     with folder_lock(home, wait=True):
-        if not (weights.is_file() and mark.is_file() and mark.read_text() == sha256_file(weights)):
+        if not weights.is_file():
             state = pretrain(config)[0].backbone.state_dict()
             with whole_file(weights) as file:
                 file.write(safetensors.torch.save({k: v.contiguous() for k, v in state.items()}))
-            with whole_file(mark, "w") as file:
-                file.write(sha256_file(weights))
     return weights

@@ -8,11 +8,10 @@ __all__ = []
 # %% ../../nbs/engine/processes.ipynb #845402b5
 import contextlib
 import os
-import shutil
 import signal
-import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,18 +27,10 @@ from .config import ConfigError, TrainConfig
 # %% ../../nbs/engine/processes.ipynb #ede96097
 def has_bf16(device: str) -> bool:
     """Whether the hardware computes in bfloat16."""
-    if device == "mps":
-        return False
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_sve_bf16_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-
-
-# %% ../../nbs/engine/processes.ipynb #372a3953
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return device == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 # %% ../../nbs/engine/processes.ipynb #25cf78b6
@@ -58,12 +49,8 @@ def resolve_machine(config: TrainConfig) -> TrainConfig:
         raise ConfigError(
             "precision = 'fp16': use bf16 or fp32 on a CPU (loss scaling for float16 needs a GPU)"
         )
-    compiler = device != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    if config.compile and not compiler:
-        raise ConfigError(
-            "compile: torch.compile on a CPU needs a C++ compiler, and none is installed; use compile=False"
-        )
-    threads = config.threads or available_cores()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = config.threads or usable
     return config.model_copy(update=dict(device=device, precision=precision, threads=threads))
 
 
@@ -123,16 +110,13 @@ def rank_and_world(config: TrainConfig) -> tuple[int, int]:
 
     Raises `ConfigError` if the environment variables contradict `processes`.
     """
-    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
-    world, rank, *rest = values = [os.environ.get(name, "") for name in names]
-    if world in ("", "1"):
+    world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "")
+    if world == "1":
         return 0, 1
-    numbers = rank.isdecimal() and int(rank) < config.processes and all(rest)
-    if world != str(config.processes) or not numbers:
-        found = ", ".join(f"{name}={value}" for name, value in zip(names, values))
+    if world != str(config.processes) or not rank.isdecimal():
         raise ConfigError(
-            f"processes = {config.processes}, but the environment has {found}. Start that many with "
-            "torchrun, or unset WORLD_SIZE if another job left it"
+            f"processes = {config.processes}, but the environment has WORLD_SIZE={world}, RANK={rank}. Start "
+            "that many with torchrun, or unset WORLD_SIZE if another job left it"
         )
     return int(rank), config.processes
 
@@ -142,13 +126,11 @@ def rank_and_world(config: TrainConfig) -> tuple[int, int]:
 def process_group(config: TrainConfig):
     """The process group that torchrun started (gloo on CPUs, NCCL on GPUs), or this process alone."""
     (rank, world), cuda = rank_and_world(config), config.device == "cuda"
-    local = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
-    device = torch.device("cuda", local) if cuda else torch.device("mps" if config.device == "mps" else "cpu")
+    device = torch.device(config.device)
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0)
         torch.cuda.set_device(device)
     if world > 1:
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
-            print(f"rank {rank}: waiting for all {world} processes", file=sys.stderr, flush=True)
         dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield ProcessGroup(rank, world, device)
@@ -211,25 +193,20 @@ def end_with_parent(seconds: float = 30) -> None:
 
 
 # %% ../../nbs/engine/processes.ipynb #c5e0d09a
-class MeanOverParts:
-    """Averages BatchNorm statistics over micro-batches and processes."""
+def mean_over_parts(model: nn.Module, parts: list, group: ProcessGroup) -> Iterator:
+    """Iterate over micro-batches, each of which the model processes once in training mode.
 
-    def __init__(self, model: nn.Module, parts: int, group: ProcessGroup):
-        self.parts, self.group = parts, group
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        averaged = norms if parts * group.world > 1 else []
-        self.buffers = [buffer for norm in averaged for buffer in (norm.running_mean, norm.running_var)]
-        self.old = [b.clone() for b in self.buffers]
-        self.sums = [torch.zeros_like(b) for b in self.buffers]
-
-    def part_done(self) -> None:
-        """Add the statistics of one micro-batch and restore the old ones."""
-        for buffer, old, total in zip(self.buffers, self.old, self.sums):
+    Afterwards the running statistics of BatchNorm are means over micro-batches and processes.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    averaged = norms if len(parts) * group.world > 1 else []
+    buffers = [buffer for norm in averaged for buffer in (norm.running_mean, norm.running_var)]
+    old, sums = [b.clone() for b in buffers], [torch.zeros_like(b) for b in buffers]
+    for part in parts:
+        yield part
+        for buffer, before, total in zip(buffers, old, sums):
             total += buffer
-            buffer.copy_(old)
-
-    def finish(self) -> None:
-        """Set the running statistics to the mean."""
-        for buffer, total in zip(self.buffers, self.sums):
-            buffer.copy_(total / self.parts)
-        self.group.average(self.buffers)
+            buffer.copy_(before)
+    for buffer, total in zip(buffers, sums):
+        buffer.copy_(total / len(parts))
+    group.average(buffers)
