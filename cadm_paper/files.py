@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+# %% ../nbs/files.ipynb #e0d58b99
 import numpy as np
 from filelock import FileLock, Timeout
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+# %% ../nbs/05_train.ipynb #07536f46
 from .data import Split
 from .data.loading import Loader, flip_mask, load_image, prepare
 from .engine.audit import MAPS, STREAMS, ap_by_class, evaluated, loss_row, mean_ap, run_metrics

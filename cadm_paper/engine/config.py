@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+# %% ../../nbs/engine/config.ipynb #65ae726d
 from pydantic import (
     AfterValidator,
     BaseModel,

@@ -110,7 +110,7 @@ def rank_and_world(config: TrainConfig) -> tuple[int, int]:
 
     Raises `ConfigError` if the environment variables contradict `processes`.
     """
-    world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "")
+    world, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK", "")
     if world == "1":
         return 0, 1
     if world != str(config.processes) or not rank.isdecimal():

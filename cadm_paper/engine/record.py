@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+# %% ../../nbs/engine/record.ipynb #e028fc7a
 import cadm_paper
 from .config import ConfigError, TrainConfig, config_digest, explain, portable
 from cadm_paper.files import (

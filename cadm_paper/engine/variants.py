@@ -56,6 +56,8 @@ LABELS = {  # in the order of the tables
     "csra": "CSRA",
     "query2label": "Query2Label",
 }
+
+# %% ../../nbs/engine/variants.ipynb #fa230093
 COLOURS = {
     "linear_probe": "#000000",
     "baseline_gap": "#009E73",
