@@ -202,7 +202,7 @@ def read_json(path):
 
 # %% ../nbs/files.ipynb #b5b21800
 def read_yaml(path):
-    """A YAML file as plain values; `1e-4` is text, as YAML 1.1 has it, and cast where a number is expected.
+    """A YAML file as plain values. YAML 1.1 reads `1e-4` as text; fields of a configuration cast it.
 
     Raises `OSError` if the file is unreadable, and `ValueError` naming file and line if it is no YAML."""
     yaml = optional("yaml", "repro")
