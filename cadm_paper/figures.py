@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,8 +136,8 @@ class Picture:
     @house_style()
     def __post_init__(self):
         self.sources = list(dict.fromkeys(map(source, self.records))) or [self.origin]
-        many = [f"{len(self.sources)} records, {self.sources[0]} ..."]
-        text = "from " + ", ".join(self.sources if len(self.sources) <= 2 else many)
+        many = f"{len(self.sources)} records, {self.sources[0]} ..."
+        text = f"from {', '.join(self.sources) if len(self.sources) <= 2 else many}"
         text = textwrap.fill(text, int(29 * self.figure.get_figwidth()))
         foot = self.figure.supxlabel(text, x=0.995, ha="right", fontsize=4.5, color=GREY)
         self.figure.draw_without_rendering()  # once: a second layout would differ in the last digits
@@ -157,8 +157,6 @@ class Picture:
             "pdf": {"CreationDate": None, "Title": self.name, "Subject": repr(self)},
             "png": {"Software": None},
         }
-        if form not in about:
-            raise ValueError(f"form {form!r}: one of {', '.join(about)}")
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format=form, dpi=dpi, metadata=about[form])
         return small_png(buffer, repr(self)) if form == "png" else buffer.getvalue()
@@ -185,18 +183,16 @@ def drawn_images(record: RunRecord, maps: dict, data_dir=None) -> Sequence[np.nd
 
     if "thumbnails" in maps:
         return maps["thumbnails"]
-    name, config, images = record.dataset["name"], record.config, [None] * len(maps["image_ids"])
-    try:
+    name, config, images = record.dataset["name"], record.config, dict.fromkeys(map(str, maps["image_ids"]))
+    with contextlib.suppress(OSError, ValueError, KeyError):  # the data set is not there
         root, part = DATASETS[name].root(data_dir), record.dataset["test"].get("split")
         split = load_split(name, root, part, missing="drop")
-    except (OSError, ValueError, KeyError):
-        return images
-    paths = dict(zip(split.image_ids, split.paths))
-    for i, image_id in enumerate(map(str, maps["image_ids"])):
-        with contextlib.suppress(ValueError, KeyError):  # missing or unreadable
-            image = decode_rgb(read_photograph(paths[image_id]), image_id, exif=config.exif)
-            images[i] = displayed_image(image, config.image_size, config.resize)
-    return images
+        paths = dict(zip(split.image_ids, split.paths))
+        for image_id in images.keys() & paths.keys():
+            with contextlib.suppress(ValueError):  # unreadable
+                image = decode_rgb(read_photograph(paths[image_id]), image_id, exif=config.exif)
+                images[image_id] = displayed_image(image, config.image_size, config.resize)
+    return list(images.values())
 
 
 # %% ../nbs/06_figures.ipynb #a0decc15
@@ -227,16 +223,13 @@ def map_limit(*arrays: np.ndarray) -> float:
 
 
 # %% ../nbs/06_figures.ipynb #047f8916
-def overlay(
-    image: np.ndarray, map_: np.ndarray, limit: float | None = None, signed: bool = False
-) -> np.ndarray:
-    """A map over its image.
+def overlay(image: np.ndarray, map_: np.ndarray, limit: float | None = None) -> np.ndarray:
+    """The positive values of a map over its image.
 
     Args:
         image: uint8 H x W x 3.
         map_: h x w, any size.
-        limit: the map value of full colour; None: its largest magnitude.
-        signed: also show negative values.
+        limit: the map value of full colour; None: its largest.
 
     Returns:
         uint8 H x W x 3.
@@ -244,11 +237,11 @@ def overlay(
     Example:
         >>> overlay(picture, maps[3], limit=8.0)
     """
-    small = np.asarray(map_ if signed else np.maximum(map_, 0), np.float32)
-    large = np.asarray(Image.fromarray(small).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
-    limit = limit or float(np.abs(large).max()) or 1.0
+    small = Image.fromarray(np.maximum(map_, 0).astype(np.float32))
+    large = np.asarray(small.resize(image.shape[1::-1], Image.Resampling.BILINEAR))
+    limit = limit or float(large.max()) or 1.0
     colour = mpl.colormaps[MAP_COLOURS](np.clip(0.5 + large / (2 * limit), 0, 1))[..., :3] * 255
-    weight = 0.8 * np.clip(1.5 * np.abs(large) / limit, 0, 1)[..., None]
+    weight = 0.8 * np.clip(1.5 * large / limit, 0, 1)[..., None]
     return np.rint((1 - weight) * image + weight * colour).astype(np.uint8)
 
 
@@ -388,10 +381,11 @@ def choose_labels(maps: dict, row: int, count: int = 2) -> list[int]:
 
 # %% ../nbs/06_figures.ipynb #03a29675
 def same_draw(without: RunRecord, with_: RunRecord) -> tuple[dict, dict]:
-    """The maps of both runs. Raises `RecordError` unless they are of the same images and classes."""
+    """The maps of both runs. Raises `RecordError` unless they are of the same images, classes and size."""
     a, b = (read_kept(run, "maps") for run in (without, with_))
-    for what in ("image_ids", "classes"):
-        if not np.array_equal(a[what], b[what]):
+    compared = {"image_ids": (a["image_ids"], b["image_ids"]), "classes": (a["classes"], b["classes"])}
+    for what, values in (compared | {"sizes": (a["maps"].shape, b["maps"].shape)}).items():
+        if not np.array_equal(*values):
             raise RecordError(
                 f"{without.name} and {with_.name} cannot be compared: different {what} in maps.npz"
             )
@@ -624,9 +618,9 @@ def curves(runs: Sequence[RunRecord]) -> Picture:
 
 
 # %% ../nbs/06_figures.ipynb #47f908ee
-def class_precision(record: RunRecord) -> np.ndarray:
-    """Average precision of each class; NaN for a class without a positive test image."""
-    return np.array(record.extra["per_class_ap"], float)  # JSON's null becomes NaN
+def class_precision(runs: Iterable[RunRecord]) -> np.ndarray:
+    """Average precision by run and class; NaN for a class without a positive test image."""
+    return np.array([r.extra["per_class_ap"] for r in runs], float)  # JSON's null becomes NaN
 
 
 # %% ../nbs/06_figures.ipynb #f4d31949
@@ -659,7 +653,7 @@ def per_class(runs: Sequence[RunRecord]) -> Picture:
     order, name = np.argsort(label_share(runs[0]), kind="stable"), runs[0].dataset["name"]
     fig, ax = class_axes(runs[0], order, "average precision, %")
     for variant, seeds in group(runs).items():
-        values = 100 * np.mean([class_precision(r) for r in seeds.values()], axis=0)
+        values = 100 * class_precision(seeds.values()).mean(0)
         ax.plot(values[order], range(len(order)), "o", ms=3.2, color=variant.colour, label=variant.label)
     legend_above(fig, ax, 2)
     return Picture(
@@ -669,20 +663,6 @@ def per_class(runs: Sequence[RunRecord]) -> Picture:
         "beside the names: share of test images.",
         runs,
     )
-
-
-# %% ../nbs/06_figures.ipynb #6258253f
-def class_changes(mine: dict[int, RunRecord], theirs: dict[int, RunRecord]) -> tuple[list[int], np.ndarray]:
-    """Common seeds of two variants (seed -> record), and mine - theirs in average precision by class: S x C.
-
-    Raises `RecordError` without a common seed, or for different classes or images.
-    """
-    (one, *_), (other, *_) = mine.values(), theirs.values()
-    if not (seeds := sorted(mine.keys() & theirs.keys())):
-        raise RecordError(f"{one.name} and {other.name} have no seed in common")
-    for s in seeds:
-        check_same_test(mine[s], theirs[s])
-    return seeds, np.stack([class_precision(mine[s]) - class_precision(theirs[s]) for s in seeds])
 
 
 # %% ../nbs/06_figures.ipynb #15e51e1e
@@ -703,7 +683,12 @@ def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Pict
         >>> class_gains(*rows_of_loss(load_runs("outputs/runs"), "scenes-coco"))
     """
     [(this, mine)], [(that, theirs)] = group(runs).items(), group(against).items()
-    (seeds, change), name = class_changes(mine, theirs), runs[0].dataset["name"]
+    seeds, name = sorted(mine.keys() & theirs.keys()), runs[0].dataset["name"]
+    if not seeds:
+        raise RecordError(f"{runs[0].name} and {against[0].name} have no seed in common")
+    for s in seeds:
+        check_same_test(mine[s], theirs[s])
+    change = class_precision(mine[s] for s in seeds) - class_precision(theirs[s] for s in seeds)
     found = np.array([(d.mean, d.low, d.high) for d in map(difference, change.T)])
     mean, low, high = 100 * found.T
     order = [c for c in np.argsort(mean, kind="stable") if np.isfinite(mean[c])]
@@ -775,29 +760,21 @@ def precision_recall_curves(runs: Sequence[RunRecord]) -> Picture:
     """Plot precision against recall by variant: all labels together, then three classes by frequency.
 
     Args:
-        runs: of one data set and recipe; runs with unreadable scores are excluded and counted.
+        runs: of one data set and recipe; those without scores are counted.
 
     Returns:
         A `Picture`; dots are the threshold 0.5.
 
     Raises:
-        RecordError: if no scores can be read.
+        RecordError: without scores, or for modified ones.
 
     Example:
         >>> precision_recall_curves(load_runs("outputs/runs/scenes-coco"))
     """
-    grouped, name = group(runs), runs[0].dataset["name"]
-    found, lost = {}, []
-    for variant, seeds in grouped.items():
-        for r in seeds.values():
-            try:
-                kept = read_kept(r, "scores")
-                found.setdefault(variant, []).append(kept)
-            except RecordError as error:
-                lost.append(error)
-    if not found:
-        raise lost[0]
-    left_out = f" {len(lost)} of {len(runs)} records are left out: their scores cannot be read." * bool(lost)
+    drawn = [r for r in runs if r.holds("scores.npz")] or runs
+    grouped, name, lost = group(drawn), runs[0].dataset["name"], len(runs) - len(drawn)
+    found = {v: [read_kept(r, "scores") for r in seeds.values()] for v, seeds in grouped.items()}
+    left_out = f" {lost} of {len(runs)} records have no scores." * bool(lost)
     first = next(iter(found.values()))[0]
     share = 100 * (first["targets"] == 1).mean(0)
     order = [c for c in np.argsort(-share, kind="stable") if share[c]]

@@ -31,8 +31,7 @@ class PrintedRow:
     """A row of Table 1 or 2.
 
     Args:
-        name: as printed.
-        reference: its number in the paper's list; None for the paper's own rows.
+        label: name and number in the paper's list, as printed.
         values: percent by `COLUMNS`; None for a dash.
         variant: arguments of the companion's `Variant` (method, λ); empty for borrowed rows.
 
@@ -41,83 +40,51 @@ class PrintedRow:
         ('Ours (λ = 0.5)', 82.3)
     """
 
-    name: str
-    reference: int | None
+    label: str
     values: dict[str, float | None]
     variant: tuple = ()
 
-    @property
-    def label(self) -> str:
-        """The name with its reference, as printed in the table."""
-        return self.name if self.reference is None else f"{self.name} [{self.reference}]"
-
 
 # %% ../nbs/00_paper.ipynb #c14eb98e
-def row(name: str, reference: int | None, cells: str, *variant) -> PrintedRow:
+def row(label: str, cells: str, *variant) -> PrintedRow:
     """A `PrintedRow` from its thirteen cells, separated by spaces; "-" is a dash."""
     values = [None if cell == "-" else float(cell) for cell in cells.split()]
-    return PrintedRow(name, reference, dict(zip(COLUMNS, values, strict=True)), variant)
+    return PrintedRow(label, dict(zip(COLUMNS, values, strict=True)), variant)
 
 
 # %% ../nbs/00_paper.ipynb #1ce329ca
 #                               mAP   CP   CR   CF1  OP   OR   OF1 | CP   CR   CF1  OP   OR   OF1  (top-3)
 #: Rows of Table 1 (MS-COCO) as printed, in percent
 TABLE1 = (
-    row("CNN-RNN", 23, "61.2  -    -    -    -    -    -     66.0 55.6 60.4 69.2 66.4 67.8"),
-    row("Order-Free RNN", 24, "-     -    -    -    -    -    -     71.6 54.8 62.1 74.2 62.2 67.7"),
-    row("ML-ZSL", 25, "-     -    -    -    -    -    -     74.1 64.5 69.0 -    -    -"),
-    row("SRN", 12, "77.1  81.6 65.4 71.2 82.7 69.9 75.8  85.2 58.8 67.4 87.4 62.5 72.9"),
-    row("Multi-Evidence", 14, "-     80.4 70.2 74.9 85.2 72.5 78.4  84.5 62.2 70.6 89.1 64.3 74.7"),
+    row("CNN-RNN [23]", "61.2  -    -    -    -    -    -     66.0 55.6 60.4 69.2 66.4 67.8"),
+    row("Order-Free RNN [24]", "-     -    -    -    -    -    -     71.6 54.8 62.1 74.2 62.2 67.7"),
+    row("ML-ZSL [25]", "-     -    -    -    -    -    -     74.1 64.5 69.0 -    -    -"),
+    row("SRN [12]", "77.1  81.6 65.4 71.2 82.7 69.9 75.8  85.2 58.8 67.4 87.4 62.5 72.9"),
+    row("Multi-Evidence [14]", "-     80.4 70.2 74.9 85.2 72.5 78.4  84.5 62.2 70.6 89.1 64.3 74.7"),
     row(
         "ResNet-101 (Baseline)",
-        None,
         "78.3  80.2 66.7 72.8 83.9 70.8 76.8  84.1 59.4 69.7 89.1 62.8 73.6",
         "baseline",
     ),
-    row(
-        "Ours (λ = 0)",
-        None,
-        "79.9  81.6 68.5 74.5 84.4 72.5 78.0  83.2 62.0 71.1 89.4 64.2 74.7",
-        "cadm",
-        0.0,
-    ),
-    row(
-        "Ours (λ = 0.5)",
-        None,
-        "82.3  82.5 72.2 77.0 84.0 75.6 79.6  87.1 63.6 73.5 89.4 66.0 76.0",
-        "cadm",
-        0.5,
-    ),
+    row("Ours (λ = 0)", "79.9  81.6 68.5 74.5 84.4 72.5 78.0  83.2 62.0 71.1 89.4 64.2 74.7", "cadm", 0.0),
+    row("Ours (λ = 0.5)", "82.3  82.5 72.2 77.0 84.0 75.6 79.6  87.1 63.6 73.5 89.4 66.0 76.0", "cadm", 0.5),
 )
 
 # %% ../nbs/00_paper.ipynb #28f49777
 #                               mAP   CP   CR   CF1  OP   OR   OF1 | CP   CR   CF1  OP   OR   OF1  (top-3)
 #: Rows of Table 2 (NUS-WIDE) as printed, in percent
 TABLE2 = (
-    row("CNN-RNN", 23, "-     -    -    -    -    -    -     40.5 30.4 34.7 49.9 61.7 55.2"),
-    row("Order-Free RNN", 24, "-     -    -    -    -    -    -     59.4 50.7 54.7 69.0 71.4 70.2"),
-    row("ML-ZSL", 25, "-     -    -    -    -    -    -     43.4 48.2 45.7 -    -    -"),
-    row("SRN", 12, "62.0  65.2 55.8 58.5 75.5 71.5 73.4  48.2 58.8 48.9 56.2 69.6 62.2"),
+    row("CNN-RNN [23]", "-     -    -    -    -    -    -     40.5 30.4 34.7 49.9 61.7 55.2"),
+    row("Order-Free RNN [24]", "-     -    -    -    -    -    -     59.4 50.7 54.7 69.0 71.4 70.2"),
+    row("ML-ZSL [25]", "-     -    -    -    -    -    -     43.4 48.2 45.7 -    -    -"),
+    row("SRN [12]", "62.0  65.2 55.8 58.5 75.5 71.5 73.4  48.2 58.8 48.9 56.2 69.6 62.2"),
     row(
         "ResNet-101 (Baseline)",
-        None,
         "60.4  63.1 55.5 59.1 74.3 71.7 72.9  64.9 48.3 55.3 76.8 62.1 68.7",
         "baseline",
     ),
-    row(
-        "Ours (λ = 0)",
-        None,
-        "61.6  63.7 56.1 59.7 75.7 70.5 73.0  65.4 48.8 55.9 78.3 61.4 68.8",
-        "cadm",
-        0.0,
-    ),
-    row(
-        "Ours (λ = 0.5)",
-        None,
-        "62.8  63.8 57.8 60.7 75.8 72.5 74.1  64.3 57.7 56.3 78.8 63.9 70.6",
-        "cadm",
-        0.5,
-    ),
+    row("Ours (λ = 0)", "61.6  63.7 56.1 59.7 75.7 70.5 73.0  65.4 48.8 55.9 78.3 61.4 68.8", "cadm", 0.0),
+    row("Ours (λ = 0.5)", "62.8  63.8 57.8 60.7 75.8 72.5 74.1  64.3 57.7 56.3 78.8 63.9 70.6", "cadm", 0.5),
 )
 
 # %% ../nbs/00_paper.ipynb #177ab5d7
@@ -141,15 +108,12 @@ def signed(value: float, form: str = ".1f") -> str:
     return f"{value:+{form}}".replace("-", "−")
 
 
-assert (signed(-0.82), signed(2, ".2f")) == ("−0.8", "+2.00")
-
-
 # %% ../nbs/00_paper.ipynb #47508672
 @dataclass(frozen=True)
 class Decision:
     """An open decision; `choices` maps each value to its meaning, the default first.
 
-    `switch` is its name in each of `where` (keys of `PLACES`); a decision without one is fixed.
+    `switch` is its name in each of `where` (see the table below); a decision without one is fixed.
     """
 
     at: str
@@ -173,21 +137,6 @@ class Decision:
         elif value not in self.choices:
             choices = ", ".join(map(repr, self.choices))
             raise ValueError(f"{self.switch}={value!r}: choose one of {choices}")
-
-
-# %% ../nbs/00_paper.ipynb #b03ea870
-PLACES = {
-    "config": "a field of TrainConfig: command line, papermill, workflow",
-    "model": "a keyword of CADM",
-    "loss": "a keyword of CADMLoss",
-    "classification_loss": "a keyword of classification_loss",
-    "load_split": "a keyword of load_split",
-    "loader": "a keyword of Loader",
-    "prepare": "a keyword of prepare",
-    "metrics": "a keyword of multilabel_metrics",
-    "result": "a key in the result of multilabel_metrics; all interpretations are always computed",
-    "figures": "a keyword of figure2 and figure4",
-}
 
 
 # %% ../nbs/00_paper.ipynb #06521b97
@@ -221,10 +170,7 @@ def takes(options: type):
     def shown(function):
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        more = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-            for f in fields(options)
-        ]
+        more = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(options).parameters.values()]
         function.__signature__ = signature.replace(parameters=[*own, *more])
         return function
 

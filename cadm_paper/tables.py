@@ -12,8 +12,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,7 +21,7 @@ import pandas as pd
 
 from .data.datasets import displayed
 from .engine.record import RecordError, RunRecord, outdated, source
-from .engine.status import states
+from .engine.status import State, states
 from .engine.variants import MAIN, Variant, by_recipe, recipe, recipe_changes
 from .files import whole_file
 from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow, signed
@@ -79,7 +79,7 @@ class Line:
 
 
 # %% ../nbs/07_tables.ipynb #2cadd203
-def measured_line(runs: Sequence[RunRecord], *notes: str) -> Line:
+def measured_line(runs: Sequence[RunRecord], *notes: str, stale: str = "") -> Line:
     """Mean over seeds in percent and, for more than one seed, the sample standard deviation."""
     runs, variant = sorted(runs, key=lambda r: (r.config.seed, r.name)), Variant.of(runs[0])
     numbers = 100 * pd.DataFrame([r.metrics for r in runs]).reindex(columns=COLUMNS).astype(float)
@@ -89,25 +89,16 @@ def measured_line(runs: Sequence[RunRecord], *notes: str) -> Line:
     )
     seeds = ", ".join(str(r.config.seed) for r in runs)
     counted = f"seed {seeds}" if len(runs) == 1 else f"n = {len(runs)}, seeds {seeds}"
-    note = "; ".join(filter(None, [counted, *notes]))
-    return Line(variant.label, mean, sd if len(runs) > 1 else {}, "measured", note, variant, runs)
-
-
-# %% ../nbs/07_tables.ipynb #fd7d1791
-@dataclass(frozen=True)
-class Status:
-    """States of runs by data set/folder: why they are unfinished or stale; which other code made the rest."""
-
-    unfinished: dict[str, str] = field(default_factory=dict)
-    stale: dict[str, str] = field(default_factory=dict)
-    made_by: dict[str, str] = field(default_factory=dict)
-
-    def why_stale(self, record: RunRecord) -> str:
-        """Why a record no longer represents its row, or an empty string."""
-        return self.stale.get(run_key(record), "") or outdated(record)
-
-
-NOTHING = Status()
+    note = "; ".join(filter(None, [counted, *notes, stale and f"stale: {stale}"]))
+    return Line(
+        variant.label,
+        mean,
+        sd if len(runs) > 1 else {},
+        "stale" if stale else "measured",
+        note,
+        variant,
+        runs,
+    )
 
 
 # %% ../nbs/07_tables.ipynb #06975338
@@ -117,35 +108,41 @@ def run_key(record: RunRecord) -> str:
 
 
 # %% ../nbs/07_tables.ipynb #0433c9fc
-def run_status(folder: str | Path) -> Status:
+def run_status(folder: str | Path) -> dict[str, State]:
     """The states of the runs in a folder.
 
     Args:
         folder: as `outputs/runs`: data set, then run.
 
     Returns:
-        A `Status` for `table`: why runs are unfinished or stale, and which other code made the rest.
+        State by data set/folder, for `table`: why runs are unfinished or stale, which other code made the rest.
 
     Example:
         >>> shown = table("table1", load_runs("outputs/runs"), status=run_status("outputs/runs"))
     """
-    found = {"/".join(path.parts[-2:]): now for path, now in states(Path(folder)).items()}
-    of = lambda word: {key: now.reason for key, now in found.items() if now.word == word}
-    words = ("failed", "interrupted", "unreadable")
-    unfinished = {key: f"{word}: {why}" for word in words for key, why in of(word).items()}
-    return Status(unfinished, of("stale"), of("finished"))
+    return {"/".join(path.parts[-2:]): now for path, now in states(Path(folder)).items()}
+
+
+# %% ../nbs/07_tables.ipynb #8fad8cf0
+def unfinished(status: Mapping[str, State]) -> dict[str, str]:
+    """Why there is no record, by data set/folder."""
+    return {key: f"{now.word}: {now.reason}" for key, now in status.items() if now.record is None}
+
+
+# %% ../nbs/07_tables.ipynb #fdff34b2
+def why_stale(record: RunRecord, status: Mapping[str, State]) -> str:
+    """Why a record no longer represents its row, or an empty string."""
+    now = status.get(run_key(record))
+    return now.reason if now and now.word == "stale" else outdated(record)
 
 
 # %% ../nbs/07_tables.ipynb #92c7067b
-def absent_lines(dataset: str, status: Status, present: Sequence[Variant] = ()) -> list[Line]:
+def absent_lines(dataset: str, status: Mapping[str, State], present: Sequence[Variant] = ()) -> list[Line]:
     """A line for each of the five variants without a record, with the reason if it is known."""
-    lines = []
+    lines, begun = [], unfinished(status).items()
     for variant in (v for v in MAIN if v not in present):
-        begun = [
-            why for key, why in status.unfinished.items() if key.startswith(f"{dataset}/{variant.slug}-seed")
-        ]
-        why = begun[0] if begun else "not run"
-        lines.append(Line(variant.label, state="failed" if begun else "missing", note=why, variant=variant))
+        why = next((why for key, why in begun if key.startswith(f"{dataset}/{variant.slug}-seed")), None)
+        lines.append(Line(variant.label, {}, {}, "failed" if why else "missing", why or "not run", variant))
     return lines
 
 
@@ -180,8 +177,7 @@ def block_warnings(runs: Sequence[RunRecord]) -> list[str]:
             listed = "; ".join(f"{n} × {text}" for text, n in sorted(found.items()))
             warnings.append(f"rows differ in {what}: {listed}")
     if modified := [r.name for r in runs if r.environment.get("code", {}).get("modified")]:
-        which = "all rows" if len(modified) == len(runs) else ", ".join(modified)
-        warnings.append(f"made with uncommitted changes to the code: {which}")
+        warnings.append(f"made with uncommitted changes to the code: {', '.join(modified)}")
     splits = [r.dataset.get(split) or {} for r in runs for split in ("train", "test")]
     if gone := max(len(split.get("missing_ids") or ()) for split in splits):
         warnings.append(f"{gone} listed images were missing")
@@ -225,24 +221,22 @@ class Block:
 
 
 # %% ../nbs/07_tables.ipynb #beb1dd2b
-def block(runs: Sequence[RunRecord], status: Status = NOTHING) -> Block:
+def block(runs: Sequence[RunRecord], status: Mapping[str, State]) -> Block:
     """The five rows for runs of one data set, size and backbone: measured, stale, failed or missing; further
     variants after them.
     """
-    dataset, size, backbone = block_key(runs[0])
     usual, groups = next(iter(by_recipe(runs).values()))[0], {}
     for r in runs:
-        key = Variant.of(r), recipe_changes(r, usual), status.why_stale(r)
+        key = Variant.of(r), recipe_changes(r, usual), why_stale(r, status)
         groups.setdefault(key, []).append(r)
     lines = []
     for (_, changes, stale), same in groups.items():
-        made = {status.made_by.get(run_key(r), "") for r in same}
-        made |= {f"submitted, by {r.submitted}" for r in same if r.submitted is not None}
-        line = measured_line(same, changes, *sorted(made), f"stale: {stale}" if stale else "")
-        lines.append(replace(line, state="stale" if stale else "measured"))
-    lines += absent_lines(dataset, status, [line.variant for line in lines])
+        notes = {now.reason for r in same if (now := status.get(run_key(r))) and now.word == "finished"}
+        notes |= {f"submitted, by {r.submitted}" for r in same if r.submitted is not None}
+        lines.append(measured_line(same, changes, *sorted(notes), stale=stale))
+    lines += absent_lines(runs[0].dataset["name"], status, [line.variant for line in lines])
     lines.sort(key=lambda line: (line.variant not in MAIN, line.variant, line.state == "stale"))
-    return Block(dataset, size, backbone, lines, block_warnings(runs))
+    return Block(*block_key(runs[0]), lines, block_warnings(runs))
 
 
 # %% ../nbs/07_tables.ipynb #544b70a1
@@ -266,13 +260,13 @@ class Gain:
     def __str__(self) -> str:
         listed = lambda points: ", ".join(f"{name} {signed(v)}" for name, v in points.items())
         points, d = {name: 100 * d.mean for name, d in self.differences.items()}, self.differences["mAP"]
-        over = "seeds and test images" if d.se_images else "seeds"
-        ends = f"{signed(100 * d.low)} to {signed(100 * d.high)}"
-        sure = f"Mean of {d.n} seeds; 95 % interval of mAP over {over}: {ends}."
-        if d.n == 1:
-            error = f"Standard error of mAP over test images: {100 * d.se_images:.1f}"
-            sure = "One seed; the sign may change with another."
-            sure += f" {error}; training variation is not in it." * bool(d.se_images)
+        if d.n > 1:
+            over = "seeds and test images" if d.se_images else "seeds"
+            ends = f"{signed(100 * d.low)} to {signed(100 * d.high)}"
+            sure = f"Mean of {d.n} seeds; 95 % interval of mAP over {over}: {ends}."
+        else:
+            error = f" Standard error of mAP over test images: {100 * d.se_images:.1f}; training variation is not in it."
+            sure = "One seed; the sign may change with another." + error * bool(d.se_images)
         return (
             f"Embedding loss (λ = 0.5 minus λ = 0), measured on {displayed(self.dataset)}: {listed(points)} "
             f"points. {sure} The paper prints {listed(self.printed)} for {self.printed_on}."
@@ -288,13 +282,13 @@ def gain(of: Block, plan: TablePlan) -> Gain | None:
     pairs = [(without[key], with_[key]) for key in without if key in with_]
     if not pairs:
         return None
-    printed = {row.variant: row.values for row in plan.printed}
     names = ("mAP", "CF1", "OF1")
     found = {m: difference([b.metrics[m] - a.metrics[m] for a, b in pairs]) for m in names}
     before, after = (dict(enumerate(same)) for same in zip(*pairs))
     with contextlib.suppress(RecordError):  # without scores of the same images, seeds only
         found["mAP"] = compare_runs(after, before)
-    claimed = {m: printed["cadm", 0.5][m] - printed["cadm", 0.0][m] for m in names}
+    *_, printed_without, printed_with = plan.printed
+    claimed = {m: printed_with.values[m] - printed_without.values[m] for m in names}
     return Gain(of.dataset, found, claimed, plan.data)
 
 
@@ -413,11 +407,11 @@ class ResultTable:
 
     def save(self, folder: str | Path) -> dict[str, Path]:
         """Write folder/name.html, .md, .csv and .json atomically; returns the paths by extension."""
-        files = self.files()
-        paths = {form: Path(folder) / f"{self.name}.{form}" for form in files}
-        for form, path in paths.items():
-            with whole_file(path, "w") as file:
-                file.write(files[form])
+        paths = {}
+        for form, text in self.files().items():
+            paths[form] = Path(folder) / f"{self.name}.{form}"
+            with whole_file(paths[form], "w") as file:
+                file.write(text)
         return paths
 
     def _repr_html_(self) -> str:
@@ -428,7 +422,10 @@ class ResultTable:
 
 # %% ../nbs/07_tables.ipynb #091eebd3
 def table(
-    name: str, runs: Sequence[RunRecord], datasets: Sequence[str] | None = None, status: Status = NOTHING
+    name: str,
+    runs: Sequence[RunRecord],
+    datasets: Sequence[str] | None = None,
+    status: Mapping[str, State] | None = None,
 ) -> ResultTable:
     """Table 1 or 2: printed rows, and measured rows under them.
 
@@ -456,20 +453,20 @@ def table(
         for row in plan.printed
     ]
     printed = Block(plan.data, 448, "ResNet-101", lines, kind="printed")
-    asked = bool(datasets)
-    blocks = [b for d in datasets or plan.datasets for b in dataset_blocks(d, runs, status, asked)]
+    asked = datasets or plan.datasets
+    blocks = [b for d in asked for b in dataset_blocks(d, runs, status or {}, bool(datasets))]
     return ResultTable(name, plan.title, printed, blocks)
 
 
 # %% ../nbs/07_tables.ipynb #19c4d1a0
 def dataset_blocks(
-    dataset: str, runs: Sequence[RunRecord], status: Status, asked: bool = False
+    dataset: str, runs: Sequence[RunRecord], status: Mapping[str, State], asked: bool = False
 ) -> list[Block]:
     """One block per image size and backbone; without runs, absent rows if asked for, begun, or of the
     embedded benchmark.
     """
     keys = sorted({block_key(r) for r in runs if r.dataset.get("name") == dataset}, key=str)
-    begun = any(key.startswith(f"{dataset}/") for key in status.unfinished)
+    begun = any(key.startswith(f"{dataset}/") for key in unfinished(status))
     if not keys and (asked or begun or dataset.startswith("scenes")):
         return [Block(dataset, lines=absent_lines(dataset, status))]
     return [block([r for r in runs if block_key(r) == key], status) for key in keys]

@@ -170,12 +170,12 @@ def api_index(modules: dict[str, Path]) -> str:
 def measured(runs) -> dict | None:
     """mAP by variant from run records, for the landing page; None without records."""
     from cadm_paper.engine.variants import MAIN
-    from cadm_paper.tables import Status, dataset_blocks, table
+    from cadm_paper.tables import dataset_blocks, table
 
     if not runs:
         return None
     tables = [table("table1", runs, datasets=["scenes-coco"]), table("table2", runs, datasets=["scenes-nus"])]
-    blocks = [block for t in tables for block in t.blocks] + dataset_blocks("voc2007", runs, Status())
+    blocks = [block for t in tables for block in t.blocks] + dataset_blocks("voc2007", runs, {})
     synthetic = any(r.extra.get("synthetic") for r in runs)
 
     def cell(block, line) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import re
@@ -73,44 +74,21 @@ def image_entry(arrays: Sequence[dict], row: int, step: float) -> dict:
     return {
         "id": str(first["image_ids"][row]),
         "picture": None if (image := first["thumbnails"][row]) is None else png_uri(image),
-        "targets": first["targets"][row].tolist() if "targets" in first else None,
+        "targets": first["targets"][row].tolist(),
         "boxes": boxes,
         "runs": runs,
     }
 
 
-# %% ../../nbs/app/explorer.ipynb #cbbe278c
-def own_image(record: RunRecord, path: str | Path) -> dict[str, np.ndarray]:
-    """The output of the run's model for an image file, as the arrays of `maps.npz`.
-
-    Raises `FileNotFoundError` for a run without a model, `ImageError` for an unreadable file.
-    """
-    from cadm_paper.app.predict import Predictor
-
-    picture, output = Predictor.load(record.folder).output(path)
-    logits = {"scores": output.logits, "scores_fcls": output.logits_fcls, "scores_scls": output.logits_scls}
-    scores = {name: value.sigmoid().numpy() for name, value in logits.items()}
-    return {
-        "image_ids": [Path(path).name],
-        "thumbnails": picture[None],
-        "maps": output.maps.numpy(),
-        **scores,
-    }
-
-
 # %% ../../nbs/app/explorer.ipynb #874c2423
-def explorer_data(runs: Sequence[RunRecord], image: str | Path | None = None) -> dict:
+def explorer_data(runs: Sequence[RunRecord]) -> dict:
     """The data of the page for one run, or for two (without and with the loss), ready for JSON.
 
     Raises `RecordError` for runs without maps or with different samples.
     """
-    draws = [[own_image(r, image) for r in runs]] if image else []
-    if not image or runs[0].maps() is not None:
-        draws.append(same_draw(*runs) if len(runs) > 1 else [read_kept(runs[0], "maps")])
-        draws[-1][0]["thumbnails"] = drawn_images(runs[0], draws[-1][0])
-    if len({maps["maps"].shape[1:] for arrays in draws for maps in arrays}) > 1:
-        raise RecordError(f"{' and '.join(r.name for r in runs)} have maps of different sizes")
-    maps = [found["maps"] for arrays in draws for found in arrays]
+    arrays = same_draw(*runs) if len(runs) > 1 else [read_kept(runs[0], "maps")]
+    arrays[0]["thumbnails"] = drawn_images(runs[0], arrays[0])
+    maps = [found["maps"] for found in arrays]
     step = round(max(float(np.abs(m).max()) for m in maps) / 127 or 1.0, 7)
     words, labels = ["without", "with"] if len(runs) > 1 else [""], [Variant.of(r).label for r in runs]
     titles = [": ".join(filter(None, pair)) for pair in zip(words, labels)]
@@ -124,7 +102,7 @@ def explorer_data(runs: Sequence[RunRecord], image: str | Path | None = None) ->
         "step": step,
         "limit": round(map_limit(*maps), 4),
         "colours": base64_of(mpl.colormaps[MAP_COLOURS](np.arange(256), bytes=True)[:, :3]),
-        "images": [image_entry(a, row, step) for a in draws for row in range(len(a[0]["maps"]))],
+        "images": [image_entry(arrays, row, step) for row in range(len(maps[0]))],
     }
 
 
@@ -147,25 +125,23 @@ class ExplorerPage:
 
 
 # %% ../../nbs/app/explorer.ipynb #1e327dec
-def explore(*runs: RunRecord | str | Path, image: str | Path | None = None) -> ExplorerPage:
+def explore(*runs: RunRecord | str | Path) -> ExplorerPage:
     """The explorer of one run's maps, or of two runs (without and with the loss; Section 3.4).
 
     Args:
         runs: one or two records, or their folders.
-        image: a file to add as the first image.
 
     Returns:
         A page that JupyterLab shows, and `save(path)` writes.
 
     Raises:
         RecordError: for runs without maps or with different samples.
-        FileNotFoundError: with `image`, for a run without a model.
 
     Example:
-        >>> explore("outputs/runs/scenes-coco/<run>", image="photo.jpg")
+        >>> explore("outputs/runs/scenes-coco/<run>")
     """
     records = [run if isinstance(run, RunRecord) else RunRecord.load(run) for run in runs]
-    return ExplorerPage(render("explorer.html", data=explorer_data(records, image)))
+    return ExplorerPage(render("explorer.html", data=explorer_data(records)))
 
 
 # %% ../../nbs/app/explorer.ipynb #2ea7ee40
@@ -173,7 +149,7 @@ def build_explorers(runs: Iterable[RunRecord], folder: str | Path) -> dict[str, 
     """Write an explorer for each data set that has runs with maps, without and with the loss.
 
     Args:
-        runs: of any data sets; each page shows the first seed with unchanged maps.
+        runs: of any data sets; each page shows the lowest seed with maps.
         folder: of the pages, written atomically.
 
     Returns:
@@ -182,14 +158,10 @@ def build_explorers(runs: Iterable[RunRecord], folder: str | Path) -> dict[str, 
     Example:
         >>> build_explorers(load_runs("outputs/runs"), "outputs/report")
     """
-    runs, names = list(runs), {}
-    for dataset in dict.fromkeys(r.dataset["name"] for r in runs):
-        for seed in [None, *sorted({r.config.seed for r in runs})]:
-            try:
-                page = explore(*pair_of_runs(runs, dataset, seed=seed))
-            except RecordError:  # no such runs, no maps, changed maps: the report's Figure 4 says which
-                continue
+    kept, names = [r for r in runs if r.holds("maps.npz")], {}
+    for dataset in dict.fromkeys(r.dataset["name"] for r in kept):
+        with contextlib.suppress(RecordError):  # one run only, changed maps: the report's Figure 4 says which
+            page = explore(*pair_of_runs(kept, dataset))
             name = f"explorer-{re.sub(r'[^0-9A-Za-z_.-]+', '-', dataset)}.html" if names else "explorer.html"
             names[dataset] = page.save(Path(folder) / name).name
-            break
     return names

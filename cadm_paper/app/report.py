@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ..engine.record import RecordError, RunRecord, load_runs, source
+from ..engine.status import State
 from ..engine.variants import MAIN, NoRuns, Variant, by_recipe, pair_of_runs, pick, rows_of_loss
 from cadm_paper.figures import (
     class_gains,
@@ -30,13 +31,14 @@ from ..results.claims import read_verdicts, with_committed
 from cadm_paper.tables import (
     PLANS,
     ResultTable,
-    Status,
     code_of,
     dataset_blocks,
     render,
     run_key,
     run_status,
     table,
+    unfinished,
+    why_stale,
 )
 
 # %% auto #0
@@ -136,7 +138,7 @@ def run_entry(record: RunRecord, stale: str = "") -> dict:
 
 
 # %% ../../nbs/app/report.ipynb #17120e4e
-def all_tables(runs: Sequence[RunRecord], status: Status) -> list[ResultTable]:
+def all_tables(runs: Sequence[RunRecord], status: Mapping[str, State]) -> list[ResultTable]:
     """Tables 1 and 2, and one for runs on other data sets, if any."""
     tables = [table(name, runs, status=status) for name in PLANS]
     others = {str(r.dataset.get("name")) for r in runs} - {
@@ -168,7 +170,7 @@ def build_report(runs_dir=None, out=None, explorers: Mapping[str, str] | None = 
     folder = Path(runs_dir) if runs_dir else default_folder("outputs") / "runs"
     path = (Path(out) if out else default_folder("outputs") / "report") / "index.html"
     status, runs = run_status(folder), load_runs(folder)
-    if not runs and not status.unfinished:
+    if not runs and not unfinished(status):
         raise NoRuns(f"no run in {folder}. Run `cadm reproduce`, or give another folder")
     shown = with_committed(runs)
     tables, claims = all_tables(shown, status), read_verdicts()["claims"]
@@ -181,9 +183,9 @@ def build_report(runs_dir=None, out=None, explorers: Mapping[str, str] | None = 
         figures={d: plates(d, runs) for d in sorted({str(r.dataset.get("name")) for r in runs})},
         synthetic=any(r.extra.get("synthetic") for r in runs),
         total=duration(sum(r.timing.get("wall_s") or 0 for r in runs)),
-        unfinished=status.unfinished,
+        unfinished=unfinished(status),
         committed=len(shown) - len(runs),
-        runs=[run_entry(r, status.why_stale(r)) for r in runs],
+        runs=[run_entry(r, why_stale(r, status)) for r in runs],
     )
     with whole_file(path, "w") as file:
         file.write(page)
@@ -214,9 +216,8 @@ def build_article(notebook, out) -> Path:
         alt = shown["data"]["text/plain"].partition(". ")[0]
         shown["metadata"]["image/png"] = {"alt": alt.replace('"', "'")}
     body, _ = HTMLExporter(
-        template_name="basic", exclude_input=True, exclude_output_prompt=True
+        template_name="basic", exclude_input=True, exclude_output_prompt=True, exclude_anchor_links=True
     ).from_notebook_node(article)
-    body = re.sub(r'<a class="anchor-link".*?</a>', "", body)
     body = re.sub(r'<a href="[^":#]*\.(?:ipynb|md)[^"]*">(.*?)</a>', r"\1", body)  # links into the checkout
     title = article.cells[0].source.partition("\n")[0].removeprefix("# ")
     path = Path(out) / "article.html"

@@ -110,7 +110,7 @@ $("back").hidden = framed;
 
 function show() {
   const im = D.images[state.image], top = limit();
-  const known = { 1: " (present)", 0: " (absent)", "-1": " (not known)" }[im.targets?.[state.label]] ?? "";
+  const known = { 1: " (present)", 0: " (absent)", "-1": " (not known)" }[im.targets[state.label]];
   panels.forEach((_, n) => fill(n));
   $("low").textContent = `−${top.toFixed(1)}`;
   $("high").textContent = `+${top.toFixed(1)}`;
@@ -139,7 +139,7 @@ function point(v, u) {
 // ---- Choosing an image and a label
 
 const score = (image, c) => D.images[image].runs.at(-1).scores[c][0];
-const present = (image, c) => D.images[image].targets?.[c];
+const present = (image, c) => D.images[image].targets[c];
 const order = image => [...D.classes.keys()].sort((a, b) =>
   (present(image, b) === 1) - (present(image, a) === 1) || score(image, b) - score(image, a) || a - b);
 
