@@ -251,24 +251,21 @@ def short(name: str, longest: int) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
-# %% ../nbs/06_figures.ipynb #c16f79f1
-def thumbnail(maps: dict, row: int) -> np.ndarray:
-    """A sampled image, or light grey if it is missing."""
-    image = maps["thumbnails"][row]
-    return np.full((64, 64, 3), 237, np.uint8) if image is None else image
-
-
 # %% ../nbs/06_figures.ipynb #963ed7b7
-def draw_image(ax, maps: dict, row: int, extent: tuple = (0, 1, 0, 1)) -> None:
-    """Plot a sampled image at its own aspect within `extent`, or a note if its photograph is missing."""
-    image, (left, right, low, high) = thumbnail(maps, row), extent
-    height, width = np.array(image.shape[:2]) / max(image.shape[:2])
+def draw_image(ax, maps: dict, row: int, extent: tuple = (0, 1, 0, 1)) -> np.ndarray:
+    """Plot a sampled image at its own aspect within `extent`, or light grey with a note if its photograph is
+    missing. Returns what is plotted.
+    """
+    image, (left, right, low, high) = maps["thumbnails"][row], extent
     x, y = (left + right) / 2, (low + high) / 2
-    width, height = width * (right - left) / 2, height * (high - low) / 2
-    ax.imshow(image, extent=(x - width, x + width, y - height, y + height))
-    if maps["thumbnails"][row] is None:
+    if image is None:
+        image = np.full((64, 64, 3), 237, np.uint8)
         note = f"photograph\n{maps['image_ids'][row]}\nnot in the data folder"
         ax.text(x, y, note, ha="center", va="center", fontsize=5, color=GREY)
+    height, width = np.array(image.shape[:2]) / max(image.shape[:2])
+    width, height = width * (right - left) / 2, height * (high - low) / 2
+    ax.imshow(image, extent=(x - width, x + width, y - height, y + height))
+    return image
 
 
 # %% ../nbs/06_figures.ipynb #0657d4ae
@@ -529,10 +526,10 @@ def overlays(record: RunRecord, image: int = 0, data_dir=None) -> Picture:
     maps, variant = read_kept(record, "maps"), Variant.of(record)
     maps["thumbnails"] = drawn_images(record, maps, data_dir)
     (row,) = choose_images(maps, [image])
-    labels, back = np.flatnonzero(maps["targets"][row] == 1), thumbnail(maps, row)
+    labels = np.flatnonzero(maps["targets"][row] == 1)
     limit = map_limit(maps["maps"][row])  # of all classes, so that weak maps look weak
     fig, [axes] = new_figure(min(PAGE, 1.25 * (len(labels) + 1)), 2.1, 1, len(labels) + 1)
-    draw_image(axes[0], maps, row)
+    back = draw_image(axes[0], maps, row)
     for ax, c in zip(axes[1:], labels):
         ax.imshow(overlay(back, maps["maps"][row, c], limit))
         draw_boxes(ax, maps, row, c, *back.shape[1::-1])

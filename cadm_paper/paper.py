@@ -113,7 +113,8 @@ def signed(value: float, form: str = ".1f") -> str:
 class Decision:
     """An open decision; `choices` maps each value to its meaning, the default first.
 
-    `switch` is its name in each of `where` (see the table below); a decision without one is fixed.
+    `switch` is its name in each of `where` (a function, or "config" for `TrainConfig`); a decision without one
+    is fixed.
     """
 
     at: str

@@ -236,13 +236,8 @@ def block(runs: Sequence[RunRecord], status: Mapping[str, State]) -> Block:
         lines.append(measured_line(same, changes, *sorted(notes), stale=stale))
     lines += absent_lines(runs[0].dataset["name"], status, [line.variant for line in lines])
     lines.sort(key=lambda line: (line.variant not in MAIN, line.variant, line.state == "stale"))
-    return Block(*block_key(runs[0]), lines, block_warnings(runs))
-
-
-# %% ../nbs/07_tables.ipynb #544b70a1
-def block_key(record: RunRecord) -> tuple:
-    """Data set, image size and backbone."""
-    return record.dataset.get("name"), record.config.image_size, record.config.backbone
+    config = runs[0].config
+    return Block(runs[0].dataset["name"], config.image_size, config.backbone, lines, block_warnings(runs))
 
 
 # %% ../nbs/07_tables.ipynb #04675ce1
@@ -465,8 +460,9 @@ def dataset_blocks(
     """One block per image size and backbone; without runs, absent rows if asked for, begun, or of the
     embedded benchmark.
     """
-    keys = sorted({block_key(r) for r in runs if r.dataset.get("name") == dataset}, key=str)
+    kind = lambda r: (r.dataset.get("name"), r.config.image_size, r.config.backbone)
+    kinds = sorted({kind(r) for r in runs if r.dataset.get("name") == dataset}, key=str)
     begun = any(key.startswith(f"{dataset}/") for key in unfinished(status))
-    if not keys and (asked or begun or dataset.startswith("scenes")):
+    if not kinds and (asked or begun or dataset.startswith("scenes")):
         return [Block(dataset, lines=absent_lines(dataset, status))]
-    return [block([r for r in runs if block_key(r) == key], status) for key in keys]
+    return [block([r for r in runs if kind(r) == each], status) for each in kinds]

@@ -5,7 +5,6 @@ browser.
 import configparser
 import functools
 import importlib
-import inspect
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import nbformat
 import numpy as np
@@ -41,16 +40,16 @@ def markdown(path: Path) -> str:
 def broken(path: Path, text: str, home: Path) -> list[str]:
     """Links of a text, relative to folder `home`, to missing files or to missing headings of notebooks."""
     bad = []
-    for target in re.findall(
-        r"\]\(((?:[^()\s]|\([^()\s]*\))+)\)", re.sub(r"`[^`\n]*`|```.*?```", "", text, flags=re.S)
-    ):
-        name, _, anchor = target.partition("#")
+    prose = re.sub(r"`[^`\n]*`|```.*?```", "", text, flags=re.S)
+    for target in re.findall(r"\]\((?!\w+:)((?:[^()\s]|\([^()\s]*\))+)\)", prose):
+        name, _, anchor = unquote(target).partition("#")
         to = home / name if name else path
-        headings = re.findall(r"^#+ (.+)$", markdown(to), re.M) if anchor and to.suffix == ".ipynb" else []
-        found = (
-            not anchor or not headings or unquote(anchor) in [h.strip().replace(" ", "-") for h in headings]
+        headings = (
+            re.findall(r"^#+ (.+)$", markdown(to), re.M) if to.suffix == ".ipynb" and to.exists() else []
         )
-        if not re.match(r"\w+:", target) and not (to.exists() and found):
+        if not to.exists() or (
+            anchor and headings and anchor not in [h.strip().replace(" ", "-") for h in headings]
+        ):
             bad.append(target)
     return bad
 
@@ -63,15 +62,14 @@ def test_links_resolve(path):
 
 
 def test_binder_and_colab_open_notebooks_of_the_repository():
-    settings = configparser.ConfigParser()
+    settings, text = configparser.ConfigParser(), markdown(ROOT / "docs" / "install.md")
     settings.read(ROOT / "settings.ini")
-    repository = settings["DEFAULT"]["git_url"].removeprefix("https://github.com/")
-    text, branch = markdown(ROOT / "docs" / "install.md"), settings["DEFAULT"]["branch"]
+    project = settings["DEFAULT"]
+    repository, branch = project["git_url"].removeprefix("https://github.com/"), project["branch"]
     binder = rf"mybinder.org/v2/gh/{repository}/{branch}\?urlpath=lab/tree/(nbs/[\w/.]+)"
     colab = rf"colab.research.google.com/github/{repository}/blob/{branch}/(nbs/[\w/.]+)"
-    found = [*re.findall(binder, text), *re.findall(colab, text)]
-    assert len(found) == text.count("mybinder") + text.count("colab.research") == 2
-    assert all((ROOT / name).is_file() for name in found)
+    found = re.findall(binder, text) + re.findall(colab, text)
+    assert len(found) == 2 and all((ROOT / name).is_file() for name in found)
 
 
 SHELL = [
@@ -80,10 +78,6 @@ SHELL = [
     for block in re.findall(r"```sh\n(.*?)```", markdown(ROOT / name), re.S)
     for line in block.splitlines()
 ]
-
-
-def test_the_readme_is_short():
-    assert len(markdown(ROOT / "README.md").split()) <= 700
 
 
 @pytest.mark.parametrize("line", SHELL)
@@ -117,14 +111,10 @@ def test_listed_commands_names_and_files_exist():
     commands = [c.split()[1:3] for c in re.findall(r"`(cadm [^`]+)`", PAPER)]
     assert len(commands) > 5 and all(c[0] in cli.COMMANDS or c[1] in cli.GROUPS[c[0]] for c in commands)
     files = re.findall(r"`(cadm_paper/[\w/]+\.py|nbs/[\w/]+\.ipynb)`", PAPER)
-    assert [file for file in files if not (ROOT / file).is_file()] == []
-    rows = re.findall(r"^\| Eq\.[^\n]*\[0\d_(\w+)\][^\n|]*\| ([^\n|]+) \|$", PAPER, re.M)
-    names = [
-        (importlib.import_module(f"cadm_paper.{m}"), n)
-        for m, cell in rows
-        for n in re.findall(r"`(\w+)`", cell)
-    ]
-    assert [name for module, name in names if not hasattr(module, name)] == []
+    assert all((ROOT / file).is_file() for file in files)
+    for module, cell in re.findall(r"^\| Eq\.[^\n]*\[0\d_(\w+)\][^\n|]*\| ([^\n|]+) \|$", PAPER, re.M):
+        names = re.findall(r"`(\w+)`", cell)
+        assert set(names) <= set(dir(importlib.import_module(f"cadm_paper.{module}")))
 
 
 def test_headline_numbers_match_the_committed_records():
@@ -147,35 +137,6 @@ def test_headline_numbers_match_the_committed_records():
         assert f"{number} {n}" in readme
 
 
-def test_landing_page_and_readme_show_the_same_numbers():
-    docs, readme = runpy.run_path(str(ROOT / "tools" / "docs.py")), markdown(ROOT / "README.md")
-    found = docs["measured"](docs["study_runs"]())
-    assert len(found["heads"]) == 3 and len(found["rows"]) == 4
-    for label, cells in found["rows"]:
-        shown = [re.sub(r"<[^>]+>", "", cell) for cell in cells]
-        assert re.search(rf"^\| {re.escape(label)} \|.*\| {re.escape(' | '.join(shown))} \|$", readme, re.M)
-
-
-def test_public_names_in_use_are_documented():
-    paths = [p for p in NOTEBOOKS if p.parent.name in ("tutorials", "experiments")]
-    cells = [c.source for p in paths for c in nbformat.read(p, 4).cells if c.cell_type == "code"]
-    text = "\n".join([markdown(ROOT / "README.md"), *cells])
-    found = re.findall(r"^from (cadm_paper[\w.]*) import (\([^)]*\)|.+)", text, re.M)
-    names = {(module, name) for module, listed in found for name in re.findall(r"\w+", listed)}
-    objects = [getattr(importlib.import_module(m), n) for m, n in names if n not in ("as", "noqa")]
-    public = [
-        o for o in objects if getattr(o, "__name__", "") in getattr(inspect.getmodule(o), "__all__", ())
-    ]
-    kept = [o for o in public if not (inspect.isclass(o) and issubclass(o, Exception))]
-    assert len(kept) > 30
-    for o in kept:
-        signature, doc = inspect.signature(o), inspect.getdoc(o)
-        parts = ["Example:"] + ["Args:"] * bool(signature.parameters)
-        parts += ["Returns:"] * (inspect.isfunction(o) and "->" in str(signature))
-        assert [part for part in parts if part not in doc] == [], o
-        assert not re.search(r"\w\. \w+Error: ", doc), o  # one exception per line
-
-
 # ---------------------------------------------------------------- the built site
 
 
@@ -195,20 +156,15 @@ def site(tmp_path_factory):
 def test_every_notebook_and_module_has_a_page(site):
     for path in NOTEBOOKS:
         page = (site / path.relative_to(ROOT).with_suffix(".html")).read_text(encoding="utf-8")
-        shown = [
-            c
-            for c in nbformat.read(path, 4).cells
-            if c.get("outputs") and not re.search(r"^#\|\s*hide", c.source, re.M)
-        ]
+        cells = nbformat.read(path, 4).cells
+        shown = [c for c in cells if c.get("outputs") and not re.search(r"^#\|\s*hide", c.source, re.M)]
         assert page.count('class="cell_output') >= len(shown), path
-    text = lambda name: (site / name).read_text(encoding="utf-8")
-    assert "batch classes h w" in re.sub(
-        r"<[^>]+>", "", text("api/cadm_paper.model.html")
-    )  # shapes as written
-    assert "api/cadm_paper.metrics.html#cadm_paper.metrics.multilabel_metrics" in text("nbs/00_paper.html")
+    assert "api/cadm_paper.metrics.html#cadm_paper.metrics.multilabel_metrics" in (
+        site / "nbs" / "00_paper.html"
+    ).read_text(encoding="utf-8")
     api = {p.name: p.read_text(encoding="utf-8") for p in (site / "api").glob("cadm_paper*.html")}
-    assert [n for n, page in api.items() if re.search(r"Alias for field|Return type|>Type<|\\_", page)] == []
-    assert 'id="cadm_paper.data.datasets.DATASETS"' in api["cadm_paper.data.datasets.html"]
+    assert not [n for n, page in api.items() if re.search(r"Alias for field|Return type|>Type<|\\_", page)]
+    assert "batch classes h w" in re.sub(r"<[^>]+>", "", api["cadm_paper.model.html"])  # shapes as written
 
 
 # ---------------------------------------------------------------- in a browser
@@ -231,18 +187,16 @@ def chromium():
 def opened(chromium):
     """A function that opens a file; afterwards there must be no console error and no external request."""
     complaints, contexts = [], []
+    outside = lambda r: [r.url] if not re.match("file:|data:|blob:", r.url) else []
 
     def open_(path, width=1280, height=860, dark=False, fragment=""):
         size, scheme = {"width": width, "height": height}, "dark" if dark else "light"
         contexts.append(chromium.new_context(viewport=size, color_scheme=scheme))
         page = contexts[-1].new_page()
-        for event, complain in {
-            "console": lambda m: complaints.append(m.text) if m.type == "error" else None,
-            "pageerror": lambda e: complaints.append(str(e)),
-            "request": lambda r: None if re.match("file:|data:|blob:", r.url) else complaints.append(r.url),
-            "requestfailed": lambda r: complaints.append(f"failed {r.url}"),
-        }.items():
-            page.on(event, complain)
+        page.on("console", lambda m: complaints.extend([m.text] if m.type == "error" else []))
+        page.on("pageerror", lambda e: complaints.append(str(e)))
+        page.on("request", lambda r: complaints.extend(outside(r)))
+        page.on("requestfailed", lambda r: complaints.append(f"failed {r.url}"))
         page.goto(path.as_uri() + fragment, wait_until="load")
         return page
 
@@ -276,16 +230,12 @@ def test_every_page_fits_a_phone_renders_formulas_and_has_valid_links(site, open
         found[path] = page.evaluate(FACTS)
         page.context.close()
     assert len(found) > len(NOTEBOOKS) and sum(facts["formulas"] for facts in found.values()) > 300
-    assert [path for path, facts in found.items() if facts["wrong"] or facts["over"] > 0] == []
     for path, facts in found.items():
-        for to, fragment in (
-            (Path(unquote(urlsplit(a).path)), unquote(urlsplit(a).fragment)) for a in facts["links"]
-        ):
-            assert to.is_file() and (not fragment or to not in found or fragment in found[to]["ids"]), (
-                path,
-                to,
-                fragment,
-            )
+        assert not facts["wrong"] and facts["over"] <= 0, path
+        for link in map(urlsplit, facts["links"]):
+            to, fragment = Path(unquote(link.path)), unquote(link.fragment)
+            known = not fragment or to not in found or fragment in found[to]["ids"]
+            assert to.is_file() and known, (path, to, fragment)
 
 
 LEGIBLE = """() => {
@@ -342,36 +292,24 @@ def test_search_finds(site, opened, words, found):
 
 
 @pytest.mark.slow
-def test_the_landing_page_links_the_report_and_its_explorers(site, opened):
-    page = opened(site / "index.html", 1280, 860)
-    box, text = page.locator(".cards").bounding_box(), page.locator(".cards").inner_text()
-    assert box["y"] + box["height"] <= 860 and all(
-        t in text for t in ("82.3", "make reproduce", "DigitScenes-C")
-    )
-    for title, address in (("DigitScenes-C", "explorer.html"), ("DigitScenes-N", "explorer-scenes-nus.html")):
-        page = opened(site / "index.html")
-        follow(page, '.cards a[href="report/index.html"]')
-        assert "Synthetic records" in page.locator("body").inner_text()
-        assert page.locator(f'a[href="{address}"]').count() == 2
-        follow(page, f'a[href="{address}"]')
-        page.wait_for_selector("body[data-ready]")
-        assert page.locator("#about").inner_text().startswith(f"{title}:")
-
-
-@pytest.mark.slow
-def test_a_number_is_three_clicks_from_its_record_and_verdict(site, opened):
+def test_a_number_is_three_clicks_from_its_record_verdict_and_maps(site, opened):
     def after(*clicks):
         page = opened(site / "index.html")
         for click in clicks:
             follow(page, click)
         return page
 
-    assert "82.3" in after().locator(".cards").inner_text()
+    cards = after().locator(".cards").inner_text()
+    assert all(text in cards for text in ("82.3", "make reproduce", "DigitScenes-C"))
     assert "82.3" in after('.cards a[href$="00_paper.html#Tables-1-and-2"]').locator("body").inner_text()
     verdicts = after('.cards a[href$="study_claims.html"]').locator("body").inner_text()
     assert "Table 1, MS-COCO" in verdicts and any(outcome in verdicts for outcome in OUTCOMES[:4])
     record = after(".cards td a[href^='report/']", "tr.measured td a").locator("tbody:target code a").first
     assert record.is_visible() and len(record.inner_text()) == 12
+    for title, address in (("DigitScenes-C", "explorer.html"), ("DigitScenes-N", "explorer-scenes-nus.html")):
+        page = after('.cards a[href="report/index.html"]', f'a[href="{address}"]')
+        page.wait_for_selector("body[data-ready]")
+        assert page.locator("#about").inner_text().startswith(f"{title}:")
 
 
 @pytest.mark.slow
@@ -397,10 +335,7 @@ def test_the_explorer_reacts_and_shows_the_values_of_the_records(site, opened):
     page.wait_for_selector("body[data-ready]")
     maps = "() => [...document.querySelectorAll('canvas.map')].map(c => c.toDataURL())"
     seen = [page.evaluate(maps)]
-    assert (
-        page.locator("#labels button").first.get_attribute("aria-selected") == "true"
-        and seen[0][0] != seen[0][1]
-    )
+    assert seen[0][0] != seen[0][1]
     for act in (
         page.locator("#labels button").nth(1).click,
         page.locator("#images button").nth(2).click,
@@ -413,12 +348,11 @@ def test_the_explorer_reacts_and_shows_the_values_of_the_records(site, opened):
         act()
         seen.append(page.evaluate(maps))
         assert seen[-1] != seen[-2]
-    assert seen[-1][0] == seen[-1][1]
-    place = {name: int(n) for name, (n,) in parse_qs(urlsplit(page.url).fragment).items()}
+    image, label = page.evaluate("[state.image, state.label]")
     shown, data = page.locator("#runs").inner_text(), json.loads(page.locator("#data").text_content())
-    for run in data["images"][place["image"]]["runs"]:
-        expected = [f"{value:.2f}" for value in run["scores"][place["label"]]]
-        assert all(text in shown for text in [*expected, f"ranks {run['ranks'][place['label']]} of"])
+    for run in data["images"][image]["runs"]:
+        expected = [f"{value:.2f}" for value in run["scores"][label]]
+        assert all(text in shown for text in [*expected, f"ranks {run['ranks'][label]} of"])
 
 
 @pytest.mark.slow

@@ -34,12 +34,6 @@ def base64_of(values: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
 
 
-# %% ../../nbs/app/explorer.ipynb #7c7fcceb
-def eight_bits(maps: np.ndarray, step: float) -> str:
-    """Map values in steps, rounded to -127..127, as base64 of signed bytes."""
-    return base64_of(np.clip(np.rint(maps / step), -127, 127).astype(np.int8))
-
-
 # %% ../../nbs/app/explorer.ipynb #346b6f6e
 def png_uri(image: np.ndarray) -> str:
     """An image (uint8 H x W x 3) as a PNG in a data URI."""
@@ -65,7 +59,7 @@ def image_entry(arrays: Sequence[dict], row: int, step: float) -> dict:
     ]
     runs = [
         {
-            "maps": eight_bits(maps["maps"][row], step),
+            "maps": base64_of(np.clip(np.rint(maps["maps"][row] / step), -127, 127).astype(np.int8)),
             "ranks": map_ranks(maps["maps"][row]).tolist(),
             "scores": np.stack([maps[s][row] for s in STREAMS], 1).round(4).astype(float).tolist(),
         }

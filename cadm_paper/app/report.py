@@ -216,8 +216,9 @@ def build_article(notebook, out) -> Path:
         alt = shown["data"]["text/plain"].partition(". ")[0]
         shown["metadata"]["image/png"] = {"alt": alt.replace('"', "'")}
     body, _ = HTMLExporter(
-        template_name="basic", exclude_input=True, exclude_output_prompt=True, exclude_anchor_links=True
+        template_name="basic", exclude_input=True, exclude_output_prompt=True
     ).from_notebook_node(article)
+    body = re.sub(r'<a class="anchor-link".*?</a>', "", body)
     body = re.sub(r'<a href="[^":#]*\.(?:ipynb|md)[^"]*">(.*?)</a>', r"\1", body)  # links into the checkout
     title = article.cells[0].source.partition("\n")[0].removeprefix("# ")
     path = Path(out) / "article.html"
