@@ -239,7 +239,8 @@ def test_bad_records_do_not_affect_the_others(tmp_path, capsys):
     assert table("table1", load_runs(runs), status=run_status(runs)).rows() == rows
     page = build_report(runs, tmp_path / "report").read_text()
     assert page.count("cannot be read") == len(BAD) + 1 and "is not drawn" not in page
-    assert runs_list(outputs=tmp_path) == 0 and capsys.readouterr().out.count("unreadable") == len(BAD) + 1
+    runs_list(outputs=tmp_path)
+    assert capsys.readouterr().out.count("unreadable") == len(BAD) + 1
 
 
 STRANGE = [
