@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from cadm_paper.data import DATASETS, DataError, MissingPhotographs, Split, load_split, nuswide
 from cadm_paper.data.check import data_check, data_show
@@ -20,14 +20,10 @@ from cadm_paper.data.split import safe_name
 from cadm_paper.data.voc import VOC_CLASSES
 from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.splits import prepare_data
-from cadm_paper.metrics import multilabel_metrics
-from cadm_paper.paper import FACTS
-from cadm_paper.train import train as train_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("CADM_SHARED_DATA", ROOT.parent / "shared" / "data"))
 VOC, TINY, LABELS80 = SHARED / "VOCdevkit-224", SHARED / "coco-tiny", SHARED / "coco2014_labels80.npz"
-LABELS81 = SHARED / "nuswide_labels81.npz"
 needs = lambda path: pytest.mark.skipif(not path.exists(), reason=f"no {path.name} in CADM_SHARED_DATA")
 
 # ---- the real files
@@ -125,19 +121,13 @@ def put(path, lines, end="\n", mark=b"", last=True):
     path.write_bytes(mark + (end.join(lines) + (end if last else "")).encode())
 
 
-def write_nus(root, classes, images, y, form="AllLabels", split=None, **how):
+def write_nus(root, classes, images, y, split, **how):
     """Write NUS-WIDE's form; `split` marks the training images."""
-    rows = dict(Train=np.flatnonzero(split), Test=np.flatnonzero(~split)) if split is not None else {}
-    listed = [f"folder\\{n}" for n in images]
     put(root / f"ConceptsList/Concepts{len(classes)}.txt", classes, **how)
-    put(root / "ImageList/Imagelist.txt", listed, **how)
-    for kind, r in rows.items():
-        put(root / f"ImageList/{kind}Imagelist.txt", [listed[i] for i in r], **how)
-    for c, name in enumerate(classes):
-        if form == "AllLabels":
-            put(root / f"Groundtruth/AllLabels/Labels_{name}.txt", map(str, y[:, c]), **how)
-        for kind, r in rows.items() if form != "AllLabels" else ():
-            put(root / f"Groundtruth/TrainTestLabels/Labels_{name}_{kind}.txt", map(str, y[r, c]), **how)
+    for kind, rows in (("Train", np.flatnonzero(split)), ("Test", np.flatnonzero(~split))):
+        put(root / f"ImageList/{kind}Imagelist.txt", [f"folder\\{images[i]}" for i in rows], **how)
+        for c, name in enumerate(classes):
+            put(root / f"Groundtruth/TrainTestLabels/Labels_{name}_{kind}.txt", map(str, y[rows, c]), **how)
     place(root / "Flickr" / "folder", images)
 
 
@@ -149,48 +139,35 @@ def write_nus(root, classes, images, y, form="AllLabels", split=None, **how):
     last=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_nus_wide_with_both_label_forms_and_all_line_ends(data, end, mark, last, seed, tmp_path_factory):
+def test_nus_wide_with_all_line_ends(data, end, mark, last, seed, tmp_path_factory):
     classes, images, y = data
-    split = np.random.default_rng(seed).permutation(np.arange(len(images)) % 2 == 0)
-    for form in ("AllLabels", "TrainTestLabels"):
-        if form == "TrainTestLabels" and split.all():
-            continue  # test lists are not empty
-        root = tmp_path_factory.mktemp("nus")
-        write_nus(root, classes, images, y, form, split, end=end, mark=mark, last=last)
-        got = load_split("scenes-nus", root, "train", cache=False)
-        assert got.classes == tuple(classes) and (got.labels == y[split]).all()
-        assert [p.name for p in got.paths] == [n for n, s in zip(images, split) if s] and all(
-            p.is_file() for p in got.paths
-        )
+    split, root = (
+        np.random.default_rng(seed).permutation(len(images)) % 2 == 0,
+        tmp_path_factory.mktemp("nus"),
+    )
+    write_nus(root, classes, images, y, split, end=end, mark=mark, last=last)
+    got = load_split("scenes-nus", root, "train", cache=False)
+    assert got.classes == tuple(classes) and (got.labels == y[split]).all()
+    assert [p.name for p in got.paths] == [n for n, s in zip(images, split) if s]
 
 
 @quick
 @given(data=drawn(codes=(-1, 0, 1)))
-def test_own_tables_in_all_forms(data, tmp_path_factory):
+def test_own_tables_in_both_forms(data, tmp_path_factory):
     classes, images, y = data
     classes = [unicodedata.normalize("NFC", c.replace(";", "")) for c in classes]
-    fields = {"path", "labels", "ignored", "id", "label", "ignore"}
-    if {c.casefold() for c in classes} & fields or len({*classes}) < len(classes):
+    if {*classes} & {"path", "labels", "id"} or len({*classes}) < len(classes):
         return
-    names = lambda row, code: [c for c, v in zip(classes, row) if v == code]
-    rows = [(n, names(r, 1), names(r, -1)) for n, r in zip(images, y)]
-    tables = dict(
-        labels=[("path", "labels", "ignored"), *((n, "; ".join(a), ";".join(b)) for n, a, b in rows)],
-        wide=[("path", *classes), *((n, *r) for n, r in zip(images, y.tolist()))],
-    )
-    for form in ("labels", "wide", "jsonl"):
+    names = lambda row, code: "; ".join(c for c, v in zip(classes, row) if v == code)
+    labels = [("path", "labels", "ignored"), *((n, names(r, 1), names(r, -1)) for n, r in zip(images, y))]
+    for table in (labels, [("path", *classes), *((n, *r) for n, r in zip(images, y.tolist()))]):
         root = tmp_path_factory.mktemp("own")
         put(root / "classes.txt", classes)
         place(root / "train", images)
-        if form == "jsonl":
-            put(root / "train.jsonl", (json.dumps(dict(zip(("path", "labels", "ignored"), r))) for r in rows))
-        else:
-            with open(root / "train.csv", "w", newline="", encoding="utf-8-sig") as file:
-                csv.writer(file).writerows(tables[form])
+        with open(root / "train.csv", "w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file).writerows(table)
         got = load_split("own", root, "train", cache=False)
-        assert (
-            got.classes == tuple(classes) and (got.labels == y).all() and all(p.is_file() for p in got.paths)
-        )
+        assert got.classes == tuple(classes) and (got.labels == y).all()
 
 
 @quick
@@ -219,10 +196,10 @@ def test_the_fingerprint_never_changes():
 
 @pytest.fixture
 def nus(tmp_path):
-    """A small NUS-WIDE: nine images, three concepts, both forms of lists."""
+    """A small NUS-WIDE: nine images, three concepts."""
     y = np.random.default_rng(1).integers(0, 2, (9, 3))
     names = [f"{i}.jpg" for i in range(9)]
-    write_nus(tmp_path / "nus", ["sky", "sea side", "été"], names, y, "TrainTestLabels", np.arange(9) < 6)
+    write_nus(tmp_path / "nus", ["sky", "sea side", "été"], names, y, np.arange(9) < 6)
     return tmp_path / "nus"
 
 
@@ -234,15 +211,8 @@ def test_the_cached_index_is_valid_in_a_copy_of_the_data(nus, tmp_path, monkeypa
         assert load_split("nuswide", tmp_path / "copy", "train").fingerprint == read.fingerprint
 
 
-class Bomb:
-    def __reduce__(self):
-        return (pytest.fail, ("unpickled",))
-
-
-@pytest.mark.parametrize(
-    "damage", [b"PK no archive", dict(a=np.zeros(3)), dict(text=[Bomb()], codes=np.zeros(3))]
-)
-def test_a_damaged_index_is_replaced_and_nothing_is_unpickled(nus, damage):
+@pytest.mark.parametrize("damage", [b"PK no archive", dict(a=np.zeros(3)), dict(text=np.array([{}]))])
+def test_a_damaged_index_is_replaced(nus, damage):
     read = load_split("nuswide", nus, "train")
     [kept] = (nus / ".cadm-index").glob("*.npz")
     kept.write_bytes(damage) if isinstance(damage, bytes) else np.savez(kept, **damage)
@@ -267,12 +237,9 @@ def test_placeholders_count_as_missing_and_are_listed(nus):
     assert test.missing == test.placeholders == ("folder/7.jpg",) and len(test) == 2
     listed = (nus / ".cadm-index/nuswide-train-missing.csv").read_text().splitlines()
     assert len(listed) == 7 and listed[-1] == "folder/5.jpg,Flickr/folder/5.jpg,absent"
-    assert listed[1].startswith("folder/0.jpg,Flickr/folder/0.jpg,placeholder ")
-    assert "5 files are not photographs" in str(data_check("nuswide", nus))
-    made = load_split(
-        "scenes-nus", nus, "train", missing="drop"
-    )  # generated: identical files are not dead links
-    assert made.missing == ("folder/5.jpg",) and made.placeholders == ()
+    assert "5 of them are not photographs" in str(data_check("nuswide", nus))
+    generated = load_split("scenes-nus", nus, "train", missing="drop")  # its equal files are not dead links
+    assert generated.missing == ("folder/5.jpg",) and generated.placeholders == ()
 
 
 # ---- invalid input: one error that names file and line or field
@@ -398,8 +365,8 @@ def test_invalid_arguments(tmp_path, name, folder, switches, says):
 OWN_DOUBTS = {
     "path,labels,ignore\na.jpg,cat,dog\n": "train.csv, line 1: unknown column 'ignore'; did you mean 'ignored'",
     "path,labels,Ignored\na.jpg,cat,dog\n": "train.csv, line 1: unknown column 'Ignored'",
-    "path,cat,dog,ignored\na.jpg,1,0,dog\n": "train.csv, line 1: the column 'ignored' is not a class",
-    "path,cat,Labels\na.jpg,1,0\n": "train.csv, line 1: the column 'Labels' is not a class",
+    "path,cat,dog,ignored\na.jpg,1,0,dog\n": "train.csv, line 2, column ignored: 'dog' is not 1, 0 or -1",
+    "path,Labels\na.jpg,cat\n": "train.csv, line 2, column Labels: 'cat' is not 1, 0 or -1; names belong in labels",
     "path,caf\u00e9,cafe\u0301\na.jpg,1,0\n": "train.csv, line 1: the columns must be path and labels, or path and one",
     "path,labels\na.jpg,cat|dog\n": "train.csv, line 2: label 'cat|dog' may be several labels",
     'path,labels\na.jpg,"cat, dog"\n': "train.csv, line 2: label 'cat, dog' may be several labels",
@@ -408,7 +375,7 @@ OWN_DOUBTS = {
     "path,labels\na.jpg,cat\nb.jpg,nan\n": "train.csv, line 3: label 'nan' stands for a missing value",
     "path,labels,id\na.jpg,cat,1\0\n": "train.csv, line 2: '1\\x00' is empty or has control characters",
     "path,labels\na.jpg,cat\n./a.jpg,dog\n": "train.csv, path: 'a.jpg' occurs twice",
-    "path,labels\nd.jpg,cat\ntrain/d.jpg,dog\n": "'d.jpg' and 'train/d.jpg' are one photograph",
+    "path,labels\nd.jpg,cat\ntrain/d.jpg,dog\n": "two entries are one photograph",
     "path,labels\nA.JPG,cat\n": "'A.JPG' is there as 'a.jpg': one name must change",
     "path,labels\nempty.jpg,cat\n": "empty.jpg is an empty file",
     "path,labels\ndangling.jpg,cat\n": "dangling.jpg is a dangling link",
@@ -447,13 +414,13 @@ def test_unusable_files_are_dropped_and_reported(folder):
     (folder / "train.csv").write_text("path,labels\n" + "".join(f"{n},cat\n" for n in names))
     got = load_split("own", folder, "train", missing="drop", cache=False)
     assert got.image_ids == ("a.jpg",) and got.missing == tuple(names[1:])
-    said = str(data_check("own", folder))
-    assert "1 photographs are missing: none.jpg" in said and "3 files are not photographs" in said
+    says = "4 of the 5 photographs of own, train are not in .*none.jpg.* 3 of them are not photographs: empty.jpg"
+    assert re.search(says, str(data_check("own", folder)))
 
 
 CHECKS = [  # tables of training and test, report, and the error of training ("": none)
     ("a.jpg,cat", "b.jpg,cat", "complete", ""),
-    ("d.jpg,cat", "e.jpg,cat", "e.jpg", "none of the 1 photographs of own, test"),
+    ("d.jpg,cat", "e.jpg,cat", *["none of the 1 photographs of own, test"] * 2),
     ("1.jpg,cat", "1.jpg,cat", "complete", ""),  # train/1.jpg and test/1.jpg
     (
         "1.jpg,cat",
@@ -484,13 +451,6 @@ def test_check_and_training_report_unusable_tables(folder, train, test, says, er
         prepare_data(TrainConfig(dataset="own", data_dir=str(folder)))
 
 
-def test_a_limit_that_leaves_no_label_is_an_error(folder):
-    (folder / "train.csv").write_text("path,labels\na.jpg,cat\n")
-    (folder / "test.csv").write_text("path,labels\nb.jpg,\nc.jpg,cat\n")
-    with pytest.raises(ValueError, match="no image of test has a label .1 images"):
-        prepare_data(TrainConfig(dataset="own", data_dir=str(folder), limit=1))
-
-
 def test_splits_of_coco_may_share_ids_but_not_differ_in_classes(tmp_path):
     other = json.loads(json.dumps(GOOD).replace('cat"', 'cow"'))
     for split, content in (("train2014", GOOD), ("val2014", other)):
@@ -508,24 +468,3 @@ def test_a_split_without_labels_cannot_be_shown(folder, rows):
         (folder / f"{split}.csv").write_text(f"path,labels\n{rows}")
     with pytest.raises(DataError, match="own, train in .*: no image with a label"):
         data_show("own", folder, out=folder / "figures")
-
-
-@pytest.mark.slow
-@needs(LABELS81)
-def test_nus_wide_at_its_full_size(tmp_path):
-    """All real labels in the official layout, with random splits (the official lists are not available)."""
-    real, in_train = np.load(LABELS81), np.random.default_rng(0).permutation(269_648) < 161_789
-    names, y = [f"{i}_{flickr}.jpg" for i, flickr in enumerate(real["flickr_ids"])], real["labels"]
-    write_nus(tmp_path, [*map(str, real["concepts"])], names, y, "TrainTestLabels", in_train)
-    train, test = prepare_data(TrainConfig(dataset="nuswide", data_dir=str(tmp_path)))
-    assert (train.labels == y[in_train]).all() and (test.labels == y[~in_train]).all()
-    assert [FACTS["nuswide", split].images for split in ("train", "test")] == [len(train), len(test)]
-    assert int(train.labelled.sum() + test.labelled.sum()) == 209_347
-    perfect = multilabel_metrics(0.4 + 0.2 * test.labels, test.labels)
-    assert all(perfect[name] == 1 for name in ("mAP", "CF1", "OF1"))
-    for path in (*train.paths[:4], *test.paths[:4]):
-        Image.new("RGB", (80, 80)).save(path)
-    some = TrainConfig(
-        dataset="nuswide", data_dir=str(tmp_path), out_dir=str(tmp_path / "run"), limit=4, epochs=1
-    )
-    assert train_model(some).dataset["train"]["classes"] == 81

@@ -16,11 +16,10 @@ __all__ = [
 ]
 
 # %% ../../nbs/data/package.ipynb #a2ed05a1
+from .check import data_check, data_show  # noqa: F401
 from .datasets import DATASETS, Dataset, load_split  # noqa: F401
+from .scenes import build_scenes  # noqa: F401
 from .split import DataError, MissingPhotographs, Split  # noqa: F401
-
-# %% ../../nbs/data/package.ipynb #2da40342
-LATER = {"build_scenes": "scenes", "data_check": "check", "data_show": "check"}
 
 # %% ../../nbs/data/package.ipynb #01db48f6
 _all_ = [
@@ -34,12 +33,3 @@ _all_ = [
     "data_check",
     "data_show",
 ]
-
-
-# %% ../../nbs/data/package.ipynb #a2f7c8d4
-def __getattr__(name: str):
-    if name not in LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{LATER[name]}"), name)

@@ -6,7 +6,6 @@
 __all__ = ["CheckReport", "data_check", "data_show"]
 
 # %% ../../nbs/data/check.ipynb #c1adb02a
-import contextlib
 import os
 import re
 import unicodedata
@@ -17,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .datasets import Dataset, dataset, find_photographs, load_split, opened
-from .own import own_tables
-from .photograph import NOWHERE, ImageError, read_photograph
+from .datasets import Dataset, dataset, find_photographs, load_split, missing_error, opened
+from .photograph import ImageError, read_photograph
 from .split import CROWD, PRESENT, DataError, Index, Split, cooccurrence, index_folder
 
 
@@ -86,27 +84,25 @@ def check_photographs(
     """Check that listed photographs exist, are not placeholders and (`deep`) decode.
 
     Returns (device, inode) -> name of those that exist."""
-    photos = find_photographs(data, split, root, index)
-    absent = [index.image_ids[i] for i, why in photos.why.items() if why == NOWHERE]
-    bad = [f"{photos.names[i]} is {why}" for i, why in photos.why.items() if why != NOWHERE]
-    listed = index_folder(root) / f"{data.name}-{split}-missing.csv"
-    where = f"; all are listed in {listed}" if listed.is_file() else ""
-    if not photos.why:
+    names, why = find_photographs(data, split, root, index)
+    if why:
+        listed = index_folder(root) / f"{data.name}-{split}-missing.csv"
+        where = f"; all are listed in {listed}" if listed.is_file() else ""
+        error = missing_error(f"{data.name}, {split}", index, names, why, root, data.make)
+        report.problems.append(f"{error}{where}")
+    else:
         report.found.append(f"{split}: all photographs are present")
-    if absent:
-        some = f"{', '.join(absent[:20])}{' ...' if len(absent) > 20 else ''}"
-        report.problems.append(f"{split}: {len(absent):,} photographs are missing: {some}{where}")
-    if bad:
-        kind = "not photographs (empty, or placeholders: the same bytes under many names)"
-        report.problems.append(f"{split}: {len(bad):,} files are {kind}, such as {bad[0]}{where}")
-    names, files = [name for i, name in enumerate(photos.names) if i not in photos.why], {}
+    there = [name for i, name in enumerate(names) if i not in why]
     if deep:
-        report.problems += [f"{split}: {name} does not decode" for name in undecodable(root, names)]
-    for name in names:
-        status = os.stat(root / name)
-        if (first := files.setdefault((status.st_dev, status.st_ino), name)) != name:
-            report.odd.append(f"{split}: {first} and {name} are links to one file")
-    return files
+        report.problems += [f"{split}: {name} does not decode" for name in undecodable(root, there)]
+    status = {name: os.stat(root / name) for name in there}
+    return {(s.st_dev, s.st_ino): name for name, s in status.items()}
+
+
+# %% ../../nbs/data/check.ipynb #2ce0a9d0
+def some(names: Sequence[str]) -> str:
+    """The first ten names as text."""
+    return f"{', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
 
 
 # %% ../../nbs/data/check.ipynb #4e2c6e38
@@ -118,30 +114,25 @@ def check_together(
         if list(one.classes) != list(other.classes):
             report.problems.append(f"{a} and {b} have different classes, or in another order")
         if both := sorted(files[a][key] for key in files[a].keys() & files[b].keys()):
-            some = f"{', '.join(both[:5])}{' ...' if len(both) > 5 else ''}"
             lines = report.problems if {a, b} == {data.train_split, data.test_split} else report.odd
-            lines.append(f"{len(both):,} images are in both {a} and {b}: {some}")
+            lines.append(f"{len(both):,} images are in both {a} and {b}: {some(both)}")
 
 
 # %% ../../nbs/data/check.ipynb #bc051bbe
 def check_labels(data: Dataset, read: dict[str, Index], report: CheckReport) -> None:
     """Check that training and test have labels; report unused classes and spelling variants."""
-    key = lambda c: re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", c)).strip().casefold()
     seen: dict[str, str] = {}
     for c in {c: None for index in read.values() for c in index.classes}:
-        plain = key("".join(x for x in c if unicodedata.category(x) != "Cf"))
-        if (first := seen.setdefault(plain, c)) != c:
+        letters = [x for x in unicodedata.normalize("NFKC", c).casefold() if unicodedata.category(x) != "Cf"]
+        if (first := seen.setdefault(re.sub(r"[\s_-]", "", "".join(letters)), c)) != c:
             report.problems.append(f"classes {ascii(first)} and {ascii(c)} differ in spelling only")
-    for split in (data.train_split, data.test_split):
-        if (index := read.get(split)) is None:
-            continue
-        shown = np.isin(index.codes, (PRESENT, CROWD)).any(0)
+    for split in [s for s in (data.train_split, data.test_split) if s in read]:
+        shown = np.isin(read[split].codes, (PRESENT, CROWD)).any(0)
         if not shown.any():
             report.problems.append(f"{split}: no image has a label; there is nothing to train or to test on")
         elif not shown.all():
-            lost = [index.classes[c] for c in np.flatnonzero(~shown)]
-            some = f"{', '.join(lost[:10])}{' ...' if len(lost) > 10 else ''}"
-            report.odd.append(f"{split}: no image shows {some}")
+            lost = [c for c, found in zip(read[split].classes, shown) if not found]
+            report.odd.append(f"{split}: no image shows {some(lost)}")
 
 
 # %% ../../nbs/data/check.ipynb #1a943562
@@ -166,8 +157,6 @@ def data_check(name: str, root=None, *, deep: bool = False, photographs: bool = 
     if not photographs:
         report.end = "the label files are complete; photographs were not searched"
     splits = dict.fromkeys([data.train_split, data.test_split, *data.counts])
-    with contextlib.suppress(DataError):  # reading reports it, too
-        splits |= own_tables(root) if name == "own" else {}
     for split in splits:
         try:
             _, split, read[split] = opened(data, root, split, cache=False)
@@ -182,47 +171,50 @@ def data_check(name: str, root=None, *, deep: bool = False, photographs: bool = 
     return report
 
 
+# %% ../../nbs/data/check.ipynb #fee8ff7c
+def by_context(labels: np.ndarray, classes: Sequence[str]):
+    """The table P(column | row), clustered so that labels of one context are neighbours."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+
+    table = cooccurrence(labels, classes)
+    if len(table) == 1:
+        return table
+    order = leaves_list(linkage((labels == 1).T, "average", "jaccard", optimal_ordering=True))
+    return table.iloc[order, order]
+
+
 # %% ../../nbs/data/check.ipynb #e96779a8
 def summary_figure(split: Split, title: str):
     """A matplotlib figure: label frequencies, labels per image, co-occurrence P(column | row)."""
+    import pandas as pd
     import seaborn as sns
     from matplotlib.figure import Figure
-    from scipy.cluster.hierarchy import leaves_list, linkage
 
     figure = Figure(figsize=(10, 7), dpi=70, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
-    above, below = left.subplots(2, 1, height_ratios=(2, 1))
-    positive = split.labels == 1
-    classes = np.array([c.replace("$", r"\$") for c in split.classes])  # else matplotlib renders formulas
-    common = np.argsort(-positive.sum(0), kind="stable")
-    many = sns.barplot(x=positive.sum(0)[common], y=classes[common], color="steelblue", ax=above)
-    many.set(xlabel="images", title=f"{len(classes)} labels by frequency")
-    sns.histplot(x=positive.sum(1), discrete=True, color="steelblue", ax=below).set(
-        xlabel="labels per image", ylabel="images"
-    )
-    order = [0]
-    if len(classes) > 1:
-        order = leaves_list(linkage(positive.T, "average", "jaccard", optimal_ordering=True))
-    matrix = cooccurrence(split.labels, classes).iloc[order, order]
-    bar = dict(label="P(column | row)", shrink=0.6)
-    pairs = sns.heatmap(
-        matrix, vmin=0, vmax=1, cmap="viridis", square=True, cbar_kws=bar, ax=right.subplots()
-    )
-    pairs.set_title("co-occurrence")
-    for ax in (many, pairs):  # legible with many names
-        ax.tick_params(labelsize=9 if len(classes) <= 40 else 5)
+    panels = [["images", "pairs"], ["labels", "pairs"]]
+    axes = figure.subplot_mosaic(panels, width_ratios=(1, 1.5), height_ratios=(2, 1))
+    classes = [c.replace("$", r"\$") for c in split.classes]  # else matplotlib renders formulas
+    images = pd.Series((split.labels == 1).sum(0), classes).sort_values(ascending=False, kind="stable")
+    sns.barplot(x=images, y=images.index, color="steelblue", ax=axes["images"])
+    axes["images"].set(xlabel="images", title=f"{len(classes)} labels by frequency")
+    sns.histplot((split.labels == 1).sum(1), discrete=True, color="steelblue", ax=axes["labels"])
+    axes["labels"].set(xlabel="labels per image", ylabel="images")
+    bar, table = dict(label="P(column | row)", shrink=0.6), by_context(split.labels, classes)
+    sns.heatmap(table, vmin=0, vmax=1, cmap="viridis", square=True, cbar_kws=bar, ax=axes["pairs"])
+    axes["pairs"].set_title("co-occurrence")
+    for name in ("images", "pairs"):  # legible with many names
+        axes[name].tick_params(labelsize=9 if len(classes) <= 40 else 5)
     figure.suptitle(title)
     return figure
 
 
 # %% ../../nbs/data/check.ipynb #62a872d0
-def data_show(name: str, root=None, *, splits: Sequence[str] = (), out=None) -> str:
-    """Report counts and label frequencies of a data set.
+def data_show(name: str, root=None, *, out=None) -> str:
+    """Report counts and label frequencies of a data set's training and test splits.
 
     Args:
         name: a key of `DATASETS`.
         root: its folder; None: data/<name>.
-        splits: by default those for training and testing.
         out: folder for one figure per split (frequencies, labels per image, co-occurrence).
 
     Returns:
@@ -237,27 +229,22 @@ def data_show(name: str, root=None, *, splits: Sequence[str] = (), out=None) -> 
     import pandas as pd
 
     data = dataset(name)
-    read = [load_split(name, root, s, missing="drop") for s in splits or (data.train_split, data.test_split)]
-    for s in read:
+    train, test = (load_split(name, root, s, missing="drop") for s in (data.train_split, data.test_split))
+    for s in (train, test):
         if not s.labelled.any():
-            raise DataError(
-                f"{name}, {s.split} in {s.root}: no image with a label, so there is nothing to show"
-            )
+            where = f"{name}, {s.split} in {s.root}"
+            raise DataError(f"{where}: no image with a label, so there is nothing to show")
     number = lambda v: f"{v:,.2f}" if isinstance(v, float) else f"{v:,}"
-    counts = {
-        s.split: {k: number(v) for k, v in s.summary().items() if isinstance(v, int | float)} for s in read
-    }
-    images = pd.Series(read[0].summary()["positives"]).sort_values(ascending=False, kind="stable")
-    shares = pd.DataFrame(
-        {"images": images.map("{:,}".format), "share": (images / len(read[0])).map("{:.1%}".format)}
+    counts = pd.DataFrame({s.split: s.summary() for s in (train, test)})
+    counts = counts.drop(["dataset", "split", "positives", "fingerprint"]).map(number)
+    images = pd.Series((train.labels == 1).sum(0), train.classes).sort_values(ascending=False, kind="stable")
+    shares = (
+        images.map("{:,}".format)
+        .to_frame("images")
+        .assign(share=images.map(lambda n: f"{n / len(train):.1%}"))
     )
-    text = [
-        data.title,
-        pd.DataFrame(counts).to_string(),
-        f"labels in {read[0].split}, by frequency",
-        shares.to_string(),
-    ]
-    for s in read if out is not None else ():
+    text = [data.title, counts.to_string(), f"labels in {train.split}, by frequency", shares.to_string()]
+    for s in (train, test) if out is not None else ():
         path = Path(out) / f"{name}-{s.split.replace('/', '_')}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         summary_figure(s, f"{data.title}, {s.split}: {len(s):,} images").savefig(path)

@@ -19,8 +19,6 @@ from cadm_paper.data.split import (
     ABSENT,
     CROWD,
     CROWD_BOX,
-    DIFFICULT,
-    DIFFICULT_BOX,
     PLAIN_BOX,
     PRESENT,
     DataError,
@@ -79,7 +77,6 @@ class CocoObject:
     image_id: int
     category_id: int
     iscrowd: Literal[0, 1] = 0
-    ignore: Literal[0, 1] = 0
     bbox: Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)] | None = None  # x, y, w, h
 
 
@@ -100,9 +97,7 @@ def coco_codes(things: list[CocoObject], row: dict, column: dict, path) -> tuple
         if None in at:
             raise DataError(f"{place}: its image or category is not listed in this file")
         code, kind = (CROWD, CROWD_BOX) if thing.iscrowd else (PRESENT, PLAIN_BOX)
-        if thing.ignore:
-            code, kind = DIFFICULT, DIFFICULT_BOX
-        codes[at] = max(code, codes[at], key=(ABSENT, DIFFICULT, CROWD, PRESENT).index)
+        codes[at] = max(code, codes[at], key=(ABSENT, CROWD, PRESENT).index)
         if thing.bbox:
             boxes.append((at[0], kind, (at[1], *thing.bbox)))
             places.append(place)

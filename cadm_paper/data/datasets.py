@@ -8,12 +8,11 @@ __all__ = ["DATASETS", "Dataset", "load_split"]
 # %% ../../nbs/data/datasets.ipynb #21131505
 import contextlib
 import csv
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from cadm_paper.data.split import (
     cached_index,
     index_folder,
     may_write,
+    unique,
 )
 from .voc import voc_reader
 from ..files import default_folder, known, read_arrays, whole_file
@@ -53,12 +53,7 @@ class Dataset:
     test_split: str
     make: str  # how to get it; {} is its folder
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # split -> images, images with a label
-    home: str = ""  # its folder below data/ if not its name
-
-    @property
-    def folder(self) -> str:
-        """Name of its folder below data/."""
-        return self.home or self.name
+    folder: str = ""  # its folder below data/; by default its name
 
     def root(self, given=None) -> Path:
         """Absolute path of its folder: `given`, else its folder below data/."""
@@ -96,7 +91,9 @@ COUNTS = {
 # %% ../../nbs/data/datasets.ipynb #6f491116
 #: Registered data sets by name
 DATASETS: dict[str, Dataset] = {
-    d.name: replace(d, make=d.make.format(d.folder), counts=COUNTS.get(d.name, {}))
+    d.name: replace(
+        d, make=d.make.format(d.folder or d.name), counts=COUNTS.get(d.name, {}), folder=d.folder or d.name
+    )
     for d in (
         Dataset("coco2014", "MS-COCO 2014", COCO, "train2014", "val2014", GET),
         Dataset(
@@ -106,7 +103,7 @@ DATASETS: dict[str, Dataset] = {
             "train",
             "test",
             GET,
-            home="coco2014",
+            folder="coco2014",
         ),
         Dataset("nuswide", "NUS-WIDE", NUS_READER._replace(dead_links=True), "train", "test", GET),
         Dataset("voc2007", "PASCAL VOC 2007", voc_reader("2007"), "trainval", "test", GET),
@@ -152,70 +149,54 @@ def index_boxes(index: Index, difficult: str = "ignore", crowd: bool = True) -> 
 
 
 # %% ../../nbs/data/datasets.ipynb #7e2f0b92
-class Photographs(NamedTuple):
-    """Photographs of an index: names below the root, and why some rows are unusable."""
-
-    names: Sequence[str]
-    why: dict[int, str]  # row -> `NOWHERE`, "an empty file", "placeholder <SHA-256>", ...
+def write_missing(path: Path, rows) -> None:
+    """Write a CSV file of image id, file and reason, or remove it if no photograph is missing."""
+    path.unlink(missing_ok=True)
+    if rows:
+        with whole_file(path, "w", through=False) as file:
+            csv.writer(file, lineterminator="\n").writerows([("image_id", "file", "why"), *rows])
 
 
 # %% ../../nbs/data/datasets.ipynb #77508444
-NAMED = 100  # names listed in a message; the error's `missing` has all
+NAMED = 20  # ids listed in a message; the error's `missing` has all
 
 
 # %% ../../nbs/data/datasets.ipynb #2b8a1adc
-def missing_error(where: str, index: Index, photos: Photographs, root, make: str) -> MissingPhotographs:
-    """The error for missing photographs: their names, the searched folder and what to do."""
-    ids, count, first = [index.image_ids[i] for i in photos.why], len(photos.names), next(iter(photos.why))
-    bad = [f"{index.image_ids[i]} is {why}" for i, why in photos.why.items() if why != NOWHERE]
-    near = alike(root / photos.names[first]) if photos.why[first] == NOWHERE else []
-    hint = f"{len(bad)} of them are not photographs: {bad[0]}. " if bad else ""
-    hint += f"{photos.names[first]!r} is there as {near[0]!r}: one name must change. " if near else ""
-    if len(ids) == count and not bad and not near:
-        text = f"none of the {count} photographs of {where} is in {(root / photos.names[0]).parent}; {make}"
+def missing_error(where: str, index: Index, names, why: dict[int, str], root, make: str):
+    """The error for missing photographs (row -> why): their ids, the searched folder and what to do."""
+    ids, (first, reason) = [index.image_ids[i] for i in why], next(iter(why.items()))
+    bad = [f"{index.image_ids[i]} is {why[i]}" for i in why if why[i] != NOWHERE]
+    near = alike(root / names[first]) if reason == NOWHERE else []
+    if len(ids) == len(names) and not bad and not near:
+        text = f"none of the {len(ids)} photographs of {where} is in {(root / names[0]).parent}; {make}"
         return MissingPhotographs(text, ids)
     more = f" and {len(ids) - NAMED} more (`missing` of this error has all)" if len(ids) > NAMED else ""
-    text = (
-        f"{len(ids)} of the {count} photographs of {where} are not in {root}: "
-        f"{', '.join(ids[:NAMED])}{more}. {hint}"
-        'Put them there, or continue without them: missing="drop"'
-    )
-    return MissingPhotographs(text, ids)
-
-
-# %% ../../nbs/data/datasets.ipynb #555b9975
-def write_missing(path: Path, index: Index, photos: Photographs) -> None:
-    """Write a CSV file of image id, file and reason."""
-    rows = [(index.image_ids[i], photos.names[i], why) for i, why in photos.why.items()]
-    with whole_file(path, "w", through=False) as file:
-        csv.writer(file, lineterminator="\n").writerows([("image_id", "file", "why"), *rows])
+    hint = f"{len(bad)} of them are not photographs: {bad[0]}. " if bad else ""
+    hint += f"{names[first]!r} is there as {near[0]!r}: one name must change. " if near else ""
+    text = f"{len(ids)} of the {len(names)} photographs of {where} are not in {root}: "
+    todo = 'Put them there, or continue without them: missing="drop"'
+    return MissingPhotographs(f"{text}{', '.join(ids[:NAMED])}{more}. {hint}{todo}", ids)
 
 
 # %% ../../nbs/data/datasets.ipynb #1e7cb2ba
 def find_photographs(
     data: Dataset, split: str, root: Path, index: Index, cache: bool | str | Path = True
-) -> Photographs:
-    """Locate the photographs of an index; missing ones are listed in a CSV file in the index's folder.
+) -> tuple[list[str], dict[int, str]]:
+    """Names of an index's photographs below the root, and row -> why one is unusable (also listed in a file).
 
     Raises `DataError` if two entries name one file."""
     names, why = locate(root, index.names, partial(data.reader.elsewhere, split))
-    row: dict[str, int] = {}
-    for i, name in enumerate(names):
-        if i not in why and row.setdefault(name, i) != i:
-            ids = f"{index.image_ids[row[name]]!r} and {index.image_ids[i]!r}"
-            raise DataError(
-                f"{data.name}, {split}: {ids} are one photograph, {root / name}; keep one of them"
-            )
+    there = {i: name for i, name in enumerate(names) if i not in why}
+    unique(list(there.values()), f"{data.name}, {split}: two entries are one photograph in {root}")
     if data.reader.dead_links:
-        why |= {row[name]: f"placeholder {digest}" for name, digest in placeholders(root, list(row)).items()}
-    photos = Photographs(names, dict(sorted(why.items())))
+        dead = placeholders(root, list(there.values()))
+        why |= {i: f"placeholder {dead[name]}" for i, name in there.items() if name in dead}
+    why = dict(sorted(why.items()))
     if may_write(root, cache):
-        path = index_folder(root, cache) / f"{data.name}-{split.replace('/', '_')}-missing.csv"
+        listed = index_folder(root, cache) / f"{data.name}-{split.replace('/', '_')}-missing.csv"
         with contextlib.suppress(OSError):  # read-only or full: the error and the split also name them
-            path.unlink(missing_ok=True)
-            if why:
-                write_missing(path, index, photos)
-    return photos
+            write_missing(listed, [(index.image_ids[i], names[i], reason) for i, reason in why.items()])
+    return names, why
 
 
 # %% ../../nbs/data/datasets.ipynb #6dd8a2d6
@@ -269,21 +250,21 @@ def load_split(
     known(difficult, ("ignore", "present", "absent"), "difficult =", DataError)
     data = dataset(name)
     root, split, index = opened(data, root, split, cache)
-    photos = find_photographs(data, split, root, index, cache)
-    if photos.why and missing == "error":
-        raise missing_error(f"{name}, {split}", index, photos, root, data.make)
+    names, why = find_photographs(data, split, root, index, cache)
+    if why and missing == "error":
+        raise missing_error(f"{name}, {split}", index, names, why, root, data.make)
     whole = Split(
         name,
         split,
         root,
         index.classes,
         index.image_ids,
-        [root / name for name in photos.names],
+        [root / name for name in names],
         codes_to_labels(index.codes, difficult, crowd),
-        [index.image_ids[i] for i in photos.why],
+        [index.image_ids[i] for i in why],
         index_boxes(index, difficult, crowd),
-        [index.image_ids[i] for i, why in photos.why.items() if why != NOWHERE],
+        [index.image_ids[i] for i in why if why[i] != NOWHERE],
     )
     keep = whole.labelled | (unlabelled == "keep")
-    keep[list(photos.why)] = False
+    keep[list(why)] = False
     return whole if keep.all() else whole.take(keep)

@@ -6,12 +6,11 @@
 __all__ = ["data_get"]
 
 # %% ../../nbs/data/download.ipynb #716487b5
-import errno
+import filecmp
 import hashlib
 import http.client
 import os
 import shutil
-import stat
 import sys
 import tarfile
 import time
@@ -19,7 +18,6 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +25,8 @@ from tqdm import tqdm
 
 from .check import data_check
 from .datasets import dataset
-from .split import DataError, safe_name
-from ..files import folder_lock, sha256_file
+from .split import DataError
+from ..files import folder_lock
 
 
 # %% ../../nbs/data/download.ipynb #6cb53b59
@@ -38,7 +36,6 @@ class Archive:
 
     addresses: tuple[str, ...]  # tried in this order
     gives: tuple[str, ...]  # files below the root once all of it is in place
-    room: int  # limit on unpacked bytes, against archive bombs
     size: int | None = None  # bytes, where published
     checksum: str | None = None  # "md5:..." or "sha256:...", where published
     published: str = "no checksum is published"  # or the source of size and checksum
@@ -61,36 +58,37 @@ class Source:
 
 
 # %% ../../nbs/data/download.ipynb #431ee93a
-GB, TFDS = 10**9, "TensorFlow Datasets, url_checksums/{} (github.com/tensorflow/datasets, commit {})"
+TFDS = "TensorFlow Datasets, url_checksums/{} (github.com/tensorflow/datasets, commit {})"
 
 # %% ../../nbs/data/download.ipynb #da10a6f8
+COCO_FILES = (
+    (
+        "zips/train2014.zip",
+        ("train2014/COCO_train2014_000000581921.jpg",),
+        13_510_573_713,
+        "sha256:ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
+    ),
+    (
+        "zips/val2014.zip",
+        ("val2014/COCO_val2014_000000581929.jpg",),
+        6_645_013_297,
+        "sha256:fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
+    ),
+    (
+        "annotations/annotations_trainval2014.zip",
+        ("annotations/instances_train2014.json", "annotations/instances_val2014.json"),
+        252_872_794,
+        "sha256:031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
+    ),
+)
+
+# %% ../../nbs/data/download.ipynb #0d026ecb
 COCO2014 = Source(
     tuple(
-        Archive((f"http://images.cocodataset.org/{path}",), gives, room, size, f"sha256:{sha256}", published)
-        for published in [TFDS.format("coco2014.txt", "24211da0508a")]
-        for path, gives, room, size, sha256 in (
-            (
-                "zips/train2014.zip",
-                ("train2014/COCO_train2014_000000581921.jpg",),
-                16 * GB,
-                13_510_573_713,
-                "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
-            ),
-            (
-                "zips/val2014.zip",
-                ("val2014/COCO_val2014_000000581929.jpg",),
-                8 * GB,
-                6_645_013_297,
-                "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
-            ),
-            (
-                "annotations/annotations_trainval2014.zip",
-                ("annotations/instances_train2014.json", "annotations/instances_val2014.json"),
-                4 * GB,
-                252_872_794,
-                "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
-            ),
+        Archive(
+            (f"http://images.cocodataset.org/{path}",), *known, TFDS.format("coco2014.txt", "24211da0508a")
         )
+        for path, *known in COCO_FILES
     ),
     "https://cocodataset.org/#download",
     "The photographs are their owners' (Flickr's terms of use); the annotations are under CC BY 4.0.",
@@ -101,14 +99,14 @@ COCO2014 = Source(
 def voc_source(year: str, *archives: tuple[str, str, int, str]) -> Source:
     """The archives of a year's challenge, each from its name, split, size and MD5."""
     hosts = ("https://thor.robots.ox.ac.uk", "http://host.robots.ox.ac.uk")
+    published = f"MD5: torchvision, datasets/voc.py; size: {TFDS.format('voc.txt', '333639b37af6')}"
     made = tuple(
         Archive(
             tuple(f"{host}/pascal/VOC/voc{year}/{name}" for host in hosts),
             (f"VOC{year}/ImageSets/Main/tvmonitor_{split}.txt",),
             size,
-            size,
             f"md5:{md5}",
-            f"MD5: torchvision, datasets/voc.py; size: {TFDS.format('voc.txt', '333639b37af6')}",
+            published,
         )
         for name, split, size, md5 in archives
     )
@@ -141,7 +139,7 @@ If the page is gone: the publishers' newer address for the label files is github
 # %% ../../nbs/data/download.ipynb #b785a853
 NUSWIDE = Source(
     tuple(
-        Archive((f"{NUS_PAGE.rpartition('/')[0]}/{folder}.zip",), tuple(f"{folder}/{g}" for g in gives), GB)
+        Archive((f"{NUS_PAGE.rpartition('/')[0]}/{folder}.zip",), tuple(f"{folder}/{g}" for g in gives))
         for folder, gives in (
             ("ConceptsList", ["Concepts81.txt"]),
             ("Groundtruth", ["AllLabels/Labels_zebra.txt", "TrainTestLabels/Labels_zebra_Train.txt"]),
@@ -156,19 +154,13 @@ NUSWIDE = Source(
 # %% ../../nbs/data/download.ipynb #4699ff2a
 SOURCES = {"coco2014": COCO2014, "nuswide": NUSWIDE, **VOC}
 
-# %% ../../nbs/data/download.ipynb #4005ca14
-in_words = lambda size: f"{tqdm.format_sizeof(size)}B"  # a readable number of bytes
-
 
 # %% ../../nbs/data/download.ipynb #f637e8ad
-def state_of(archive: Archive, root: Path) -> tuple[str, int]:
-    """Status ("in place", "fetched" or "to fetch"), and the bytes left if the size is published."""
+def state_of(archive: Archive, root: Path) -> str:
+    """Status of an archive: "in place", "fetched" or "to fetch"."""
     if all(any((root / p / g).exists() for p in ("", "images", "VOCdevkit")) for g in archive.gives):
-        return "in place", 0
-    have = {p.suffix: p.stat().st_size for p in (root / "archives").glob(f"{archive.name}*")}
-    if Path(archive.name).suffix in have:
-        return "fetched", 0
-    return "to fetch", max((archive.size or 0) - have.get(".part", 0), 0)
+        return "in place"
+    return "fetched" if (root / "archives" / archive.name).exists() else "to fetch"
 
 
 # %% ../../nbs/data/download.ipynb #19e16517
@@ -176,103 +168,39 @@ def plan_text(title: str, source: Source, root: Path) -> str:
     """The plan as text: archives, sizes, states, addresses and sources of checksums."""
     lines = [f"{title}, from {source.page}"]
     for a in source.archives:
-        (state, left), size = state_of(a, root), in_words(a.size) if a.size else "size unknown"
-        lines.append(f"  {a.name:32} {size:>12}   {state}" + f", {in_words(left)} are left" * (left > 0))
+        state, size = state_of(a, root), f"{tqdm.format_sizeof(a.size)}B" if a.size else "size unknown"
+        lines.append(f"  {a.name:32} {size:>12}   {state}")
         lines += [f"      {text}" for text in (*a.addresses, a.published) if state == "to fetch"]
     return "\n".join(lines)
-
-
-# %% ../../nbs/data/download.ipynb #d984ccca
-class HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to https addresses only."""
-
-    def redirect_request(self, request, reply, code, text, headers, address):
-        if not address.startswith("https:"):
-            raise DataError(f"redirects to {address}, which is not https")
-        return super().redirect_request(request, reply, code, text, headers, address)
-
-
-# %% ../../nbs/data/download.ipynb #9a2752ee
-class SlowConnection(ConnectionError):
-    """A connection below the minimum rate."""
-
-
-# %% ../../nbs/data/download.ipynb #0a87ff20
-def copy(reply, file, limit: int, timeout: float, floor: float) -> None:
-    """Copy a reply to a file: at most `limit` bytes, and over each `timeout` (s) at least `floor` bytes/s.
-
-    Raises `DataError` for more bytes, `SlowConnection` for fewer.
-    """
-    began, got, recent = time.monotonic(), 0, 0
-    while chunk := reply.read1(2**18):
-        got, recent = got + len(chunk), recent + len(chunk)
-        if got > limit:
-            raise DataError(f"sends more than {in_words(limit)}: it is another file or endless")
-        file.write(chunk)
-        if (passed := time.monotonic() - began) > timeout:
-            if recent < floor * passed:
-                raise SlowConnection(f"{recent / passed:.0f} bytes a second are too slow")
-            began, recent = time.monotonic(), 0
-
-
-# %% ../../nbs/data/download.ipynb #f0f59cdf
-def connect(address: str, part: Path, archive: Archive, quiet: bool, timeout: float, floor: float) -> None:
-    """One connection that continues or restarts `part`. Returns when the file is complete.
-
-    Raises `ConnectionError` or urllib's errors when it is not, `DataError` when it is another file.
-    """
-    if not address.startswith(("https:", "http:") if archive.checksum else "https:"):
-        raise DataError("only https addresses are allowed, or http ones with a published checksum")
-    have = part.stat().st_size if archive.checksum else 0
-    if have and have == archive.size:
-        return
-    headers = {"User-Agent": "cadm-paper"} | ({"Range": f"bytes={have}-"} if have else {})
-    request, opener = urllib.request.Request(address, headers=headers), urllib.request.build_opener(HttpsOnly)
-    with opener.open(request, timeout=timeout) as reply:
-        start = have if reply.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
-        total = None if reply.length is None else start + reply.length
-        if (reply.status == 206) != (start > 0) or archive.size not in (None, total):
-            raise DataError(
-                f"announces {total} bytes in all, not {archive.size}: it is another file or a web page"
-            )
-        show = dict(total=total, initial=start, desc=archive.name, disable=quiet)
-        with open(part, "ab" if start else "wb") as file, tqdm.wrapattr(file, "write", **show) as watched:
-            copy(reply, watched, (archive.size or archive.room) - start, timeout, floor)
-    if total not in (None, part.stat().st_size):
-        raise ConnectionError(f"the connection ended after {part.stat().st_size} of {total} bytes")
 
 
 # %% ../../nbs/data/download.ipynb #3f964f81
 NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
-# %% ../../nbs/data/download.ipynb #7f2c0c98
-def download(
-    address: str,
-    part: Path,
-    archive: Archive,
-    quiet: bool,
-    tries: int = 5,
-    wait: float = 1.0,
-    timeout: float = 60,
-    floor: float = 1000,
-) -> None:
-    """Download a file into `part` over as many connections as needed.
+# %% ../../nbs/data/download.ipynb #f0f59cdf
+def connect(address: str, part: Path, archive: Archive, quiet: bool, timeout: float) -> None:
+    """One connection that continues or restarts `part`. Returns when the file is complete.
 
-    Raises the last error after `tries` connections in a row without progress.
+    Raises `ConnectionError` or urllib's errors when it is not, `DataError` when it is another file.
     """
-    part.touch()
-    failures, most = 0, part.stat().st_size
-    while True:
-        try:
-            return connect(address, part, archive, quiet, timeout, floor)
-        except NETWORK as error:
-            code, size = getattr(error, "code", 500), part.stat().st_size
-            more = archive.checksum and size > most and not isinstance(error, SlowConnection)
-            failures, most = 0 if more else failures + 1, max(most, size)
-            if failures >= tries or code < 500 and code not in (408, 425, 429):
-                raise
-            time.sleep(min(wait * 2**failures, 60))
+    have = part.stat().st_size if archive.checksum and part.exists() else 0
+    if have and have == archive.size:
+        return
+    headers = {"User-Agent": "cadm-paper"} | ({"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=timeout) as reply:
+        if not (archive.checksum or reply.url.startswith("https:")):
+            raise DataError(f"{reply.url} is not https, and no checksum is published")
+        start = have if reply.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
+        total = None if reply.length is None else start + reply.length
+        if (reply.status == 206) != (start > 0) or archive.size not in (None, total):
+            sizes = f"{total} bytes in all, not {archive.size}"
+            raise DataError(f"announces {sizes}: it is another file or a web page")
+        show = dict(total=total, initial=start, desc=archive.name, disable=quiet)
+        with open(part, "ab" if start else "wb") as file, tqdm.wrapattr(file, "write", **show) as watched:
+            shutil.copyfileobj(reply, watched)
+    if total not in (None, part.stat().st_size):
+        raise ConnectionError(f"the connection ended after {part.stat().st_size} of {total} bytes")
 
 
 # %% ../../nbs/data/download.ipynb #684153c6
@@ -285,129 +213,79 @@ def mistake(path: Path, archive: Archive) -> str:
 
 
 # %% ../../nbs/data/download.ipynb #5acb5790
-def fetch(archive: Archive, folder: Path, quiet: bool = True, **patience) -> Path:
-    """The verified archive in `folder`, downloaded if absent. Raises `DataError`."""
-    path, part, problems = folder / archive.name, folder / f"{archive.name}.part", []
+def fetch(
+    archive: Archive, folder: Path, quiet: bool = True, tries: int = 5, wait: float = 1, timeout: float = 60
+) -> Path:
+    """The verified archive in `folder`, downloaded if absent over at most `tries` connections to each address.
+
+    Raises `DataError`.
+    """
+    path, part, problems = folder / archive.name, folder / f"{archive.name}.part", {}
     if path.is_file():
         if problem := mistake(path, archive):
             raise DataError(f"{path} {problem}; remove this file and run the same command again")
         return path
-    for address in archive.addresses:
+    for attempt, address in enumerate(archive.addresses * tries):
+        if isinstance(problems.get(address), DataError):  # it has another file
+            continue
         try:
-            download(address, part, archive, quiet, **patience)
-            if not (problem := mistake(part, archive)):
-                return part.replace(path)
-            part.unlink()
+            connect(address, part, archive, quiet, timeout)
+            if problem := mistake(part, archive):
+                part.unlink()
+                raise DataError(problem)
+            return part.replace(path)
         except (DataError, *NETWORK) as error:
-            problem = str(error) or type(error).__name__
-        problems.append(f"{address}: {problem}")
+            problems[address] = error
+            time.sleep(0 if isinstance(error, DataError) else min(wait * attempt, 60))
+    reasons = "; ".join(f"{address}: {error or type(error).__name__}" for address, error in problems.items())
     known = f"{archive.size} bytes, {archive.checksum}" if archive.checksum else archive.published
     raise DataError(
-        f"{archive.name} could not be fetched ({'; '.join(problems)}). The same command continues where "
+        f"{archive.name} could not be fetched ({reasons}). The same command continues where "
         f"it stopped. Or put the file at {path} by hand ({known})"
     )
 
 
-# %% ../../nbs/data/download.ipynb #5a20ad27
-REFUSED = "nothing was unpacked; this is not the published archive: remove it and download it again"
-
-
-# %% ../../nbs/data/download.ipynb #8869dfbd
-def members(opened, archive: Archive) -> list:
-    """The files of a tar or zip archive, renamed to their targets below the root.
-
-    Raises `DataError` for anything but plain files and folders with names below the root.
-    """
-    zipped, tops, files = hasattr(opened, "infolist"), [g.partition("/")[0] for g in archive.gives], []
-    for entry in opened.infolist() if zipped else opened.getmembers():
-        name, folder = (entry.filename, entry.is_dir()) if zipped else (entry.name, entry.isdir())
-        plain = (
-            stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG) and not entry.flag_bits & 1
-            if zipped
-            else entry.isreg()
-        )
-        if not (folder or plain):
-            raise DataError(f"{archive.name}: {name!r} is encrypted or not a plain file; {REFUSED}")
-        parts = safe_name(name, f"{archive.name} ({REFUSED})").split("/")
-        first = next((i for i, part in enumerate(parts) if part in tops), None)
-        place = "/".join([tops[0], *parts] if first is None else parts[first:])
-        setattr(entry, "filename" if zipped else "name", place)
-        files += [] if folder else [entry]
-    return files
-
-
-# %% ../../nbs/data/download.ipynb #a405930f
-def make_room(folder: Path, needed: int) -> None:
-    """Raise `DataError` if the disk of a folder, which may be absent, has less than `needed` bytes free."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if (free := shutil.disk_usage(there).free) < needed:
-        raise DataError(
-            f"{folder}: {in_words(free)} are free, {in_words(needed)} are needed; make room or choose "
-            "another root, and run the same command again"
-        )
-
-
 # %% ../../nbs/data/download.ipynb #17f1723b
-def unpack(path: Path, archive: Archive, target: Path, quiet: bool = True) -> None:
-    """Unpack a verified archive into the empty folder `target`. Raises `DataError`."""
+def unpack(path: Path, target: Path) -> None:
+    """Unpack a verified archive into the folder `target`. Raises `DataError`."""
     try:
         with (zipfile.ZipFile if path.suffix == ".zip" else tarfile.TarFile)(path) as opened:
-            files = members(opened, archive)
-            total = sum(getattr(entry, "file_size", getattr(entry, "size", 0)) for entry in files)
-            if total > archive.room:
-                raise DataError(
-                    f"{path}: unpacks to {in_words(total)}, more than {in_words(archive.room)}; {REFUSED}"
-                )
-            make_room(target, total)
-            opened.extraction_filter = getattr(tarfile, "data_filter", lambda entry, folder: entry)
-            opened.extractall(
-                target, tqdm(files, unit=" files", desc=f"unpacking {path.name}", disable=quiet)
-            )
-    except (
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-        OSError,
-    ) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # a full disk, not an invalid offset in the archive
-        raise DataError(
-            f"{path}: damaged or cut short ({error}); remove it and run the same command again"
-        ) from None
+            opened.extraction_filter = getattr(tarfile, "data_filter", None)  # no links, devices, modes
+            opened.extractall(target)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        problem = f"damaged, cut short or not the published archive ({error})"
+        raise DataError(f"{path}: {problem}; remove it and run the same command again") from None
 
 
 # %% ../../nbs/data/download.ipynb #3696f88d
-def place(unpacked: Path, root: Path) -> None:
-    """Move all files to the same names in another folder on the same disk, label files last.
+def place(unpacked: Path, root: Path, folder: str) -> None:
+    """Move the content of `folder`, found anywhere in `unpacked` (else all files), to root/folder, lists last.
 
     Raises `DataError` before anything is moved if an existing file differs.
     """
-    lists = {"ImageSets", "annotations", "ImageList", "ConceptsList", "Groundtruth"}
-    files = sorted(p.relative_to(unpacked) for p in unpacked.rglob("*") if p.is_file())
-    same = lambda p: (root / p).is_file() and sha256_file(unpacked / p) == sha256_file(root / p)
-    if clash := [p.as_posix() for p in files if (root / p).exists() and not same(p)]:
-        raise DataError(
-            f"{root}: {', '.join(clash[:5])}{' ...' * (len(clash) > 5)} differ from the published files; "
-            "nothing was moved. Move this folder away or choose another root"
-        )
+    found, target = next(unpacked.rglob(folder), unpacked), root / folder
+    files = sorted(p.relative_to(found) for p in found.rglob("*") if p.is_file())
+    same = lambda p: filecmp.cmp(found / p, target / p, shallow=False)
+    if clash := [p.as_posix() for p in files if (target / p).exists() and not same(p)]:
+        some = f"{', '.join(clash[:5])}{' ...' * (len(clash) > 5)}"
+        todo = "nothing was moved. Move this folder away or choose another root"
+        raise DataError(f"{target}: {some} differ from the published files; {todo}")
     getattr(os, "sync", lambda: None)()  # bytes before names: a power cut must not leave empty files in place
-    for p in sorted(files, key=lambda p: not lists.isdisjoint(p.parts)):
-        (root / p).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(unpacked / p, root / p)
+    for p in sorted(files, key=lambda p: "ImageSets" in p.parts):
+        (target / p).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(found / p, target / p)
 
 
 # %% ../../nbs/data/download.ipynb #7bdba7b2
-def install(archives: Callable[[], Sequence[Archive]], root: Path, quiet: bool, **patience) -> None:
+def install(source: Source, root: Path, quiet: bool, **patience) -> None:
     """Download, verify, unpack and place the remaining archives, one process at a time."""
     folder, unpacked = root / "archives", root / "archives" / "unpacking"
     with folder_lock(folder, wait=True):
-        shutil.rmtree(unpacked, ignore_errors=True)  # left by a killed process
-        for archive in archives():
-            unpack(fetch(archive, folder, quiet, **patience), archive, unpacked, quiet)
-            place(unpacked, root)
-            shutil.rmtree(unpacked)
+        for archive in [a for a in source.archives if state_of(a, root) != "in place"]:
+            shutil.rmtree(unpacked, ignore_errors=True)  # left by a killed process
+            unpack(fetch(archive, folder, quiet, **patience), unpacked)
+            place(unpacked, root, archive.gives[0].partition("/")[0])
+        shutil.rmtree(unpacked, ignore_errors=True)
 
 
 # %% ../../nbs/data/download.ipynb #71244f00
@@ -422,8 +300,7 @@ def data_get(
         yes: do not ask before downloading.
         dry_run: only print the plan.
         quiet: no progress bars.
-        patience: `tries` in a row without progress, `wait` before the next (s), `timeout` (s), and
-            `floor`, the minimum of bytes/s over a `timeout`.
+        patience: `tries` for each address, `wait` (s, longer each time) and `timeout` (s).
 
     Returns:
         The root.
@@ -436,22 +313,19 @@ def data_get(
         raise DataError(f"{name}: nothing to fetch; {data.make}. What can be fetched: {', '.join(SOURCES)}")
     source, root = SOURCES[name], data.root(root)
     print(plan_text(data.title, source, root))
-    waiting = lambda: [a for a in source.archives if state_of(a, root)[0] != "in place"]
     if dry_run:
         return root
-    if waiting():
-        asked = lambda: sys.stdin and sys.stdin.isatty() and input("Fetch this? [y/N] ").strip().lower()
-        if not (yes or asked() in ("y", "yes")):
+    if any(state_of(archive, root) != "in place" for archive in source.archives):
+        if not yes and (
+            not sys.stdin.isatty() or input("Fetch this? [y/N] ").strip().lower() not in ("y", "yes")
+        ):
             raise DataError("nothing was fetched; answer y, or agree beforehand with --yes (yes=True)")
-        make_room(root, sum(state_of(a, root)[1] for a in waiting()))
-    if waiting() or (root / "archives" / "unpacking").exists():
         try:
-            install(waiting, root, quiet, **patience)
+            install(source, root, quiet, **patience)
         except OSError as error:
-            raise DataError(
-                f"{error.filename or root}: {error.strerror or error}. Downloaded data is kept: resolve "
-                "this and run the same command again"
-            ) from None
+            what = f"{error.filename or root}: {error.strerror or error}"
+            todo = "Downloaded data is kept: resolve this and run the same command again"
+            raise DataError(f"{what}. {todo}") from None
     report = data_check(name, root, photographs=source.photographs)
     print(report, source.note, sep="\n")
     if not report.ok:

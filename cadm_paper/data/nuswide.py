@@ -63,9 +63,7 @@ def nus_image_list(path) -> list[str]:
 
 
 # %% ../../nbs/data/nuswide.ipynb #3e3b7ac3
-REPORTED_ERRORS = {
-    ("Labels_lake_Train.txt", "-1130179")
-}  # lines that are neither 0 nor 1 in the publishers' copy
+REPORTED_ERRORS = {("Labels_lake_Train.txt", "-1130179")}  # irregular lines of the publishers' copy
 
 
 # %% ../../nbs/data/nuswide.ipynb #a79dcc8f
@@ -88,86 +86,46 @@ def nus_labels(path: Path, n: int, image_list) -> np.ndarray:
 
 
 # %% ../../nbs/data/nuswide.ipynb #8a1936a0
-def nus_label_files(root, split: str) -> list[Path]:
-    """Label files of "train", "test" or "all", in concept order; empty if there are none.
-
-    Raises `DataError` if some are missing or superfluous.
-    """
-    folder, ending = ("AllLabels", "") if split == "all" else ("TrainTestLabels", f"_{split.capitalize()}")
-    folder = next(
-        (f for f in (Path(root) / "Groundtruth" / folder, Path(root) / folder) if f.is_dir()), Path(root)
-    )
-    there = {f.name for f in folder.glob(f"Labels_*{ending}.txt")}
-    concepts, names = nus_concepts(root)
-    expected = [f"Labels_{concept}{ending}.txt" for concept in names if there]
-    absent, extra = [n for n in expected if n not in there], sorted(there.difference(expected))
-    if absent or extra:
-        problem = (
-            f"{', '.join(absent)} missing" if absent else f"{', '.join(extra)} for no concept in {concepts}"
-        )
-        raise DataError(f"{folder}: {problem}; unpack the publishers' archives again")
-    return [folder / n for n in expected]
-
-
-# %% ../../nbs/data/nuswide.ipynb #5af428ac
 def nus_list(root, split: str) -> Path:
-    """The image list of a split: "train", "test", "all", or a custom one.
-
-    Raises `DataError` that says what to do.
-    """
-    folder = Path(root) / "ImageList"
-    official = {"train": "TrainImagelist.txt", "test": "TestImagelist.txt", "all": "Imagelist.txt"}
-    for name in (official.get(split, f"{split}.txt"), f"{split}Imagelist.txt"):
-        if (folder / name).is_file():
-            return folder / name
-    if split in official:
+    """The image list of "train" or "test". Raises `DataError` that says what to do."""
+    if split not in ("train", "test"):
+        raise DataError(f"{root}: no split {split!r}; there are train and test")
+    path = Path(root) / "ImageList" / f"{split.capitalize()}Imagelist.txt"
+    if not path.is_file():
         raise DataError(
-            f"{folder / official[split]}: the image list is missing. Labels refer to its lines; some mirrors "
-            "omit it. Download ImageList from NUS-WIDE's publishers and unpack it here"
+            f"{path}: the image list is missing. Labels refer to its lines; some mirrors omit it. "
+            "Download ImageList from NUS-WIDE's publishers and unpack it here"
         )
-    lists = sorted(p.stem for p in folder.glob("*.txt") if not p.stem.lower().endswith("imagelist"))
-    raise DataError(
-        f"{folder}: no split {split!r}; there are {', '.join([*official, *lists])}; a custom list "
-        f"is ImageList/{split}.txt"
-    )
+    return path
 
 
-# %% ../../nbs/data/nuswide.ipynb #4aca9461
-def nus_parts(root, split: str) -> list[tuple[Path, list[Path]]]:
-    """Image lists, with their label files, that have a split's labels: its own, else all or both halves.
-
-    Raises `DataError`.
-    """
-    for splits in ([split], ["all"], [] if split in ("train", "test") else ["train", "test"]):
-        files = {s: nus_label_files(root, s) for s in splits}
-        if any(files.values()):
-            return [(nus_list(root, s), labels) for s, labels in files.items() if labels]
-    raise DataError(
-        f"{Path(root) / 'Groundtruth'}: no labels for the split {split!r}, neither "
-        f"TrainTestLabels/Labels_<concept>_{split.capitalize()}.txt nor AllLabels/Labels_<concept>.txt"
-    )
-
-
-# %% ../../nbs/data/nuswide.ipynb #c5e8b464
-def nus_sources(root, split: str) -> list[Path]:
-    """The source files of a split's index: concepts, image lists and labels, and the split's own list."""
-    own = [] if split == "all" else [nus_list(root, split)]
-    parts = nus_parts(root, split)
-    return [*own, nus_concepts(root)[0], *(file for listed, labels in parts for file in (listed, *labels))]
+# %% ../../nbs/data/nuswide.ipynb #2708598e
+def nus_label_files(root, split: str) -> list[Path]:
+    """The label files of a split, in concept order. Raises `DataError` for missing and superfluous ones."""
+    folder, (concepts, names) = Path(root) / "Groundtruth" / "TrainTestLabels", nus_concepts(root)
+    expected = [f"Labels_{concept}_{split.capitalize()}.txt" for concept in names]
+    found = {file.name for file in folder.glob(f"Labels_*_{split.capitalize()}.txt")}
+    if absent := [name for name in expected if name not in found]:
+        raise DataError(f"{folder}: {', '.join(absent)} missing; unpack the publishers' archives again")
+    if extra := sorted(found.difference(expected)):
+        raise DataError(f"{folder}: {', '.join(extra)} for no concept in {concepts}; unpack both again")
+    return [folder / name for name in expected]
 
 
 # %% ../../nbs/data/nuswide.ipynb #147ef331
+def nus_sources(root, split: str) -> list[Path]:
+    """The source files of a split's index: image list, concepts and labels."""
+    return [nus_list(root, split), nus_concepts(root)[0], *nus_label_files(root, split)]
+
+
+# %% ../../nbs/data/nuswide.ipynb #edf9ba51
 def read_nus(root, split: str) -> Index:
     """The index of a NUS-WIDE split: classes and images in the order of their lists."""
-    names, columns = [], []
-    for listed, files in nus_parts(root, split):
-        part = nus_image_list(listed)
-        columns.append(np.stack([nus_labels(f, len(part), listed.name) for f in files]))
-        names += part
-    codes = np.ascontiguousarray(np.concatenate(columns, axis=1).T)
-    whole = Index(nus_concepts(root)[1], names, [f"Flickr/{name}" for name in names], codes)
-    wanted = None if split == "all" else nus_list(root, split)
-    return whole if wanted in (None, listed) else whole.choose(nus_image_list(wanted), wanted)
+    listed = nus_list(root, split)
+    names = nus_image_list(listed)
+    columns = [nus_labels(file, len(names), listed.name) for file in nus_label_files(root, split)]
+    below = [f"Flickr/{name}" for name in names]
+    return Index(nus_concepts(root)[1], names, below, np.stack(columns, axis=1))
 
 
 # %% ../../nbs/data/nuswide.ipynb #9ceeac88

@@ -50,16 +50,14 @@ def voc_home(root, year: str = "2007") -> Path:
 def voc_lists(root, split: str, year: str = "2007") -> list[Path]:
     """The 20 label files of a split, in order of class.
 
-    Raises `DataError` naming the missing ones.
+    Raises `DataError` naming the missing ones and the splits that are there.
     """
     main = voc_home(root, year) / "ImageSets" / "Main"
     files = [main / f"{c}_{split}.txt" for c in VOC_CLASSES]
-    absent = [f.name for f in files if not f.is_file()]
-    if len(absent) == len(files):
+    if absent := [f.name for f in files if not f.is_file()]:
         there = ", ".join(sorted({f.stem.rpartition("_")[2] for f in main.glob("*_*.txt")})) or "none"
-        raise DataError(f"{main}: no label files for the split {split!r}; there are {there}")
-    if absent:
-        raise DataError(f"{main}: {', '.join(absent)} missing; unpack the archive of this split again")
+        missing = f"{', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''} missing"
+        raise DataError(f"{main}: {missing}; there are the splits {there}; unpack this split's archive again")
     return files
 
 
@@ -134,12 +132,11 @@ def read_voc(root, split: str, year: str = "2007") -> Index:
     ids = columns[0][0]
     for path, (other, _) in zip(lists, columns):
         if other != ids:
-            raise DataError(
-                f"{path}: lists other images than {lists[0].name} ({len(other)} and {len(ids)} lines)"
-            )
-    below = "" if home == Path(root) else f"{home.relative_to(root).as_posix()}/"
-    names, codes = [f"{below}JPEGImages/{i}.jpg" for i in ids], np.array([c for _, c in columns], np.int8)
-    return Index(VOC_CLASSES, ids, names, codes.T.copy(), voc_boxes(home / "Annotations", ids))
+            counts = f"({len(other)} and {len(ids)} lines)"
+            raise DataError(f"{path}: lists other images than {lists[0].name} {counts}")
+    names = [(home / "JPEGImages" / f"{i}.jpg").relative_to(root).as_posix() for i in ids]
+    codes = np.array([c for _, c in columns], np.int8).T.copy()
+    return Index(VOC_CLASSES, ids, names, codes, voc_boxes(home / "Annotations", ids))
 
 
 # %% ../../nbs/data/voc.ipynb #dc6eb625
