@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import unicodedata
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cadm_paper.data import DATASETS, DataError, MissingPhotographs, Split, load_split, nuswide
+from cadm_paper.data import DATASETS, DataError, MissingPhotographs, Split, load_split
 from cadm_paper.data.check import data_check, data_show
 from cadm_paper.data.split import safe_name
 from cadm_paper.data.voc import VOC_CLASSES
@@ -43,11 +42,10 @@ def test_voc_labels_equal_the_files_and_missing_photographs_are_named(split, tmp
     assert [i for i in official if i in there] == list(got.image_ids) == [p.stem for p in got.paths]
     assert sorted(official.keys() - there) == sorted(got.missing)
     again = load_split("voc2007", VOC, split, missing="drop", cache=tmp_path)  # from the index
-    assert again.fingerprint == got.fingerprint and again.boxes == got.boxes and again.missing == got.missing
-    if split == "trainval":
-        with pytest.raises(MissingPhotographs, match="005042, 007284, 009623") as caught:
+    assert again.fingerprint == got.fingerprint and again.boxes == got.boxes
+    if got.missing:
+        with pytest.raises(MissingPhotographs, match=", ".join(got.missing[:3])):
             load_split("voc2007", VOC, split, cache=tmp_path)
-        assert caught.value.missing == got.missing
 
 
 @needs(TINY)
@@ -141,10 +139,8 @@ def write_nus(root, classes, images, y, split, **how):
 )
 def test_nus_wide_with_all_line_ends(data, end, mark, last, seed, tmp_path_factory):
     classes, images, y = data
-    split, root = (
-        np.random.default_rng(seed).permutation(len(images)) % 2 == 0,
-        tmp_path_factory.mktemp("nus"),
-    )
+    split = np.random.default_rng(seed).permutation(len(images)) % 2 == 0
+    root = tmp_path_factory.mktemp("nus")
     write_nus(root, classes, images, y, split, end=end, mark=mark, last=last)
     got = load_split("scenes-nus", root, "train", cache=False)
     assert got.classes == tuple(classes) and (got.labels == y[split]).all()
@@ -203,22 +199,13 @@ def nus(tmp_path):
     return tmp_path / "nus"
 
 
-def test_the_cached_index_is_valid_in_a_copy_of_the_data(nus, tmp_path, monkeypatch):
-    read = load_split("nuswide", nus, "train")
-    shutil.copytree(nus, tmp_path / "copy")
-    with monkeypatch.context() as patched:
-        patched.setattr(nuswide, "nus_labels", lambda *a: pytest.fail("read again"))
-        assert load_split("nuswide", tmp_path / "copy", "train").fingerprint == read.fingerprint
-
-
 @pytest.mark.parametrize("damage", [b"PK no archive", dict(a=np.zeros(3)), dict(text=np.array([{}]))])
 def test_a_damaged_index_is_replaced(nus, damage):
     read = load_split("nuswide", nus, "train")
     [kept] = (nus / ".cadm-index").glob("*.npz")
     kept.write_bytes(damage) if isinstance(damage, bytes) else np.savez(kept, **damage)
     assert load_split("nuswide", nus, "train").fingerprint == read.fingerprint
-    with np.load(kept) as z:
-        assert z["codes"].shape == (6, 3)
+    assert np.load(kept)["codes"].shape == (6, 3)
 
 
 # ---- missing photographs
@@ -226,10 +213,10 @@ def test_a_damaged_index_is_replaced(nus, damage):
 
 def test_placeholders_count_as_missing_and_are_listed(nus):
     load_split("nuswide", nus, "train")  # its index stays valid
-    for i in range(5):
-        (nus / f"Flickr/folder/{i}.jpg").write_bytes(b"this photo is no longer available")
+    contents = dict.fromkeys(range(5), b"this photo is no longer available") | {7: b""}
+    for i, content in contents.items():
+        (nus / f"Flickr/folder/{i}.jpg").write_bytes(content)
     (nus / "Flickr/folder/5.jpg").unlink()
-    (nus / "Flickr/folder/7.jpg").write_bytes(b"")
     says = "6 of the 6 photographs.*5 of them are not photographs: folder/0.jpg is placeholder"
     with pytest.raises(MissingPhotographs, match=says):
         load_split("nuswide", nus, "train")

@@ -153,15 +153,13 @@ def data_check(name: str, root=None, *, deep: bool = False, photographs: bool = 
     """
     data = dataset(name)
     root = data.root(root)
-    report, read, files = CheckReport(data.title, str(root)), {}, {}
-    if not photographs:
-        report.end = "the label files are complete; photographs were not searched"
-    splits = dict.fromkeys([data.train_split, data.test_split, *data.counts])
-    for split in splits:
+    end = "complete" if photographs else "the label files are complete; photographs were not searched"
+    report, read, files = CheckReport(data.title, str(root), end=end), {}, {}
+    for split in dict.fromkeys([data.train_split, data.test_split, *data.counts]):
         try:
             _, split, read[split] = opened(data, root, split, cache=False)
             check_counts(data, split, read[split], report)
-            files[split] = {name: name for name in read[split].names}
+            files[split] = {}
             if photographs:
                 files[split] = check_photographs(data, split, root, read[split], report, deep)
         except DataError as error:  # one bad file may affect every split

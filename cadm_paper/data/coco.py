@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/data/coco.ipynb #ff68f437
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,16 +33,16 @@ from cadm_paper.data.split import (
 
 
 # %% ../../nbs/data/coco.ipynb #0c119953
-def coco_split(root, split: str, year: str = "") -> str:
-    """The official name ("val2014") of a split, also for "val" or "test".
+def coco_split(root, split: str) -> str:
+    """The official name ("val2014") of a split, also for "val" or "test"; 2014 if there are several years.
 
     Raises `DataError` if it is absent.
     """
     folder = Path(root) / "annotations"
-    there = sorted(p.name[len("instances_") : -len(".json")] for p in folder.glob("instances_*.json"))
+    there = sorted(p.stem.removeprefix("instances_") for p in folder.glob("instances_*.json"))
     kind = {"test": "val"}.get(split, split)
     alike = [s for s in there if re.fullmatch(rf"{re.escape(kind)}(\d{{4}})?", s)]
-    for name in (split, f"{kind}{year}", *(alike if len(alike) == 1 else ())):
+    for name in (split, f"{kind}2014", *(alike if len(alike) == 1 else ())):
         if name in there:
             return name
     known = f"there are {', '.join(there)}" if there else "there is no annotations/instances_<split>.json"
@@ -125,7 +124,6 @@ def read_coco(root, split: str) -> Index:
 
 
 # %% ../../nbs/data/coco.ipynb #a9d19c1b
-def coco_reader(year: str) -> Reader:
-    """Reader of COCO's format; `year` resolves "train", "val" and "test" if there are several."""
-    sources = lambda root, split: [coco_annotations(root, split)]
-    return Reader(sources, read_coco, partial(coco_split, year=year), lambda split, name: [f"images/{name}"])
+COCO_READER = Reader(
+    ["annotations/instances_{}.json"], read_coco, coco_split, lambda split, name: [f"images/{name}"]
+)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from .coco import coco_reader
+from .coco import COCO_READER
 from .nuswide import NUS_READER, placeholders
 from .own import OWN_READER
 from .photograph import NOWHERE, alike, locate
@@ -62,21 +62,23 @@ class Dataset:
 
 # %% ../../nbs/data/datasets.ipynb #4e9f5104
 def listed_reader(whole: Reader, of: str, lists: Path) -> Reader:
-    """Reader of subsets of `whole`'s split `of`: `lists` (.npz) has an array of image ids per split."""
+    """Reader of subsets of `whole`'s split `of`: `lists` (.npz) has an array of image ids per split.
+
+    The lists never change, so an index does not depend on them."""
 
     def read(root, split: str) -> Index:
         ids = read_arrays(lists)[split].astype(str).tolist()
         return whole.read(root, of).choose(ids, f"{lists.name}, {split}")
 
-    sources = lambda root, split: [lists, *whole.sources(root, of)]
-    return whole._replace(sources=sources, read=read, official=lambda root, split: split)
+    sources = [pattern.format(of) for pattern in whole.sources]
+    official = lambda root, split: known(split, read_arrays(lists), f"{lists.name}: no split", DataError)
+    return whole._replace(sources=sources, read=read, official=official)
 
 
 # %% ../../nbs/data/datasets.ipynb #c0c040a2
 COCO40K = Path(str(resources.files("cadm_paper"))) / "data" / "coco40k.npz"
 
 # %% ../../nbs/data/datasets.ipynb #7d0178d1
-COCO = coco_reader("2014")
 GET = "`cadm data get {}` downloads it or says how to get it"
 BUILD = "`cadm data build {}` generates it"
 SHOW = "`cadm data show {}` generates it"
@@ -95,11 +97,11 @@ DATASETS: dict[str, Dataset] = {
         d, make=d.make.format(d.folder or d.name), counts=COUNTS.get(d.name, {}), folder=d.folder or d.name
     )
     for d in (
-        Dataset("coco2014", "MS-COCO 2014", COCO, "train2014", "val2014", GET),
+        Dataset("coco2014", "MS-COCO 2014", COCO_READER, "train2014", "val2014", GET),
         Dataset(
             "coco40k",
             "COCO-40k",
-            listed_reader(COCO, "train2014", COCO40K),
+            listed_reader(COCO_READER, "train2014", COCO40K),
             "train",
             "test",
             GET,
@@ -108,13 +110,13 @@ DATASETS: dict[str, Dataset] = {
         Dataset("nuswide", "NUS-WIDE", NUS_READER._replace(dead_links=True), "train", "test", GET),
         Dataset("voc2007", "PASCAL VOC 2007", voc_reader("2007"), "trainval", "test", GET),
         Dataset("voc2012", "PASCAL VOC 2012", voc_reader("2012"), "train", "val", GET),
-        Dataset("scenes-coco", "DigitScenes-C", COCO, "train2014", "val2014", BUILD),
+        Dataset("scenes-coco", "DigitScenes-C", COCO_READER, "train2014", "val2014", BUILD),
         Dataset("scenes-nus", "DigitScenes-N", NUS_READER, "train", "test", BUILD),
-        Dataset("scenes-spatial", "DigitScenes-S", COCO, "train2014", "val2014", BUILD),
-        Dataset("scenes-shuffled", "DigitScenes-S, shuffled", COCO, "train2014", "val2014", BUILD),
+        Dataset("scenes-spatial", "DigitScenes-S", COCO_READER, "train2014", "val2014", BUILD),
+        Dataset("scenes-shuffled", "DigitScenes-S, shuffled", COCO_READER, "train2014", "val2014", BUILD),
         Dataset("own", "your own photographs", OWN_READER, "train", "test", OWN),
-        Dataset("scenes-coco-1", "DigitScenes-C, scenes 1", COCO, "train2014", "val2014", SHOW),
-        Dataset("scenes-coco-2", "DigitScenes-C, scenes 2", COCO, "train2014", "val2014", SHOW),
+        Dataset("scenes-coco-1", "DigitScenes-C, scenes 1", COCO_READER, "train2014", "val2014", SHOW),
+        Dataset("scenes-coco-2", "DigitScenes-C, scenes 2", COCO_READER, "train2014", "val2014", SHOW),
     )
 }
 
@@ -205,7 +207,9 @@ def opened(data: Dataset, root, split: str, cache: bool | str | Path = True) -> 
     if not (root := data.root(root)).is_dir():
         raise DataError(f"{root}: no such folder for the files of {data.title}; {data.make}")
     split = data.reader.official(root, split)
-    sources, read = data.reader.sources(root, split), lambda: data.reader.read(root, split)
+    found = [path for pattern in data.reader.sources for path in root.glob(pattern.format(split))]
+    sources = sorted(path for path in found if path.is_file())
+    read = lambda: data.reader.read(root, split)
     return root, split, cached_index(root, f"{data.name}-{split}", sources, read, cache)
 
 

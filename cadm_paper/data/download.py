@@ -306,7 +306,8 @@ def data_get(
         The root.
 
     Raises:
-        DataError: something cannot be downloaded, verified, unpacked or stored; the message says what to do.
+        DataError: something cannot be downloaded, verified or unpacked; the message says what to do.
+        OSError: the disk is full or not writable; the same call continues afterwards.
     """
     data = dataset(name)
     if name not in SOURCES:
@@ -320,12 +321,7 @@ def data_get(
             not sys.stdin.isatty() or input("Fetch this? [y/N] ").strip().lower() not in ("y", "yes")
         ):
             raise DataError("nothing was fetched; answer y, or agree beforehand with --yes (yes=True)")
-        try:
-            install(source, root, quiet, **patience)
-        except OSError as error:
-            what = f"{error.filename or root}: {error.strerror or error}"
-            todo = "Downloaded data is kept: resolve this and run the same command again"
-            raise DataError(f"{what}. {todo}") from None
+        install(source, root, quiet, **patience)
     report = data_check(name, root, photographs=source.photographs)
     print(report, source.note, sep="\n")
     if not report.ok:

@@ -112,12 +112,6 @@ def nus_label_files(root, split: str) -> list[Path]:
     return [folder / name for name in expected]
 
 
-# %% ../../nbs/data/nuswide.ipynb #147ef331
-def nus_sources(root, split: str) -> list[Path]:
-    """The source files of a split's index: image list, concepts and labels."""
-    return [nus_list(root, split), nus_concepts(root)[0], *nus_label_files(root, split)]
-
-
 # %% ../../nbs/data/nuswide.ipynb #edf9ba51
 def read_nus(root, split: str) -> Index:
     """The index of a NUS-WIDE split: classes and images in the order of their lists."""
@@ -160,5 +154,8 @@ def placeholders(root, names: Sequence[str]) -> dict[str, str]:
 
 # %% ../../nbs/data/nuswide.ipynb #cd56d3a7
 NUS_READER = Reader(
-    nus_sources, read_nus, lambda root, split: {"val": "test"}.get(split, split), nus_elsewhere
+    ["ConceptsList/*.txt", "ImageList/*.txt", "Groundtruth/TrainTestLabels/*.txt"],
+    read_nus,
+    lambda root, split: {"val": "test"}.get(split, split),
+    nus_elsewhere,
 )

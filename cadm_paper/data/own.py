@@ -33,15 +33,9 @@ from ..files import known
 
 # %% ../../nbs/data/own.ipynb #d4c3ceb4
 def own_tables(root) -> dict[str, Path]:
-    """Split -> its table, for those of train, val and test that have one. Raises `DataError` for two."""
-    found = {}
-    for split in ("train", "val", "test"):
-        paths = [p for p in (Path(root) / f"{split}.csv", Path(root) / split / "labels.csv") if p.is_file()]
-        if len(paths) > 1:
-            raise DataError(f"{paths[0]} and {paths[1]} are tables of the split {split!r}: keep one")
-        if paths:
-            found[split] = paths[0]
-    return found
+    """Split -> its table, for those of train, val and test that have one."""
+    tables = {split: Path(root) / f"{split}.csv" for split in ("train", "val", "test")}
+    return {split: path for split, path in tables.items() if path.is_file()}
 
 
 # %% ../../nbs/data/own.ipynb #0a4c3e48
@@ -144,13 +138,6 @@ def own_classes(root) -> list[str]:
     return sorted(first)
 
 
-# %% ../../nbs/data/own.ipynb #2568d51a
-def own_sources(root, split: str) -> list[Path]:
-    """The source files of a split's index: its table, and all tables if these define the classes."""
-    tables, path = own_tables(root), Path(root) / "classes.txt"
-    return [tables[split], path] if path.is_file() else list(tables.values())
-
-
 # %% ../../nbs/data/own.ipynb #0ac90f87
 def read_own(root, split: str) -> Index:
     """The index of a split of custom data.
@@ -173,4 +160,4 @@ def read_own(root, split: str) -> Index:
 
 
 # %% ../../nbs/data/own.ipynb #cfd0c0c0
-OWN_READER = Reader(own_sources, read_own, own_split, lambda split, name: [f"{split}/{name}"])
+OWN_READER = Reader(["*.csv", "classes.txt"], read_own, own_split, lambda split, name: [f"{split}/{name}"])

@@ -116,14 +116,6 @@ def annotated_size(image: Path) -> tuple[int, int]:
     return height, width
 
 
-# %% ../../nbs/data/voc.ipynb #f4e27d22
-def voc_sources(root, split: str, year: str = "2007") -> list[Path]:
-    """The source files of a split's index: label files and, if present, annotations."""
-    lists, folder = voc_lists(root, split, year), voc_home(root, year) / "Annotations"
-    ids = read_voc_list(lists[0])[0] if folder.is_dir() else []
-    return lists + [path for i in ids if (path := folder / f"{i}.xml").is_file()]
-
-
 # %% ../../nbs/data/voc.ipynb #04c2f6b6
 def read_voc(root, split: str, year: str = "2007") -> Index:
     """The index of a VOC split. Raises `DataError` if the 20 label files list different images."""
@@ -151,4 +143,4 @@ def voc_boxes(folder: Path, ids) -> np.ndarray | None:
 # %% ../../nbs/data/voc.ipynb #bbac09d2
 def voc_reader(year: str) -> Reader:
     """Reader of one year of VOC."""
-    return Reader(partial(voc_sources, year=year), partial(read_voc, year=year))
+    return Reader(["**/ImageSets/Main/*_{}.txt", "**/Annotations/*.xml"], partial(read_voc, year=year))
