@@ -69,7 +69,7 @@ def checkpoint(home: Path, new: bool) -> None:
 def fetched(home: Path, new: bool) -> None:
     content = (SHARED / "www" / "toy.zip").read_bytes()
     marks = dict(size=len(content), checksum=f"sha256:{hashlib.sha256(content).hexdigest()}")
-    archive = download.Archive((f"http://127.0.0.1:{PORT}/toy.zip",), ("toy/annotations/0",), 10**9, **marks)
+    archive = download.Archive((f"http://127.0.0.1:{PORT}/toy.zip",), ("toy/annotations/0",), **marks)
     download.SOURCES["voc2007"] = download.Source((archive,), "a page", "")
     try:
         download.data_get("voc2007", home, yes=True, quiet=True, wait=0.1)

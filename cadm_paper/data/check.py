@@ -194,7 +194,7 @@ def summary_figure(split: Split, title: str):
     classes = [c.replace("$", r"\$") for c in split.classes]  # else matplotlib renders formulas
     images = pd.Series((split.labels == 1).sum(0), classes).sort_values(ascending=False, kind="stable")
     sns.barplot(x=images, y=images.index, color="steelblue", ax=axes["images"])
-    axes["images"].set(xlabel="images", title=f"{len(classes)} labels by frequency")
+    axes["images"].set(xlabel="images", ylabel="", title=f"{len(classes)} labels by frequency")
     sns.histplot((split.labels == 1).sum(1), discrete=True, color="steelblue", ax=axes["labels"])
     axes["labels"].set(xlabel="labels per image", ylabel="images")
     bar, table = dict(label="P(column | row)", shrink=0.6), by_context(split.labels, classes)
@@ -236,11 +236,8 @@ def data_show(name: str, root=None, *, out=None) -> str:
     counts = pd.DataFrame({s.split: s.summary() for s in (train, test)})
     counts = counts.drop(["dataset", "split", "positives", "fingerprint"]).map(number)
     images = pd.Series((train.labels == 1).sum(0), train.classes).sort_values(ascending=False, kind="stable")
-    shares = (
-        images.map("{:,}".format)
-        .to_frame("images")
-        .assign(share=images.map(lambda n: f"{n / len(train):.1%}"))
-    )
+    share = (images / len(train)).map("{:.1%}".format)
+    shares = pd.DataFrame({"images": images.map("{:,}".format), "share": share})
     text = [data.title, counts.to_string(), f"labels in {train.split}, by frequency", shares.to_string()]
     for s in (train, test) if out is not None else ():
         path = Path(out) / f"{name}-{s.split.replace('/', '_')}.png"

@@ -6,6 +6,7 @@
 __all__ = ["data_get"]
 
 # %% ../../nbs/data/download.ipynb #716487b5
+import errno
 import filecmp
 import hashlib
 import http.client
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from .check import data_check
 from .datasets import dataset
 from .split import DataError
-from ..files import folder_lock
+from ..files import folder_lock, naming
 
 
 # %% ../../nbs/data/download.ipynb #6cb53b59
@@ -252,7 +253,9 @@ def unpack(path: Path, target: Path) -> None:
         with (zipfile.ZipFile if path.suffix == ".zip" else tarfile.TarFile)(path) as opened:
             opened.extraction_filter = getattr(tarfile, "data_filter", None)  # no links, devices, modes
             opened.extractall(target)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # a full disk, not an invalid offset in the archive
         problem = f"damaged, cut short or not the published archive ({error})"
         raise DataError(f"{path}: {problem}; remove it and run the same command again") from None
 
@@ -280,7 +283,7 @@ def place(unpacked: Path, root: Path, folder: str) -> None:
 def install(source: Source, root: Path, quiet: bool, **patience) -> None:
     """Download, verify, unpack and place the remaining archives, one process at a time."""
     folder, unpacked = root / "archives", root / "archives" / "unpacking"
-    with folder_lock(folder, wait=True):
+    with folder_lock(folder, wait=True), naming(root):
         for archive in [a for a in source.archives if state_of(a, root) != "in place"]:
             shutil.rmtree(unpacked, ignore_errors=True)  # left by a killed process
             unpack(fetch(archive, folder, quiet, **patience), unpacked)

@@ -13,7 +13,7 @@ import os
 import re
 import string
 import unicodedata
-from collections import UserDict
+from collections import Counter, UserDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -55,11 +55,9 @@ class Boxes(UserDict):
 # %% ../../nbs/04_data.ipynb #9e20be68
 def unique(values: Sequence, where) -> Sequence:
     """Return the values if all differ. Raises `DataError` naming the first duplicate."""
-    seen = set()
-    for value in values:
-        if value in seen:
-            raise DataError(f"{where}: {value!r} occurs twice")
-        seen.add(value)
+    if len(set(values)) < len(values):
+        twice = next(value for value, count in Counter(values).items() if count > 1)
+        raise DataError(f"{where}: {twice!r} occurs twice")
     return values
 
 
@@ -341,9 +339,11 @@ def read_index(path, digest: str) -> Index:
     """The index in a file. Raises `ValueError` if its sources changed or it is damaged."""
     arrays = read_arrays(path)
     found, classes, image_ids, names = json.loads(arrays["text"].tobytes())
-    if found != digest:
-        raise DataError(f"{path}: built from other files")
-    return Index(classes, image_ids, names, arrays["codes"], arrays.get("boxes"))
+    index = Index(classes, image_ids, names, arrays["codes"], arrays.get("boxes"))
+    fits = (index.codes.shape, index.codes.dtype) == ((len(image_ids), len(classes)), np.int8)
+    if found != digest or not fits or getattr(index.boxes, "dtype", BOX) != BOX:
+        raise DataError(f"{path}: built from other files, or damaged")
+    return index
 
 
 # %% ../../nbs/04_data.ipynb #22389015
