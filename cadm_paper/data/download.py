@@ -62,7 +62,7 @@ class Source:
 TFDS = "TensorFlow Datasets, url_checksums/{} (github.com/tensorflow/datasets, commit {})"
 
 # %% ../../nbs/data/download.ipynb #da10a6f8
-COCO_FILES = (
+COCO_FILES: tuple[tuple[str, tuple[str, ...], int, str], ...] = (
     (
         "zips/train2014.zip",
         ("train2014/COCO_train2014_000000581921.jpg",),
@@ -86,10 +86,9 @@ COCO_FILES = (
 # %% ../../nbs/data/download.ipynb #0d026ecb
 COCO2014 = Source(
     tuple(
-        Archive(
-            (f"http://images.cocodataset.org/{path}",), *known, TFDS.format("coco2014.txt", "24211da0508a")
-        )
-        for path, *known in COCO_FILES
+        Archive((f"http://images.cocodataset.org/{path}",), gives, size, checksum, published)
+        for published in [TFDS.format("coco2014.txt", "24211da0508a")]
+        for path, gives, size, checksum in COCO_FILES
     ),
     "https://cocodataset.org/#download",
     "The photographs are their owners' (Flickr's terms of use); the annotations are under CC BY 4.0.",
@@ -221,7 +220,8 @@ def fetch(
 
     Raises `DataError`.
     """
-    path, part, problems = folder / archive.name, folder / f"{archive.name}.part", {}
+    path, part = folder / archive.name, folder / f"{archive.name}.part"
+    problems: dict[str, Exception] = {}
     if path.is_file():
         if problem := mistake(path, archive):
             raise DataError(f"{path} {problem}; remove this file and run the same command again")
