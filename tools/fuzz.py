@@ -117,7 +117,7 @@ def index(root):
 def decoded(root):
     coco(root)
     list(Loader(load_split("coco2014", root, "train2014"), 16).epoch(2))
-    return next(root.glob(".cadm-index/*.npy"))
+    return next(root.glob(".cadm-index/*.raw"))
 
 
 def scores(root):
@@ -212,7 +212,7 @@ def again(root, path):
     found = load_split("coco2014", root, "train2014")
     assert found.labels.tolist() == [[1, 0], [0, 1]] and [p.name for p in found.paths] == ["a.jpg", "b.jpg"]
     batches = list(Loader(found, 16).epoch(2))
-    assert (batches[0].images[0] == load_image(found.paths[0], 16)).all() or path.suffix == ".npy"
+    assert (batches[0].images[0] == load_image(found.paths[0], 16)).all() or path.suffix == ".raw"
 
 
 def arrays(root, path):

@@ -7,12 +7,10 @@ __all__ = ["PIXELS", "load_image", "Loader", "prepare"]
 
 # %% ../../nbs/data/loading.ipynb #c19616d5
 import contextlib
-import functools
 import hashlib
 import io
 import json
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,46 +20,33 @@ import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+import torchvision
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .photograph import ImageError, open_image, read_photograph, to_rgb, unusable
+from .photograph import FORMATS, ImageError, read_photograph, to_rgb
 from .split import index_folder, may_write
-from ..files import default_folder, folder_lock, regular, sha256_file, whole_file
+from ..files import default_folder, folder_lock, known, regular, remove, whole_file
 
 
 # %% ../../nbs/data/loading.ipynb #a4937aff
-@functools.cache
-def torchvision_decoder():
-    """torchvision's JPEG decoder (encoded bytes as a uint8 tensor -> 3 x H x W), or None if none works."""
-    try:
-        import torchvision.io
-
-        # the operator itself: its wrapper warns at every call that the decoders will move to TorchCodec
-        decoder, rgb = torch.ops.image.decode_jpeg, torchvision.io.ImageReadMode.RGB.value
-        file = io.BytesIO()
-        Image.new("RGB", (1, 1)).save(file, "JPEG")
-        decoder(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), rgb)
-    except (ImportError, AttributeError, RuntimeError):
-        return None
-    return lambda encoded: decoder(encoded, rgb)
-
-
-# %% ../../nbs/data/loading.ipynb #20ab3f3a
 def decode_rgb(data: bytes, name, *, exif: bool = False) -> Tensor:
     """An encoded photograph as uint8 3 x H x W, channels last in memory. Raises `ImageError`."""
-    image = open_image(data, name)
-    plain = image.format in ("JPEG", "MPO") and image.mode == "RGB" and not exif
     try:
-        if plain and (decoder := torchvision_decoder()):
-            return decoder(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.format in ("JPEG", "MPO") and image.mode == "RGB" and not exif:
+            with contextlib.suppress(AttributeError, RuntimeError):  # no decoder, or broken: Pillow says what
+                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                return torch.ops.image.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB.value)
         pixels = np.array(to_rgb(ImageOps.exif_transpose(image) if exif else image))
         return torch.from_numpy(pixels).permute(2, 0, 1)
+    except UnidentifiedImageError:
+        what = f"not one of {', '.join(FORMATS)}, or its header is broken"
     except Exception as error:  # decoders raise many kinds of errors
-        what = f"cannot be decoded ({str(error).rpartition('.cpp:')[2].partition(chr(10))[0]})"
-        raise ImageError(f"{name}: {what}; fetch the file again or remove it from the list") from error
+        what = f"cannot be decoded ({error})"
+    raise ImageError(f"{name}: {what}; fetch the file again or remove it from the list")
 
 
 # %% ../../nbs/data/loading.ipynb #5bc40f28
@@ -77,8 +62,7 @@ def central_window(image: Tensor, height: int, width: int) -> Tensor:
 # %% ../../nbs/data/loading.ipynb #ea9581b8
 def resized(image: Tensor, size: int | tuple[int, int], resize: str = "squash") -> Tensor:
     """Resize uint8 3 x H x W to a side, or height and width; `crop` takes only the centre."""
-    if resize not in ("squash", "crop"):
-        raise ValueError(f"resize must be squash or crop, not {resize!r}")
+    known(resize, ("squash", "crop"), "resize =")
     height, width = (size, size) if isinstance(size, int) else size
     if resize == "crop":
         image = central_window(image, height, width)
@@ -163,7 +147,7 @@ def batch_plan(
     n: int,
     batch_size: int,
     *,
-    seed: int | None = None,
+    seed: int = 0,
     epoch: int = 0,
     shuffle: bool = False,
     start: int = 0,
@@ -173,11 +157,7 @@ def batch_plan(
     """This process's image indices of each batch, from batch `start` on. Raises `ValueError`."""
     if batch_size < 1 or start < 0 or not 0 <= rank < world:
         raise ValueError(f"invalid batches: {batch_size=}, {start=}, {rank=} of {world=}")
-    order = np.arange(n)
-    if shuffle:
-        if seed is None:
-            raise ValueError("shuffle=True needs a seed: the order is a function of seed and epoch")
-        order = epoch_order(n, seed, epoch)
+    order = epoch_order(n, seed, epoch) if shuffle else np.arange(n)
     batches = [order[first : first + batch_size] for first in range(start * batch_size, n, batch_size)]
     return [np.array_split(batch, world)[rank] for batch in batches]
 
@@ -234,71 +214,44 @@ class Pairs(Dataset):
 
 # %% ../../nbs/data/loading.ipynb #ff0e83e2
 CACHE_BYTES = 2**32  # limit for a split's resized images
-CACHE_VERSION = 1  # of decoding and resizing
-RECENT = 2_000_000_000  # nanoseconds: assumed resolution of file times
-
-
-# %% ../../nbs/data/loading.ipynb #7a7970de
-def file_state(path, now: int) -> list:
-    """Size, times and inode of a file, and its SHA-256 if younger than 2 s. Raises `ImageError`."""
-    if problem := unusable(path):
-        raise ImageError(f"{path}: {problem}")
-    s = os.stat(path)
-    stamp = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
-    return stamp if max(stamp[1:3]) + RECENT < now else [*stamp, sha256_file(path)]
+CACHE_VERSION = 2  # of decoding, resizing and the file
 
 
 # %% ../../nbs/data/loading.ipynb #f0d3c232
-def cache_file(images: Images, now: int) -> Path:
-    """Path of the array of these images in their state at `now`. Raises `ImageError`."""
+def cache_file(images: Images) -> Path:
+    """Path of the array of these images in their current state."""
     root, paths = images.split.root, images.split.paths
     own = may_write(root) and os.access(root, os.W_OK)
     folder = index_folder(root) if own else default_folder("outputs") / "cache"
     asked = [[os.path.relpath(path, folder) for path in paths], images.size, images.how]
-    state = [CACHE_VERSION, torch.__version__, PIL.__version__, [file_state(path, now) for path in paths]]
+    files = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in map(os.stat, paths)]
+    state = [CACHE_VERSION, torch.__version__, PIL.__version__, files]
     names = [hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16] for x in (asked, state)]
-    return folder / f"images-{'-'.join(names)}.npy"
-
-
-# %% ../../nbs/data/loading.ipynb #0f9ad11f
-def open_array(path, shape: tuple) -> np.ndarray | None:
-    """A file's array, mapped into memory; None if it is absent, incomplete or of another shape."""
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        array = np.load(regular(path), mmap_mode="r", allow_pickle=False)
-        fits = isinstance(array, np.memmap) and (array.shape, array.dtype) == (shape, np.uint8)
-        return array if fits else None
-    return None
+    return folder / f"images-{'-'.join(names)}.raw"
 
 
 # %% ../../nbs/data/loading.ipynb #f9f4b529
-def write_array(path: Path, shape: tuple, batches: Iterable[Batch]) -> None:
-    """Write the batches' images as one array, atomically, and remove arrays of older file states."""
+def write_array(path: Path, batches: Iterable[Batch]) -> None:
+    """Write the batches' pixels to one file, atomically, in place of those of older file states."""
+    for old in path.parent.glob(f"*{path.stem.rpartition('-')[0]}-*"):  # or of a killed process
+        remove(old)
     with whole_file(path, through=False) as file:
-        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
         file.writelines(batch.images.contiguous().numpy() for batch in batches)
-    asked = path.stem.rpartition("-")[0]
-    for other in (*path.parent.glob(f"{asked}-*.npy"), *path.parent.glob(f".{asked}-*.part")):
-        if other != path:
-            with contextlib.suppress(OSError):  # on Windows, while a run has it open
-                other.unlink()
 
 
 # %% ../../nbs/data/loading.ipynb #7d548836
 def shared_array(images: Images, batches: Iterable[Batch]) -> np.ndarray | None:
     """All images, N x 3 x S x S, mapped from the cache, which `batches` fill first; None if too large."""
-    shape, now = (len(images.split), 3, images.size, images.size), time.time_ns()
+    shape = (len(images.split), 3, images.size, images.size)
     if not 0 < np.prod(shape) <= CACHE_BYTES:
         return None
-    path = cache_file(images, now)
+    path = cache_file(images)
     try:
         with folder_lock(path.parent, wait=True):
-            if open_array(path, shape) is None:
-                write_array(path, shape, tqdm(batches, "decode once", disable=None, delay=2, leave=False))
-                if cache_file(images, now) != path:
-                    raise ImageError(
-                        f"{images.split.root}: photographs changed while being decoded; start again"
-                    )
-            return open_array(path, shape)
+            with contextlib.suppress(OSError, ValueError):  # absent, or shorter than the array
+                return np.memmap(regular(path), mode="r", shape=shape)
+            write_array(path, tqdm(batches, "decode once", disable=None, delay=2, leave=False))
+            return np.memmap(path, mode="r", shape=shape)
     except OSError as error:
         warnings.warn(f"{path.parent}: cannot store decoded images here ({error})", stacklevel=3)
         return None
@@ -379,16 +332,6 @@ PIXELS = {  # mean and standard deviation of red, green, blue in 0..1
 }
 
 
-# %% ../../nbs/data/loading.ipynb #b4bc982a
-def pixel_rows(normalise: str, width: int, device=None) -> tuple[Tensor, Tensor]:
-    """What to subtract from a row of `width` pixels (RGB RGB ...) in 0..255, and its factor."""
-    if normalise not in PIXELS:
-        raise ValueError(f"normalise is one of {', '.join(PIXELS)}, not {normalise!r}")
-    mean, std = (torch.tensor(v, dtype=torch.float64) * 255 for v in PIXELS[normalise])
-    row = lambda v: v.float().repeat(width).to(device)
-    return row(mean), row(1 / std)
-
-
 # %% ../../nbs/data/loading.ipynb #7f7b37d0
 def prepare(
     images: Tensor, *, normalise: str = "imagenet", flip=None, channels_last: bool = True, device=None
@@ -412,18 +355,15 @@ def prepare(
         >>> prepare(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), normalise="half").unique()
         tensor([-1.])
     """
+    known(normalise, PIXELS, "normalise =")
     images = images.to(device, non_blocking=True)
-    (count, _, height, width), device = images.shape, images.device
-    mirror = torch.zeros(count, dtype=torch.bool) if flip is None else torch.as_tensor(flip)
-    subtract, multiply = pixel_rows(normalise, width, device)
-    out = torch.empty(count, height, width, 3, device=device)
-    if device.type == "cpu":
-        out = torch.from_numpy(np.empty(out.shape, np.float32))  # NumPy asks for large pages: faster to fill
-        for image, mirrored, rows in zip(images, mirror.tolist(), out, strict=True):  # each fits the cache
-            rows.copy_((image.flip(2) if mirrored else image).permute(1, 2, 0))
-            rows.flatten(1).sub_(subtract).mul_(multiply)
-    else:  # few kernels for the whole batch
-        images = torch.where(mirror.to(device)[:, None, None, None], images.flip(3), images)
-        out.copy_(images.permute(0, 2, 3, 1)).flatten(2).sub_(subtract).mul_(multiply)
+    count, _, height, width = images.shape
+    if flip is not None:
+        mirror = torch.as_tensor(flip).to(images.device)
+        images = torch.where(mirror[:, None, None, None], images.flip(3), images)
+    mean, std = (torch.tensor(v, dtype=torch.float64) * 255 for v in PIXELS[normalise])
+    subtract, multiply = (v.float().repeat(width).to(images.device) for v in (mean, 1 / std))  # of a row
+    out = torch.empty(count, height, width, 3, device=images.device)
+    out.copy_(images.permute(0, 2, 3, 1)).flatten(2).sub_(subtract).mul_(multiply)
     out = out.permute(0, 3, 1, 2)
     return out if channels_last else out.contiguous()

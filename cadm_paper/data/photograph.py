@@ -6,7 +6,6 @@
 __all__ = ["ImageError"]
 
 # %% ../../nbs/data/photograph.ipynb #ac803fa1
-import io
 import os
 import stat
 import unicodedata
@@ -35,8 +34,6 @@ def unusable(path) -> str:
         return "a dangling link" if os.path.islink(path) else getattr(error, "strerror", str(error))
     if not stat.S_ISREG(status.st_mode):
         return "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device, not a file"
-    if os.path.basename(path).startswith("._"):
-        return "a macOS metadata file"
     return "" if status.st_size else "an empty file"
 
 
@@ -53,39 +50,16 @@ def read_photograph(path) -> bytes:
 
 # %% ../../nbs/data/photograph.ipynb #ce05ba1d
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-MAX_PIXELS = 89_478_485  # per photograph as stored; Pillow's own threshold, 256 MB decoded
-MAX_SIDE, MAX_ASPECT = 65_535, 1000  # px (JPEG's own limit); longer side by shorter side
-
-
-# %% ../../nbs/data/photograph.ipynb #663ae31e
-def open_image(data: bytes, name) -> Image.Image:
-    """A photograph with its header read and no pixel decoded. Raises `ImageError`."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(f"{name}: larger than {MAX_PIXELS:,} pixels; shrink the photograph first") from None
-    except Exception as error:  # decoders raise many kinds of errors
-        what = f"not one of {', '.join(FORMATS)}, or its header is broken" if data else "an empty file"
-        raise ImageError(f"{name}: {what}; fetch the file again or remove it from the list") from error
-    short, long = sorted(image.size)
-    if short * long > MAX_PIXELS:
-        raise ImageError(f"{name}: larger than {MAX_PIXELS:,} pixels; shrink the photograph first")
-    if long > MAX_SIDE or long > MAX_ASPECT * short:
-        limits = f"{MAX_SIDE:,} a side and {MAX_ASPECT} : 1 are the limits; cut or shrink it first"
-        raise ImageError(f"{name}: {image.width} x {image.height} pixels; {limits}")
-    return image
 
 
 # %% ../../nbs/data/photograph.ipynb #d5fa9de6
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any of Pillow's modes to 8-bit RGB: grey repeated, 16 bits shortened, transparency dropped."""
-    if image.mode.startswith("I"):
+    if image.mode[0] in "IF":
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("values outside 16 bits")
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError("pixels of neither 8 nor 16 bits")
         image = Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point pixels")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # else Pillow warns about transparency
     return image.convert("RGB")
@@ -109,8 +83,7 @@ def locate(root, names: Sequence[str], elsewhere: Callable[[str], Sequence[str]]
     found, why = list(names), {}
     for i, name in enumerate(names):
         if why_not := problem(name):
-            others = {other: problem(other) for other in elsewhere(name)}
-            found[i] = next((other for other, bad in others.items() if not bad), name)
+            found[i] = next((other for other in elsewhere(name) if not problem(other)), name)
             if found[i] == name:
                 why[i] = why_not
     return found, why
