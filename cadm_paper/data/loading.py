@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .photograph import FORMATS, ImageError, read_photograph, to_rgb
 from .split import index_folder, may_write
-from ..files import default_folder, folder_lock, known, regular, remove, whole_file
+from ..files import default_folder, folder_lock, known, regular, whole_file
 
 
 # %% ../../nbs/data/loading.ipynb #a4937aff
@@ -234,7 +234,8 @@ def cache_file(images: Images) -> Path:
 def write_array(path: Path, batches: Iterable[Batch]) -> None:
     """Write the batches' pixels to one file, atomically, in place of those of older file states."""
     for old in path.parent.glob(f"*{path.stem.rpartition('-')[0]}-*"):  # or of a killed process
-        remove(old)
+        with contextlib.suppress(OSError):  # in use, on Windows
+            old.unlink()
     with whole_file(path, through=False) as file:
         file.writelines(batch.images.contiguous().numpy() for batch in batches)
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import string
 import unicodedata
 from collections import Counter, UserDict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,16 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from ..files import read_arrays, read_bytes, sha256_file, whole_file
+from ..files import read_arrays, regular, sha256_file, whole_file
 
 
 # %% ../../nbs/04_data.ipynb #04a1fb3f
 class DataError(ValueError):
     """Unusable data. The message names the file and the line or field, and says what to do."""
-
-    def __str__(self):  # quotes from a hostile file are shortened
-        text = super().__str__()
-        return text if len(text) <= 10_000 else f"{text[:5000]} ... {text[-5000:]}"
 
 
 # %% ../../nbs/04_data.ipynb #7a339789
@@ -128,8 +123,6 @@ class Split:
 
     def take(self, indices) -> "Split":
         """A subset: indices in the wanted order, a slice, or N booleans."""
-        if not isinstance(indices, slice):
-            indices = np.asarray(indices, None if len(indices) else int)  # an empty list is of floats
         rows = np.arange(len(self))[indices]
         ids, paths = ([values[i] for i in rows] for values in (self.image_ids, self.paths))
         return replace(self, image_ids=ids, paths=paths, labels=self.labels[rows])
@@ -166,13 +159,6 @@ class Split:
             fingerprint=self.fingerprint,
         )
 
-    def _repr_html_(self) -> str:
-        """In a notebook: the counts of `summary`."""
-        import pandas as pd
-
-        found = {k: v for k, v in self.summary().items() if k not in ("dataset", "split", "positives")}
-        return pd.Series(found, dtype=object).to_frame(f"{self.dataset}, {self.split}").to_html()
-
     def __repr__(self):
         size = f"{len(self)} images, {len(self.classes)} classes"
         return f"Split({self.dataset}, {self.split}: {size}, {self.fingerprint[:8]})"
@@ -195,15 +181,12 @@ def read_text(path) -> str:
     Raises `DataError` naming the file.
     """
     try:
-        raw = read_bytes(path)
+        return Path(regular(path)).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8; save the file in UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 # %% ../../nbs/04_data.ipynb #31d5bb57
@@ -246,7 +229,7 @@ def clean(name: str, where: str) -> str:
 
     Raises `DataError` if the result is empty or has control characters.
     """
-    tidy = unicodedata.normalize("NFC", name).strip(f"{string.whitespace}\xa0\ufeff\u200b\u2060")
+    tidy = unicodedata.normalize("NFC", name).strip(" \t\n\r\v\f\xa0\ufeff\u200b\u2060")
     if not tidy or any(unicodedata.category(c) in ("Cc", "Cs") for c in tidy):
         raise DataError(f"{where}: {name!r} is empty or has control characters")
     return tidy
@@ -374,6 +357,6 @@ def cached_index(
         return read_index(path, digest)
     index = read()
     with contextlib.suppress(OSError):  # read-only or full: read again next time
-        if may_write(root, cache) and source_digest(root, name, sources) == digest:  # unchanged since
+        if may_write(root, cache):
             write_index(path, index, digest)
     return index
