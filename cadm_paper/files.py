@@ -142,6 +142,9 @@ def whole_folder(folder, known: tuple[str, ...], what: str):
     with naming(folder), temporary(folder) as new:
         new.mkdir()
         yield new
+        for path in filter(Path.is_file, new.rglob("*")):  # else empty after a power cut
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
         if folder.exists():
             folder.rename(new.with_suffix(".old"))
         new.rename(folder)
@@ -204,10 +207,19 @@ def read_json(path):
 def read_yaml(path):
     """A YAML file as plain values. YAML 1.1 reads `1e-4` as text; fields of a configuration cast it.
 
-    Raises `OSError` if the file is unreadable, and `ValueError` naming file and line if it is no YAML."""
+    Raises `OSError` if the file is unreadable, and `ValueError` naming file and line if it is no YAML or
+    repeats a key."""
     yaml = optional("yaml", "repro")
+
+    class SingleKeys(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            found = super().construct_mapping(node, deep)
+            if len(found) < len(node.value):
+                raise yaml.MarkedYAMLError(problem="a key occurs twice", problem_mark=node.start_mark)
+            return found
+
     try:
-        return yaml.safe_load(read_bytes(path))
+        return yaml.load(read_bytes(path), SingleKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 

@@ -49,10 +49,11 @@ from .engine.progress import NotebookProgress, Progress, TextProgress  # noqa: F
 from .engine.record import RunRecord, code_version, environment, save_arrays, write_record
 from .engine.splits import data_root, draw_examples, held_out, prepare_data
 from .engine.variants import run_name
-from .files import FolderLocked, default_folder, folder_lock
+from .files import FolderLocked, default_folder, folder_lock, sha256_file
 from .methods.base import build_network
 from .methods.linear_probe import Probe
 from .model import LAST, SEEN, Network, feature_maps
+from .weights import weights_file
 
 # %% ../nbs/05_train.ipynb #6e4c6e61
 _all_ = ["TrainConfig"]
@@ -134,7 +135,9 @@ class Trainer:
         self.history: list[dict] = []
         self.seconds, self.saved = 0.0, time.monotonic()  # of training until the last checkpoint; its time
         self.code = code_version() if group.main else {}
-        self.labels: list[str] = []  # fingerprints of the splits, compared on resume
+        self.origin: list[
+            str | None
+        ] = []  # SHA-256 of what it is trained from (`ORIGIN`), compared on resume
         self.stop = SimpleNamespace(asked="", hold=False)  # as yielded by `stop_signals`
 
     def step(self, batch, global_images: int) -> None:
@@ -287,7 +290,7 @@ def relative_boxes(split: Split) -> np.ndarray:
 
 # %% ../nbs/05_train.ipynb #18024edc
 #: Attributes of the trainer that its checkpoint stores, beside tensors
-POSITION = ("epoch", "done", "history", "seconds", "code", "labels")
+POSITION = ("epoch", "done", "history", "seconds", "code", "origin")
 
 
 def save_trainer(trainer: Trainer) -> None:
@@ -304,27 +307,33 @@ def save_trainer(trainer: Trainer) -> None:
 
 
 # %% ../nbs/05_train.ipynb #59fc7af3
-def refuse_others(file: Path, old: TrainConfig, config: TrainConfig, labels: list, now: list) -> None:
-    """Raise `CheckpointError` if a run has another configuration, or other training or test labels."""
+ORIGIN = ("training labels", "test labels", "first weights")
+
+
+def refuse_others(file: Path, old: TrainConfig, config: TrainConfig, origin: list, now: list) -> None:
+    """Raise `CheckpointError` if a run has another configuration, other labels or other first weights.
+
+    `origin` and `now`: SHA-256 of what `ORIGIN` names, then and now; None: unknown.
+    """
     if changed := config_changes(old, config):
         raise CheckpointError(
             f"{file} belongs to another configuration ({changed}): use the old values or another out_dir"
         )
-    if other := [name for name, a, b in zip(("training", "test"), labels, now) if a != b]:
+    if other := [name for name, a, b in zip(ORIGIN, origin, now) if a and b and a != b]:
         raise CheckpointError(
-            f"{file} was trained from other {other[0]} labels: use the old data or another out_dir"
+            f"{file} was trained from other {other[0]}: use the old data and weights or another out_dir"
         )
 
 
 # %% ../nbs/05_train.ipynb #89fac8b2
 def load_trainer(trainer: Trainer) -> None:
     """Restore the trainer from its checkpoint. Raises `CheckpointError` if the file is damaged, or belongs to
-    another configuration or other labels.
+    another configuration, other labels or other first weights.
     """
     file = checkpoint_file(trainer.folder)
     parts, state = load_checkpoint(file)
     try:
-        refuse_others(file, TrainConfig(**state["config"]), trainer.config, state["labels"], trainer.labels)
+        refuse_others(file, TrainConfig(**state["config"]), trainer.config, state["origin"], trainer.origin)
         trainer.model.load_state_dict(parts["model"])
         load_optimiser_tensors(trainer.optimiser, parts.get("optimiser", {}))
         trainer.scaler.load_state_dict(state["scaler"])
@@ -415,15 +424,17 @@ def run_folder(config: TrainConfig) -> Path:
 def finished_run(folder: Path, config: TrainConfig, resume: bool) -> RunRecord | None:
     """The finished run in a folder, or None.
 
-    Raises `CheckpointError` if it belongs to another configuration or other labels than the current ones, or
-    if the folder holds an unfinished run and `resume` is false.
+    Raises `CheckpointError` if it belongs to another configuration, other labels or other first weights than
+    the current ones, or if the folder holds an unfinished run and `resume` is false.
     """
     file = folder / "run.json"
     if file.is_file():
         record = RunRecord.load(folder)
         made = [record.dataset[split]["fingerprint"] for split in ("train", "test")]
-        there = data_root(config).is_dir()
-        now = [split.fingerprint for split in prepare_data(config)] if there else made
+        there, weights = data_root(config).is_dir(), weights_file(config.weights)
+        now = [split.fingerprint for split in prepare_data(config)] if there else [None, None]
+        made.append(record.extra.get("weights", {}).get("sha256"))
+        now.append(sha256_file(weights) if weights.is_file() else None)
         refuse_others(file, record.config, config, made, now)
         return record
     if checkpoint_file(folder).is_file() and not resume:
@@ -520,11 +531,15 @@ def train(
         model = build_model(config, data[0].classes, data[0].labels, group.device)
         if group.main:
             during.enter_context(folder_lock(folder))
+        finished = finished_run(folder, config, resume) if group.main else None
+        if finished := group.everyone(finished)[0]:  # by another process in the meantime
+            return finished
         if config.method == "linear_probe":  # fitted, not trained
             scores, said = fit_probe(model, config, *loaders)
         else:
             trainer = Trainer(config, model, group, max(len(data[0]) // config.batch_size, 1), folder)
-            trainer.stop, trainer.labels = stop, [split.fingerprint for split in data]
+            trainer.stop, trainer.origin = stop, [split.fingerprint for split in data]
+            trainer.origin.append(model.provenance.get("sha256"))
             if resume and checkpoint_file(folder).is_file():
                 load_trainer(trainer)
             with contextlib.closing(progress or Progress()) as shown:

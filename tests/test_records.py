@@ -154,6 +154,7 @@ ARRAYS = [
     ("scores.npz", dict(classes=np.array([{}] * 6, object)), "no arrays"),
     ("maps.npz", dict(indices=np.arange(3)), "not the images that the fixed seed draws"),
     ("maps.npz", dict(scores=HALF[:3]), "scores differ from scores.npz"),
+    ("maps.npz", dict(maps=np.zeros((3, 6, 10, 10), np.float16)), "the maps do not give the scores"),
     ("maps.npz", dict(secret=HALF), "maps.npz: secret: unknown"),
     ("maps.npz", dict(thumbnails=np.zeros((3, 8, 8), np.uint8)), "thumbnails is uint8"),
 ]

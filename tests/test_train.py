@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cells import run_cells
+from safetensors.torch import save_file
 
 from cadm_paper import train as module
 from cadm_paper.app.predict import Predictor
@@ -24,6 +25,7 @@ from cadm_paper.engine.config import ConfigError, TrainConfig
 from cadm_paper.engine.record import RunRecord
 from cadm_paper.files import FolderLocked, folder_lock
 from cadm_paper.methods import METHODS
+from cadm_paper.model import CADM
 from cadm_paper.paper import COLUMNS
 from cadm_paper.train import NonFiniteLoss, Progress, checkpoint_file, train
 
@@ -122,6 +124,17 @@ def test_a_finished_run_is_returned_unless_its_labels_changed(config, monkeypatc
     with pytest.raises(CheckpointError, match="run.json was trained from other training labels"):
         train(config(), resume=True)
     assert {p: p.stat().st_mtime_ns for p in record.folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_first_weights_under_the_same_name_are_refused(config, tmp_path, finished):
+    file = tmp_path / "start.safetensors"
+    first, other = (CADM(3, "narrow_resnet", None, quiet=True).backbone.state_dict() for _ in range(2))
+    save_file(first, file)
+    train(config(weights=str(file))) if finished else begun(config(weights=str(file)))
+    save_file(other, file)
+    with pytest.raises(CheckpointError, match="from other first weights: use the old data and weights"):
+        train(config(weights=str(file)), resume=True)
 
 
 def test_resuming_with_another_configuration_or_other_data_is_refused(config, monkeypatch):

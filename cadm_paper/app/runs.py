@@ -205,11 +205,12 @@ def runs_submit(source: Positional[Path], by: str = "", outputs: MaybePath = Non
     outputs, record = outputs or Batch().outputs, RunRecord.load(source)
     target = outputs / "runs" / record.config.dataset / run_name(record.config)
     if target.exists():
-        raise WorkflowError(
-            f"{target}: there is a run of this configuration; compare them, or remove it first"
-        )
+        raise WorkflowError(f"{target}: there is a run of this configuration; `cadm runs diff` compares them")
     if wrong := problems(record, more=[file_problems, functools.partial(label_problems, outputs=outputs)]):
-        raise WorkflowError("\n  ".join([f"{source}: rejected", *wrong[:40]]).replace(f"{source}/", ""))
+        more = [f"and {len(wrong) - 40} more"] * (len(wrong) > 40)
+        raise WorkflowError(
+            "\n  ".join([f"{source}: rejected", *wrong[:40], *more]).replace(f"{source}/", "")
+        )
     by = "".join(letter if letter.isprintable() else " " for letter in by)
     content = read_json(source / "run.json")
     content["submitted"] = " ".join(by.split())[:100] or "no name given"

@@ -144,7 +144,7 @@ def of_scores(record: RunRecord) -> Iterator[str]:
 
 # %% ../../nbs/engine/audit.ipynb #7cdcbc9f
 def of_maps(record: RunRecord) -> Iterator[str]:
-    """Whether the maps are those of the drawn images, with their scores."""
+    """Whether the maps are those of the drawn images and give the scores of their stream."""
     found = record.maps()
     yield from (f"maps.npz: {name}: unknown" for name in sorted(found.keys() - FORMS["maps.npz"].keys()))
     if {"thumbnails", "boxes"} & found.keys() and not record.config.dataset.startswith("scenes-"):
@@ -157,6 +157,11 @@ def of_maps(record: RunRecord) -> Iterator[str]:
             yield "maps.npz: ids or labels differ from scores.npz"
         elif max(abs(every[name][rows] - found[name]).max(initial=0) for name in STREAMS) > 1e-6:
             yield "maps.npz: scores differ from scores.npz"
+    pool = {"avg": np.mean, "max": np.max}.get(getattr(record.config.arguments(), "pool", None))
+    if pool and record.config.bias == "none":
+        away = abs(expit(pool(found["maps"].astype(float), (2, 3))) - found["scores_scls"]).max(initial=0)
+        if away > 0.02:
+            yield f"maps.npz: the maps do not give the scores of their stream (off by {away:.2g})"
 
 
 # %% ../../nbs/engine/audit.ipynb #8e4dcc7c

@@ -268,6 +268,15 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
 
         return method_arguments(self.method, self.method_args, self.model_dump(exclude={"method_args"}))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_values_as_numbers(cls, values):
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field and field.annotation in (int, float):
+                raise ValueError(f"{name}: a number is expected, not {value}")
+        return values
+
     @model_validator(mode="after")
     def _values_that_go_together(self):
         if self.method_args or self.method not in PAPER_ROWS:  # the import takes seconds
