@@ -209,6 +209,8 @@ def test_a_record_of_other_labels_is_stale(tmp_path, monkeypatch):
     build_scenes(tmp_path / "scenes-coco", "coco", train=16, test=8)
     status._fingerprints.cache_clear()
     assert "other train and test images or labels" in status.state(file.parent).reason
+    monkeypatch.setenv("CADM_DATA", str(tmp_path / "elsewhere"))
+    assert status.state(file.parent).word == "finished"
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def labels_now(config: TrainConfig, data: str = "") -> dict[str, str]:
 
     Empty if the data is missing.
     """
-    fields = {**dict(config), "data_dir": other_data(config.dataset, data)}
+    fields = {**dict(config), "data_dir": other_data(config.dataset, data or ".")}  # named, for the cache
     return _fingerprints(*(fields[name] for name in DATA))
 
 
