@@ -840,19 +840,23 @@ def forest(entries: Sequence[dict]) -> Picture:
         >>> forest(read_verdicts()["claims"]).save("outputs/figures")
     """
     shown = [e for e in entries if e["unit"] == "points" and e["measure"].startswith("mAP") and e["n"] > 1]
-    fig, [[ax]] = new_figure(PAGE, 0.9 + 0.22 * len(shown))
+    fig, [[ax]] = new_figure(PAGE, 0.9 + 0.26 * len(shown))
+    names = []
     for y, e in enumerate(shown):
         ax.hlines(y, e["low"], e["high"], color=INK, lw=1.2)
         judged = "white" if e["verdict"] == "no verdict" else INK
         ax.plot(e["mean"], y, "o", ms=4, color=INK, mfc=judged)
         if e["printed"] is not None:
             ax.plot(e["printed"], y, "D", ms=4, color=PRINTED, mfc="none")
-        words = f"{signed(e['mean'])} [{signed(e['low'])}, {signed(e['high'])}], n = {e['n']}: {e['verdict']}"
-        ax.annotate(words, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=6)
+        ends = f"[{signed(e['low'])}, {signed(e['high'])}]"
+        names.append(
+            f"{e['claim']}: {DATASETS[e['dataset']].title}\n"
+            f"{signed(e['mean'])} {ends}, n = {e['n']}: {e['verdict']}"
+        )
     ax.plot([], [], "o-", ms=4, color=INK, label="measured, 95 % interval")
     ax.plot([], [], "D", ms=4, color=PRINTED, mfc="none", label="printed in the paper")
     ax.axvline(0, color=GREY, lw=0.6)
-    ax.set_yticks(range(len(shown)), [f"{e['claim']}: {DATASETS[e['dataset']].title}" for e in shown])
+    ax.set_yticks(range(len(shown)), names)
     ax.set(ylim=(len(shown) - 0.4, -0.6), xlabel="effect on mAP, points")
     legend_above(fig, ax, 2)
     text = (
