@@ -130,6 +130,32 @@ def test_headline_numbers_match_the_committed_records():
         assert f"{number} {n}" in readme
 
 
+RUN = r"[\w.=-]+-seed\d+-[0-9a-f]{8}"
+
+
+@functools.cache
+def committed_runs() -> set[str]:
+    """Names of all committed records."""
+    files = [
+        *(ROOT / "outputs" / "reference").rglob("runs.jsonl"),
+        *(ROOT / "cadm_paper").rglob("record.json"),
+    ]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    return set(re.findall(rf'"name": "({RUN})"', text))
+
+
+PAGES = [p for p in NOTEBOOKS if p.parent.name in ("nbs", "experiments", "tutorials")]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_runs_named_in_outputs_are_committed(path):
+    """An output that names another run is older than the committed records."""
+    outputs = [o for c in nbformat.read(path, 4).cells for o in c.get("outputs", ())]
+    text = "\n".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in outputs)
+    named = re.findall(rf"({RUN})(?! \(SYNTHETIC)", text)
+    assert set(named) <= committed_runs()
+
+
 # ---------------------------------------------------------------- the built site
 
 
