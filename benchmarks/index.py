@@ -65,13 +65,14 @@ def stand_ins(root: Path, names, sizes) -> None:
         os.close(file)
 
 
-def make_coco(root: Path) -> Path:
-    """COCO's training annotations at full size: ids with gaps, outlines that give the real file size."""
+def make_coco(root: Path, share: float) -> Path:
+    """A share of COCO's training annotations: ids with gaps, outlines that give the real file size."""
     g = np.random.default_rng(0)
-    ids = np.sort(g.choice(581_921, COCO["images"], replace=False)).tolist()
-    carrying = g.permutation(COCO["images"])[: COCO["labelled"]]
-    owner = np.concatenate([carrying, g.choice(carrying, COCO["objects"] - len(carrying))]).tolist()
-    category = (np.minimum(g.zipf(1.3, COCO["objects"]), COCO["categories"])).tolist()
+    count, labelled, total = (round(share * COCO[k]) for k in ("images", "labelled", "objects"))
+    ids = np.sort(g.choice(581_921, count, replace=False)).tolist()
+    carrying = g.permutation(count)[:labelled]
+    owner = np.concatenate([carrying, g.choice(carrying, total - len(carrying))]).tolist()
+    category = (np.minimum(g.zipf(1.3, total), COCO["categories"])).tolist()
     outline = [[round(float(v), 2) for v in g.uniform(0, 640, 2 * 26)] for _ in range(1000)]
     names = [f"COCO_train2014_{i:012d}.jpg" for i in ids]
     images = [
@@ -111,8 +112,8 @@ def make_coco(root: Path) -> Path:
     return path
 
 
-def make_nus(root: Path) -> None:
-    """NUS-WIDE's label files at full size: 162 label files, image lists with backslashes, 704 folders of photographs."""
+def make_nus(root: Path, share: float) -> None:
+    """NUS-WIDE's label files with a share of its images: 162 label files, image lists with backslashes, 704 folders of photographs."""
     g = np.random.default_rng(0)
     concepts = [f"concept{c:02d}" for c in range(NUS["concepts"])]
     rate = 0.28 / np.arange(1, len(concepts) + 1) ** 0.8
@@ -120,7 +121,7 @@ def make_nus(root: Path) -> None:
         (root / part).mkdir(parents=True)
     (root / "ConceptsList" / "Concepts81.txt").write_text("\n".join(concepts) + "\n")
     for kind in ("Train", "Test"):
-        n = NUS[kind]
+        n = round(share * NUS[kind])
         names = [f"folder{k % 704:03d}\\{k:04d}_{g.integers(10**9)}{k}.jpg" for k in range(n)]
         (root / "ImageList" / f"{kind}Imagelist.txt").write_text(
             "".join(f"{s}\r\n" for s in names), newline=""
@@ -163,6 +164,7 @@ def measure(name: str, root: Path, splits, repeats: int) -> dict:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--repeats", type=int, default=7)
+    p.add_argument("--share", type=float, default=1, help="of the images; below 1 as a functional check")
     p.add_argument("--out", type=Path)
     a = p.parse_args()
     result = dict(
@@ -170,9 +172,10 @@ def main() -> None:
         python=platform.python_version(),
         machine=platform.machine(),
         cores=os.cpu_count(),
+        share=a.share,
     )
     with tempfile.TemporaryDirectory() as tmp:
-        path = make_coco(Path(tmp) / "coco")
+        path = make_coco(Path(tmp) / "coco", a.share)
         result["coco2014"] = measure("coco2014", path.parents[1], ["train2014"], a.repeats)
         plain = new_process(
             "import json, sys, time; from pycocotools.coco import COCO; t, c = time.perf_counter(), time.process_time(); COCO(sys.argv[1]); print(json.dumps(dict(load=time.perf_counter() - t, cpu=time.process_time() - c)))",
@@ -188,7 +191,7 @@ def main() -> None:
         )
     with tempfile.TemporaryDirectory() as tmp:
         root = Path(tmp) / "nuswide"
-        make_nus(root)
+        make_nus(root, a.share)
         result["nuswide"] = measure("nuswide", root, ["train", "test"], a.repeats)
         plain = new_process(
             "import glob, json, sys, time, numpy; t, c = time.perf_counter(), time.process_time(); [numpy.loadtxt(f, dtype=numpy.int8) for f in glob.glob(sys.argv[1])]; print(json.dumps(dict(load=time.perf_counter() - t, cpu=time.process_time() - c)))",
