@@ -12,15 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cadm_paper.data import load_split
+from cadm_paper.data import DataError, load_split
 from cadm_paper.data.scenes import (
     FORMS,
     MARKER,
     REGIONS,
-    STARTED,
     TEST,
     TRAIN,
-    ScenesError,
     box,
     build_scenes,
     digit_indices,
@@ -117,7 +115,7 @@ def test_a_killed_build_is_replaced_by_two_processes_at_once(built, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert not (tmp_path / MARKER).exists() and (tmp_path / STARTED).exists()
+    assert (tmp_path / MARKER).exists() and scenes_info(tmp_path) is None
     both = [build_elsewhere(tmp_path, name, **SMALL) for _ in range(2)]
     assert [p.communicate()[1] for p in both] == ["", ""] and files(tmp_path) == files(root)
 
@@ -134,5 +132,5 @@ def test_a_damaged_or_foreign_marker_is_rejected(built, tmp_path):
     ]
     for other in others:  # another version paints other scenes for the same parameters
         (tmp_path / MARKER).write_text(other if other == "{" else json.dumps(other))
-        with pytest.raises(ScenesError, match=f"{MARKER}: damaged, or of another version"):
+        with pytest.raises(DataError, match=f"{MARKER}: damaged, or of another version"):
             build_scenes(tmp_path, name, **SMALL)

@@ -6,10 +6,12 @@
 __all__ = ["build_scenes", "ensure_scenes"]
 
 # %% ../../nbs/data/scenes.ipynb #64dd74e5
+import contextlib
 import hashlib
 import os
 import shutil
 from collections import namedtuple
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from .split import DataError
-from ..files import folder_lock, known, naming, read_json, remove_leftovers, write_json
+from ..files import folder_lock, known, naming, read_json, write_json
 
 
 # %% ../../nbs/data/scenes.ipynb #1b63a7ba
@@ -39,6 +41,10 @@ class Draws:
     def chance(self, permille: int) -> bool:
         """True with probability `permille` / 1000."""
         return self.below(1000) < permille
+
+    def permutation(self, n: int) -> np.ndarray:
+        """A permutation of 0 ... n-1 (int64)."""
+        return np.argsort(self.array((n,), 2**31), kind="stable")
 
     def array(self, shape: tuple[int, ...], n: int) -> np.ndarray:
         """An int64 array of integers in 0 ... n-1."""
@@ -67,7 +73,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 def digit_indices(split: int) -> tuple[np.ndarray, ...]:
     """Sample indices of each digit 0..9 for this split: the first two thirds, or the rest."""
     places = [np.flatnonzero(digits()[1] == d) for d in range(10)]
-    return tuple(p[: 2 * len(p) // 3] if split == TRAIN else p[2 * len(p) // 3 :] for p in places)
+    return tuple(np.split(p, [2 * len(p) // 3])[split] for p in places)
 
 
 # %% ../../nbs/data/scenes.ipynb #88bd8331
@@ -102,13 +108,17 @@ class SceneForm:
         return tuple(f"{style}-{digit}" for style in self.styles for digit in range(10))
 
     @property
+    def members(self) -> np.ndarray:
+        """The categories that belong to each context, the most frequent first: contexts x members."""
+        first = np.arange(len(self.contexts))[:, None] * self.stride
+        return (first + np.arange(len(self.member_rates))) * self.step % len(self.classes)
+
+    @property
     def rates(self) -> np.ndarray:
         """Frequency (permille) of each category in each context: contexts x categories."""
-        count = len(self.classes)
-        table = np.full((len(self.contexts), count), self.stray_rate, np.int64)
+        table = np.full((len(self.contexts), len(self.classes)), self.stray_rate, np.int64)
         table[:, 1] = self.common_rate
-        contexts, members = np.arange(len(self.contexts))[:, None], np.arange(len(self.member_rates))
-        table[contexts, (contexts * self.stride + members) * self.step % count] = self.member_rates
+        np.put_along_axis(table, self.members, np.array([self.member_rates]), axis=1)
         return table
 
 
@@ -154,18 +164,12 @@ class SpatialForm(SceneForm):
     typical: bool
     sides: tuple[int, int] = (18, 26)  # px of 80
 
-    def members(self, context: int) -> list[int]:
-        """The categories that belong to a context, the most frequent first."""
-        places = np.arange(len(self.member_rates)) + context * self.stride
-        return (places * self.step % len(self.classes)).tolist()
-
     def directions(self, context: int, d: Draws) -> dict[int, tuple[int, int]]:
         """The direction of each companion of a context's first member, by category."""
-        shuffled = np.argsort(d.array((len(DIRECTIONS),), 2**31), kind="stable")
+        shuffled = d.permutation(len(DIRECTIONS))
         usual = (np.arange(len(DIRECTIONS)) + context) % len(DIRECTIONS)
-        return {
-            c: DIRECTIONS[k] for c, k in zip(self.members(context)[1:], usual if self.typical else shuffled)
-        }
+        order = usual if self.typical else shuffled
+        return {c: DIRECTIONS[k] for c, k in zip(self.members[context, 1:].tolist(), order)}
 
 
 # %% ../../nbs/data/scenes.ipynb #5ba71a03
@@ -186,8 +190,9 @@ def draw_labels(
     empty = np.flatnonzero(~labels.any(1))
     labels[empty, form.rates[of[empty]].argmax(1)] = True  # a scene shows something ...
     shown = np.flatnonzero(d.array((n,), 1000) >= form.unlabelled)
-    for c in () if context else range(len(form.classes)):
-        labels[shown, c] = labels[shown[np.argsort(d.array((len(shown),), 2**31), kind="stable")], c]
+    if not context:
+        for column in labels.T:
+            column[shown] = column[shown[d.permutation(len(shown))]]
     labels[np.setdiff1d(np.arange(n), shown)] = False  # ... unless the form has images without a label
     return labels.astype(np.int8), of
 
@@ -227,10 +232,10 @@ class Scene:
 
 
 # %% ../../nbs/data/scenes.ipynb #631d7886
-def place(d: Draws, side: int, size: int, taken: list[tuple[int, int, int]]) -> tuple[int, int]:
-    """Position (x, y) of a square: of eight draws, the one that overlaps least with the squares `taken`."""
+def place(d: Draws, side: int, size: int, others: Sequence[Glyph]) -> tuple[int, int]:
+    """Position (x, y) of a square: of eight draws, the one that overlaps least with `others`."""
     shared = lambda at, start, length: max(0, min(at + side, start + length) - max(at, start))
-    covered = lambda xy: sum(shared(xy[0], u, s) * shared(xy[1], v, s) for u, v, s in taken)
+    covered = lambda xy: sum(shared(xy[0], g.x, g.side) * shared(xy[1], g.y, g.side) for g in others)
     return min([(d.below(size - side + 1), d.below(size - side + 1)) for _ in range(8)], key=covered)
 
 
@@ -246,14 +251,13 @@ def draw_glyph(
     style: str,
     split: int,
     size: int,
-    taken: list,
+    others: Sequence[Glyph],
     hardness: dict = HARDNESS,
 ) -> Glyph:
-    """Draw one object: sample, size, position and nuisance; its square is appended to `taken`."""
+    """Draw one object beside `others`: sample, size, position and nuisance variables."""
     low, high = (s * size // 80 for s in hardness["side"])
     side = low + min(d.between(0, high - low), d.between(0, high - low))  # small ones are more frequent
-    x, y = place(d, side, size, taken)
-    taken.append((x, y, side))
+    x, y = place(d, side, size, others)
     samples = digit_indices(split)[digit]
     return Glyph(
         category=category,
@@ -289,21 +293,22 @@ def draw_background(d: Draws, split: int, size: int, key: tuple[int, ...], hardn
 # %% ../../nbs/data/scenes.ipynb #5ba71a06
 def arrange(objects: list[Glyph], form: SpatialForm, context: int, d: Draws, size: int) -> list[Glyph]:
     """Move the context's first member near the centre and its companions beside it."""
-    of, first = form.directions(context, d), form.members(context)[0]
-    middle = next((i for i, g in enumerate(objects) if g.category == first), None)
+    directions, first = form.directions(context, d), form.members[context, 0]
+    middle = next((g for g in objects if g.category == first), None)
     if middle is None:
         return objects
-    centre, moved = (size // 2 + d.between(-2, 2), size // 2 + d.between(-2, 2)), list(objects)
-    moved[middle] = replace(
-        objects[middle], x=centre[0] - objects[middle].side // 2, y=centre[1] - objects[middle].side // 2
-    )
+    centre, moved = [size // 2 + d.between(-2, 2) for _ in range(2)], list(objects)
     for i, g in enumerate(objects):
-        if (towards := of.pop(g.category, None)) is None:  # another label, or the second object of one
+        if g is middle:
+            offset = [0, 0]
+        elif g.category in directions:
+            apart = (g.side + middle.side) * d.between(230, 280) >> 9  # px between the two centres
+            drift = d.below(g.side // 2 + 1) - g.side // 4
+            offset = [step * apart if step else drift for step in directions.pop(g.category)]
+        else:  # another label, or the second object of one
             continue
-        apart = (g.side + objects[middle].side) * d.between(230, 280) >> 9  # px between the two centres
-        drift = d.below(g.side // 2 + 1) - g.side // 4
-        x, y = (c + step * apart + (not step) * drift - g.side // 2 for c, step in zip(centre, towards))
-        moved[i] = replace(g, x=min(max(x, 0), size - g.side), y=min(max(y, 0), size - g.side))
+        x, y = (min(max(c + o - g.side // 2, 0), size - g.side) for c, o in zip(centre, offset))
+        moved[i] = replace(g, x=x, y=y)
     return moved
 
 
@@ -318,17 +323,15 @@ def plan_scene(
     hardness = HARDNESS | ({"side": form.sides} if isinstance(form, SpatialForm) else {})
     d = Draws(*key, 1)
     back = draw_background(d, split, size, key)
-    wanted = [int(c) for c in np.flatnonzero(labels) for _ in range(2 if d.chance(HARDNESS["second"]) else 1)]
-    wanted += [-1] * ((1 if d.chance(HARDNESS["clutter"]) else 0) + (0 if wanted else 1))
-    taken, objects = [], []
-    for i in np.argsort(d.array((len(wanted),), 2**31), kind="stable").tolist():
-        c = wanted[i]
-        what = (
-            (c % 10, form.styles[c // 10])
-            if c >= 0
-            else (d.below(10), form.styles[d.below(len(form.styles))])
-        )
-        objects.append(draw_glyph(Draws(*key, 3, i), c, *what, split, size, taken, hardness))
+    wanted = [int(c) for c in np.flatnonzero(labels) for _ in range(1 + d.chance(HARDNESS["second"]))]
+    wanted += [-1] * (d.chance(HARDNESS["clutter"]) + (not wanted))  # scrambled digits
+    objects: list[Glyph] = []
+    for i in d.permutation(len(wanted)).tolist():
+        style, digit = divmod(wanted[i], 10)
+        if wanted[i] < 0:
+            digit, style = d.below(10), d.below(len(form.styles))
+        own = Draws(*key, 3, i)
+        objects.append(draw_glyph(own, wanted[i], digit, form.styles[style], split, size, objects, hardness))
     if isinstance(form, SpatialForm):
         objects = arrange(objects, form, context, Draws(*key, 5), size)
     return Scene(size=size, objects=tuple(objects), **back)
@@ -459,13 +462,12 @@ def paint_into(path: Path, scene: Scene) -> np.ndarray:
 
 # %% ../../nbs/data/scenes.ipynb #23b8cf2b
 def box(g: Glyph) -> tuple[list[int], int]:
-    """Box (x, y, width, height in px) of an object in the scene, and how many of its pixels are painted."""
+    """Box (x, y, width, height in px) of an object in the scene, and how many of its pixels are painted.
+
+    The box of an invisible object (some scrambled digits) is its square."""
     mask = np.maximum.reduce([mask for mask, _ in layers(g)]) >= 64
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if len(rows) == 0:
-        return [g.x, g.y, g.side, g.side], g.side**2
-    x, y, u, v = columns[0], rows[0], columns[-1], rows[-1]
-    return [int(g.x + x), int(g.y + y), int(u - x + 1), int(v - y + 1)], int(mask.sum())
+    left, top, right, bottom = Image.fromarray(mask).getbbox() or (0, 0, g.side, g.side)
+    return [g.x + left, g.y + top, right - left, bottom - top], int(mask.sum())
 
 
 # %% ../../nbs/data/scenes.ipynb #f316530f
@@ -508,7 +510,7 @@ def write_nus(root: Path, form: SceneForm, split: int, plan: tuple, first_id: in
 
 
 # %% ../../nbs/data/scenes.ipynb #aad63f73
-MARKER, STARTED, SCHEMA = "scenes.json", "scenes-unfinished.json", "cadm-scenes/1"
+MARKER, SCHEMA = "scenes.json", "cadm-scenes/1"
 
 
 # %% ../../nbs/data/scenes.ipynb #90fe1386
@@ -521,27 +523,51 @@ def recipe(form: str) -> str:
     ).hexdigest()
 
 
-# %% ../../nbs/data/scenes.ipynb #ec9b6b0d
-class ScenesError(DataError):
-    """A folder holds other content; the message names it and says what to do."""
-
-
 # %% ../../nbs/data/scenes.ipynb #2d1bd521
 def scenes_info(root) -> dict | None:
-    """Parameters, counts and fingerprints of a finished benchmark (`scenes.json`), or None."""
+    """Parameters, counts and fingerprints of a finished benchmark; None if it is absent or unfinished.
+
+    Raises `DataError` if its marker is damaged or of another version."""
     path = Path(root) / MARKER
-    try:
-        info = read_json(path)
-        ours = info["schema"] == SCHEMA and info["recipe"] == recipe(info["parameters"]["form"])
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise ScenesError(
-            f"{path}: damaged, or of another version of the benchmark;"
-            " remove the folder to build it again, or choose another one"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        info = read_json(path)
+        if info["schema"] == SCHEMA and info["recipe"] == recipe(info["parameters"]["form"]):
+            return info if "test" in info else None  # written last
+    raise DataError(
+        f"{path}: damaged, or of another version of the benchmark;"
+        " remove the folder to build it again, or choose another one"
+    )
+
+
+# %% ../../nbs/data/scenes.ipynb #c1ea7f01
+def clear(root: Path) -> None:
+    """Remove an unfinished benchmark from a folder. Raises `DataError` if the folder holds something else."""
+    there = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    if there and root / MARKER not in there:
+        raise DataError(
+            f"{root} is not empty ({there[0].name} is in it) and holds no scenes: choose another folder"
         )
+    for path in filter(Path.is_dir, there):
+        shutil.rmtree(path)
+
+
+# %% ../../nbs/data/scenes.ipynb #221a3fcf
+def make_scenes(root: Path, p: dict) -> dict:
+    """Write both splits with the parameters p; returns the content of the marker."""
+    clear(root)
+    form, first_id, write = FORMS[p["form"]], 1, write_nus if p["form"] == "nus" else write_coco
+    info = dict(schema=SCHEMA, parameters=p, recipe=recipe(form.name), classes=form.classes)
+    write_json(root / MARKER, info)
+    for split, name in ((TRAIN, "train"), (TEST, "test")):
+        plan = labels, _, scenes = plan_split(form, p[name], p["seed"], split, p["size"], p["context"])
+        paths = write(root, form, split, plan, first_id)
+        info[name] = dict(images=len(paths), labels=int(labels.sum()), unlabelled=int((~labels.any(1)).sum()))
+        info[name]["fingerprint"] = fingerprint(labels, map(paint_into, paths, scenes))
+        first_id += len(paths)
+    getattr(os, "sync", lambda: None)()  # images reach the disk before the finished marker
+    write_json(root / MARKER, info)
     return info
 
 
@@ -574,49 +600,23 @@ def build_scenes(
         The folder.
 
     Raises:
-        ScenesError: the folder holds something else, or a parameter is out of range.
+        DataError: the folder holds something else, or a parameter is out of range.
 
     Example:
         >>> build_scenes("data/scenes-coco")  # doctest: +SKIP
         PosixPath('data/scenes-coco')
     """
     root, wanted = Path(root), dict(form=form, train=train, test=test, size=size, seed=seed, context=context)
-    known(form, FORMS, "form =", ScenesError)
+    known(form, FORMS, "form =", DataError)
     if min(train, test) < 1 or not 64 <= size <= 512 or seed < 0:
-        raise ScenesError(f"{wanted}: at least one image each, 64 to 512 px, seed 0 or more")
-    with folder_lock(root, wait=True):
-        if (info := scenes_info(root)) is None:
-            with naming(root):
-                make_scenes(root, wanted)
-        elif info["parameters"] != wanted:
-            found = [f"{k}={v}, not {wanted[k]}" for k, v in info["parameters"].items() if v != wanted[k]]
-            raise ScenesError(f"{root} holds other scenes ({', '.join(found)}): choose another folder")
-        (root / STARTED).unlink(missing_ok=True)
+        raise DataError(f"{wanted}: at least one image each, 64 to 512 px, seed 0 or more")
+    if (info := scenes_info(root)) is None:  # a finished one is not locked: its folder may be read-only
+        with naming(root), folder_lock(root, wait=True):
+            info = scenes_info(root) or make_scenes(root, wanted)
+    if info["parameters"] != wanted:
+        found = [f"{k}={v}, not {wanted[k]}" for k, v in info["parameters"].items() if v != wanted[k]]
+        raise DataError(f"{root} holds other scenes ({', '.join(found)}): choose another folder")
     return root
-
-
-# %% ../../nbs/data/scenes.ipynb #221a3fcf
-def make_scenes(root: Path, p: dict) -> None:
-    """Write both splits into an empty folder (or over an unfinished benchmark), the marker last."""
-    remove_leftovers(root / STARTED)  # of a killed process
-    there = {path.name for path in root.iterdir()} - {".lock", ".cadm-index"}
-    if there and STARTED not in there:
-        raise ScenesError(
-            f"{root} is not empty ({min(there)} is in it) and holds no scenes: choose another folder"
-        )
-    for part in filter(Path.is_dir, [*root.iterdir()]):
-        shutil.rmtree(part)  # of an unfinished build
-    write_json(root / STARTED, p)
-    form, first_id, write = FORMS[p["form"]], 1, write_nus if p["form"] == "nus" else write_coco
-    info = dict(schema=SCHEMA, parameters=p, recipe=recipe(form.name), classes=form.classes)
-    for split, name in ((TRAIN, "train"), (TEST, "test")):
-        plan = labels, _, scenes = plan_split(form, p[name], p["seed"], split, p["size"], p["context"])
-        paths = write(root, form, split, plan, first_id)
-        info[name] = dict(images=len(paths), labels=int(labels.sum()), unlabelled=int((~labels.any(1)).sum()))
-        info[name]["fingerprint"] = fingerprint(labels, map(paint_into, paths, scenes))
-        first_id += len(paths)
-    getattr(os, "sync", lambda: None)()  # images reach the disk before the marker
-    write_json(root / MARKER, info)
 
 
 # %% ../../nbs/data/scenes.ipynb #8c7d3103
@@ -624,7 +624,7 @@ def ensure_scenes(name: str, root) -> Path:
     """The benchmark `scenes-coco`, `scenes-nus` ... in `root`, built with the defaults if absent.
 
     A number after the form is the generator's seed (`scenes-coco-1`). A finished one of this form and seed is
-    reused. Raises `ScenesError` for anything else in the folder.
+    reused. Raises `DataError` for anything else in the folder.
 
     Example:
         >>> ensure_scenes("scenes-coco", "data/scenes-coco")  # doctest: +SKIP
@@ -644,15 +644,16 @@ def paired_scenes(form: str = "coco", n: int = 100) -> ScenePairs:
     """The first n of the default test scenes with two labels or more, with and without a random one of them.
 
     Images: uint8 n x 3 x H x W; labels: int8 n x C; boxes of the whole scenes: (category, x, y, width,
-    height), px. Raises `ScenesError`."""
+    height), px. Raises `DataError` if there are fewer than n."""
     f = FORMS[form]
-    labels, contexts = draw_labels(f, 1000, 0, TEST)
+    labels, _, plans = plan_split(f, 1000, 0, TEST)
     rows = np.flatnonzero(labels.sum(1) > 1)[:n]
     if len(rows) < n:
-        raise ScenesError(f"n={n}: only {len(rows)} of the test scenes show two labels or more")
-    labels, keys = labels[rows], [(0, f.key, TEST, i) for i in rows.tolist()]
-    plans = [plan_scene(f, y, k, TEST, context=c) for y, k, c in zip(labels, keys, contexts[rows])]
-    gone = [c[Draws(*key, 4).below(len(c))] for key, c in zip(keys, map(np.flatnonzero, labels))]
+        raise DataError(f"n={n}: only {len(rows)} of the test scenes show two labels or more")
+    labels, plans = labels[rows], [plans[i] for i in rows]
+    gone = []
+    for i, present in zip(rows.tolist(), map(np.flatnonzero, labels)):
+        gone.append(present[Draws(0, f.key, TEST, i, 4).below(len(present))])
     bare = [replace(p, objects=tuple(g for g in p.objects if g.category != c)) for p, c in zip(plans, gone)]
     without = labels * (np.arange(len(f.classes)) != np.array(gone)[:, None])
     boxes = [[(g.category, *box(g)[0]) for g in p.objects if g.category >= 0] for p in plans]
