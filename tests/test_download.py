@@ -10,6 +10,7 @@ import threading
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -220,6 +221,18 @@ def test_only_missing_archives_are_downloaded(server, tiny, tmp_path):
     server.asked = []
     tiny(root)
     assert server.asked == [("/test.tar", "")] and len(names(archives)) == 3
+
+
+def test_a_disk_that_is_too_small_is_reported_before_the_download(server, tiny, tmp_path, monkeypatch):
+    size = sum(map(len, server.files.values()))
+    (tmp_path / "archives").mkdir()
+    (tmp_path / "archives" / "test.tar.part").write_bytes(server.files["/test.tar"][:1000])
+    monkeypatch.setattr(G.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * size - 1001))
+    with pytest.raises(DataError, match="are needed, .* are free; nothing was fetched"):
+        tiny(tmp_path)
+    assert server.asked == []
+    monkeypatch.setattr(G.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * size - 1000))
+    tiny(tmp_path)
 
 
 @pytest.mark.parametrize("stop", (2, 4, 10, 22))

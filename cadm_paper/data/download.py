@@ -174,6 +174,17 @@ def plan_text(title: str, source: Source, root: Path) -> str:
     return "\n".join(lines)
 
 
+# %% ../../nbs/data/download.ipynb #5ace0002
+def check_space(source: Source, root: Path) -> None:
+    """Raise `DataError` if the disk of an existing root is too small for the remaining archives and files."""
+    copies = {"in place": 0, "fetched": 1, "to fetch": 2}
+    need = sum((a.size or 0) * copies[state_of(a, root)] for a in source.archives)
+    need -= sum(part.stat().st_size for part in root.glob("archives/*.part"))
+    if (free := shutil.disk_usage(root).free) < need:
+        sizes = f"{tqdm.format_sizeof(need)}B are needed, {tqdm.format_sizeof(free)}B are free"
+        raise DataError(f"{root}: {sizes}; nothing was fetched. Free space or choose another folder")
+
+
 # %% ../../nbs/data/download.ipynb #3f964f81
 NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
@@ -247,12 +258,13 @@ def fetch(
 
 
 # %% ../../nbs/data/download.ipynb #17f1723b
-def unpack(path: Path, target: Path) -> None:
+def unpack(path: Path, target: Path, quiet: bool = True) -> None:
     """Unpack a verified archive into the folder `target`. Raises `DataError`."""
     try:
         with (zipfile.ZipFile if path.suffix == ".zip" else tarfile.TarFile)(path) as opened:
             opened.extraction_filter = getattr(tarfile, "data_filter", None)  # no links, devices, modes
-            opened.extractall(target)
+            members = opened.namelist() if isinstance(opened, zipfile.ZipFile) else opened.getmembers()
+            opened.extractall(target, tqdm(members, f"unpack {path.name}", disable=quiet, unit=" files"))
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise  # a full disk, not an invalid offset in the archive
@@ -284,11 +296,12 @@ def install(source: Source, root: Path, quiet: bool, **patience) -> None:
     """Download, verify, unpack and place the remaining archives, one process at a time."""
     folder, unpacked = root / "archives", root / "archives" / "unpacking"
     with folder_lock(folder, wait=True), naming(root):
+        shutil.rmtree(unpacked, ignore_errors=True)  # left by a killed process
+        check_space(source, root)
         for archive in [a for a in source.archives if state_of(a, root) != "in place"]:
-            shutil.rmtree(unpacked, ignore_errors=True)  # left by a killed process
-            unpack(fetch(archive, folder, quiet, **patience), unpacked)
+            unpack(fetch(archive, folder, quiet, **patience), unpacked, quiet)
             place(unpacked, root, archive.gives[0].partition("/")[0])
-        shutil.rmtree(unpacked, ignore_errors=True)
+            shutil.rmtree(unpacked, ignore_errors=True)
 
 
 # %% ../../nbs/data/download.ipynb #71244f00
@@ -309,8 +322,8 @@ def data_get(
         The root.
 
     Raises:
-        DataError: something cannot be downloaded, verified or unpacked; the message says what to do.
-        OSError: the disk is full or not writable; the same call continues afterwards.
+        DataError: the disk is too small, or something cannot be downloaded, verified or unpacked.
+        OSError: the disk becomes full or is not writable; the same call continues afterwards.
     """
     data = dataset(name)
     if name not in SOURCES:
