@@ -96,8 +96,7 @@ quick = settings(deadline=None, max_examples=25)
 def drawn(draw, codes=(0, 1)):
     """Class names, photograph names and a matrix of codes."""
     classes = draw(st.lists(word, min_size=1, max_size=5, unique_by=str.lower))
-    name = word.filter(lambda s: not s.startswith("._"))  # macOS metadata files are refused
-    images = [f"{draw(name)} {i}.jpg" for i in range(draw(st.integers(1, 7)))]
+    images = [f"{draw(word)} {i}.jpg" for i in range(draw(st.integers(1, 7)))]
     y = draw(
         st.lists(
             st.lists(st.sampled_from(codes), min_size=len(classes), max_size=len(classes)),

@@ -140,7 +140,7 @@ class Split:
     def summary(self) -> dict:
         """Counts for the run record: images, labels, missing photographs, positives per class."""
         positive = self.labels == 1
-        per_image, labelled = positive.sum(1), int(self.labelled.sum())
+        labels, labelled = int(positive.sum()), int(self.labelled.sum())
         return dict(
             dataset=self.dataset,
             split=self.split,
@@ -148,10 +148,10 @@ class Split:
             classes=len(self.classes),
             labelled=labelled,
             unlabelled=len(self) - labelled,
-            labels=int(per_image.sum()),
-            labels_per_image=per_image.sum() / max(len(self), 1),
-            labels_per_labelled_image=per_image.sum() / max(labelled, 1),
-            most_labels=int(per_image.max(initial=0)),
+            labels=labels,
+            labels_per_image=labels / max(len(self), 1),
+            labels_per_labelled_image=labels / max(labelled, 1),
+            most_labels=int(positive.sum(1).max(initial=0)),
             positives=dict(zip(self.classes, positive.sum(0).tolist())),
             ignored=int((self.labels == -1).sum()),
             missing=len(self.missing),
@@ -236,7 +236,7 @@ def clean(name: str, where: str) -> str:
 
 
 # %% ../../nbs/04_data.ipynb #66973bdc
-PRESENT, ABSENT, DIFFICULT, CROWD = CODES = 1, 0, -1, 2
+PRESENT, ABSENT, DIFFICULT, CROWD = 1, 0, -1, 2
 PLAIN_BOX, CROWD_BOX, DIFFICULT_BOX = 0, 1, 2
 BOX = np.dtype([("image", "i4"), ("kind", "u1"), ("box", "f4", 5)])  # row of the image; class, x, y, w, h
 
@@ -295,9 +295,8 @@ class Reader(NamedTuple):
     sources: Sequence[str]  # patterns of the files that an index depends on; {} is the split
     read: Callable[[Path, str], Index]
     official: Callable[[Path, str], str] = lambda root, split: split  # official name of a split
-    elsewhere: Callable[[str, str], Sequence[str]] = (
-        lambda split, name: ()
-    )  # alternative names of a photograph
+    # alternative names of a photograph
+    elsewhere: Callable[[str, str], Sequence[str]] = lambda split, name: ()
     dead_links: bool = False  # placeholders may replace photographs
 
 
