@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..data.datasets import DATASETS
 from ..files import known, parse_json
 from ..paper import DECISIONS, LossOptions, ModelOptions
 
@@ -66,10 +67,7 @@ Folder = Annotated[str | None, Field(min_length=1), AfterValidator(lambda f: f a
 class TaskFields(BaseModel):
     """Task: data set, method and seed."""
 
-    dataset: str = Field(
-        "coco2014",
-        description="data set: coco2014, coco40k, nuswide, voc2007, scenes-coco, scenes-nus ..., own",
-    )
+    dataset: str = Field("coco2014", description=f"data set: {', '.join(DATASETS)}")
     data_dir: Folder = Field(
         None, description="folder of the data set's official files; none means data/<its folder>"
     )
