@@ -46,6 +46,8 @@ COLUMN, PAGE = 3.35, 7.0  # inches: one column, the page
 GREY, INK = "#666666", "#262626"
 PRINTED = "#7A3E9D"  # the paper's values; no variant has this colour
 MAP_COLOURS = "RdBu_r"  # zero is white
+
+# %% ../nbs/06_figures.ipynb #2aa18ffa
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 7,
@@ -245,7 +247,7 @@ def overlay(image: np.ndarray, map_: np.ndarray, limit: float | None = None) -> 
 
 # %% ../nbs/06_figures.ipynb #7b99611d
 def short(name: str, longest: int) -> str:
-    """A name cut to a number of characters."""
+    """A name of at most `longest` characters, cut with an ellipsis."""
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
@@ -267,7 +269,25 @@ def draw_image(ax, maps: dict, row: int, extent: tuple = (0, 1, 0, 1)) -> np.nda
 
 
 # %% ../nbs/06_figures.ipynb #0657d4ae
-def sorted_maps(ax, maps: dict, row: int, limit: float, columns: int, positive: bool):
+def draw_map(ax, maps: dict, row: int, c: int, limit: float, corner: tuple, unit: float) -> None:
+    """Plot the map of a class with its frame, name and confidence, one unit wide (`unit` points).
+
+    `corner`: upper left. A present label has a black frame and a dot, an ignored one a question mark.
+    """
+    (x, y), size, target = corner, min(5.0, unit / 7), int(maps["targets"][row, c])
+    colour, edge, lw, weight = (
+        ("black", "black", 1.1, "bold") if target == 1 else (GREY, "0.8", 0.4, "normal")
+    )
+    ax.imshow(maps["maps"][row, c], vmin=-limit, vmax=limit, extent=(x, x + 1, y - 1, y))
+    ax.plot([x, x + 1, x + 1, x, x], [y, y, y - 1, y - 1, y], color=edge, lw=lw)
+    name = short({1: "● ", -1: "? "}.get(target, "") + maps["classes"][c], int(1.08 * unit / (0.62 * size)))
+    style = dict(ha="center", va="top", fontsize=size)
+    ax.text(x + 0.5, y - 1.04, name, color=colour, weight=weight, **style)
+    ax.text(x + 0.5, y - 1.06 - 1.25 * size / unit, f"{maps['scores'][row, c]:.2f}", color=GREY, **style)
+
+
+# %% ../nbs/06_figures.ipynb #96eea2cf
+def sorted_maps(ax, maps: dict, row: int, limit: float, columns: int, positive: bool) -> float:
     """Plot one image of Figure 2: the image at the left, then all maps by rank, `columns` per line.
 
     A map is one unit wide, a line 1.4 units high. Returns height / width of the block.
@@ -276,23 +296,10 @@ def sorted_maps(ax, maps: dict, row: int, limit: float, columns: int, positive: 
     height = 1.4 * -(-len(order) // columns)
     side = min(height - 0.4, 3.6)
     width = side + 0.6 + 1.12 * columns
-    unit = 72 * 0.95 * PAGE / width  # width of a map in points
-    size = min(5.0, unit / 7)
     draw_image(ax, maps, row, (-side - 0.5, -0.5, -side, 0))
     for place, c in enumerate(order):
-        x, y, target = 1.12 * (place % columns), -1.4 * (place // columns), maps["targets"][row, c]
-        ax.imshow(maps["maps"][row, c], vmin=-limit, vmax=limit, extent=(x, x + 1, y - 1, y))
-        colour, edge, lw, weight = (
-            ("black", "black", 1.1, "bold") if target == 1 else (GREY, "0.8", 0.4, "normal")
-        )
-        ax.plot([x, x + 1, x + 1, x, x], [y, y, y - 1, y - 1, y], color=edge, lw=lw)
-        name = {1: "● ", -1: "? "}.get(int(target), "") + str(maps["classes"][c])
-        text, style = (
-            short(name, int(1.08 * unit / (0.62 * size))),
-            dict(ha="center", va="top", fontsize=size),
-        )
-        ax.text(x + 0.5, y - 1.04, text, color=colour, weight=weight, **style)
-        ax.text(x + 0.5, y - 1.06 - 1.25 * size / unit, f"{maps['scores'][row, c]:.2f}", color=GREY, **style)
+        corner = 1.12 * (place % columns), -1.4 * (place // columns)
+        draw_map(ax, maps, row, c, limit, corner, unit=72 * 0.95 * PAGE / width)
     ax.set(xlim=(-side - 0.55, width - side - 0.55), ylim=(-height, 0.06), aspect="equal")
     ax.axis("off")
     return height / width
@@ -318,6 +325,16 @@ def colour_bar(fig, axes: list, limit: float) -> None:
     bar = fig.colorbar(scale, ax=axes, location="bottom", shrink=0.35, aspect=45, pad=0.01, extend="both")
     bar.set_label("map value (logit at a position)", fontsize=6)
     bar.outline.set_linewidth(0.4)
+
+
+# %% ../nbs/06_figures.ipynb #66fe10ca
+def r_precision(maps: dict, positive: bool) -> str:
+    """The R-precision of the maps' ranks over all sampled images, in words."""
+    there = maps["targets"] == 1
+    leading = there & (map_ranks(maps["maps"], positive) <= there.sum(1, keepdims=True))
+    return (
+        f"R-precision over all {len(there)} sampled images: {leading.sum()} of {there.sum()} present labels."
+    )
 
 
 # %% ../nbs/06_figures.ipynb #8ac07ccb
@@ -346,21 +363,19 @@ def figure2(
     maps, name = read_kept(record, "maps"), record.dataset["name"]
     maps["thumbnails"] = drawn_images(record, maps, data_dir)
     rows, columns = choose_images(maps, images), 10 if len(maps["classes"]) <= 40 else 12
-    limit, there = map_limit(maps["maps"][rows]), maps["targets"] == 1
+    limit = map_limit(maps["maps"][rows])
     fig, axes = new_figure(PAGE, 1, len(rows))
     for ax, row in zip(axes[:, 0], rows):
         aspect = sorted_maps(ax, maps, row, limit, columns, positive)
     fig.set_figheight((aspect * PAGE + 0.05) * len(rows) + 0.55)
     colour_bar(fig, list(axes[:, 0]), limit)
-    leading = (map_ranks(maps["maps"], positive) <= there.sum(1, keepdims=True)) & there
     return Picture(
         fig,
         f"figure2-{name}",
         f"Class-aware maps of {len(rows)} test images ({displayed(name)}, {Variant.of(record).label}), "
         "sampled by seed before training; all classes, sorted by summed activation "
         f"({'positive part of the maps' if positive else 'signed maps'}), descending. Framed and dotted: "
-        f"present labels; numbers: confidence. R-precision over all {len(there)} sampled images: "
-        f"{leading.sum()} of {there.sum()} present labels.",
+        f"present labels; numbers: confidence. {r_precision(maps, positive)}",
         [record],
     )
 
@@ -398,18 +413,17 @@ def draw_boxes(ax, maps: dict, row: int, c: int, width: float, height: float) ->
 
 
 # %% ../nbs/06_figures.ipynb #4595cb77
-def rank_panel(ax, names: list[str], ranks: np.ndarray, colours: list[str], classes: int) -> None:
-    """Plot each label's map rank without (open) and with (filled) the embedding loss; left is strongest.
-
-    `ranks`: 2 x labels.
-    """
-    for y, (name, a, b) in enumerate(zip(names, *ranks)):
+def rank_panel(ax, pair: tuple[dict, dict], row: int, labels: list[int], colours: list[str], positive: bool):
+    """Plot each label's map rank without (open) and with (filled) the embedding loss; left is strongest."""
+    names, ranks = pair[0]["classes"], [map_ranks(maps["maps"][row], positive) for maps in pair]
+    for y, c in enumerate(labels):
+        a, b = (rank[c] for rank in ranks)
         ax.plot([a, b], [y, y], color="0.6", lw=1, zorder=1)
         ax.plot(a, y, "o", ms=4.5, mfc="white", mec=colours[0], mew=1.2, zorder=3)
         ax.plot(b, y, "o", ms=3.4, color=colours[1], zorder=4)
-        ax.text(1, y - 0.22, f"{name}: {a} → {b}", fontsize=5.5, va="bottom")
-    ticks = [1, *range(5, classes + 1, max(5, classes // 20 * 5))]
-    ax.set(xlim=(0.3, classes + 0.7), ylim=(len(names) - 0.6, -0.8), yticks=[], xticks=ticks)
+        ax.text(1, y - 0.22, f"{short(names[c], 16)}: {a} → {b}", fontsize=5.5, va="bottom")
+    ticks = [1, *range(5, len(names) + 1, max(5, len(names) // 20 * 5))]
+    ax.set(xlim=(0.3, len(names) + 0.7), ylim=(len(labels) - 0.6, -0.8), yticks=[], xticks=ticks)
     ax.spines["left"].set_visible(False)
     ax.tick_params(labelsize=5, length=2)
 
@@ -423,7 +437,7 @@ def figure4_line(axes, pair: tuple[dict, dict], row: int, labels: list[int], lim
         c, maps = labels[n // 2], pair[n % 2]
         ax.imshow(maps["maps"][row, c], vmin=-limit, vmax=limit)
         draw_boxes(ax, maps, row, c, size[1], size[0])
-        ax.set_title("" if n % 2 else short(str(names[c]), 18), fontsize=6, loc="left", weight="bold")
+        ax.set_title("" if n % 2 else short(names[c], 18), fontsize=6, loc="left", weight="bold")
         ax.set_xlabel(("without", "with")[n % 2], fontsize=5.5, color=GREY, labelpad=2)
     for ax in axes:
         ax.set(xticks=[], yticks=[])
@@ -479,15 +493,13 @@ def figure4(
     """
     pair, records = same_draw(record_without, record_with), [record_without, record_with]
     pair[0]["thumbnails"] = drawn_images(record_without, pair[0], data_dir)
-    classes, (left, right) = pair[0]["classes"], map(Variant.of, records)
+    left, right = map(Variant.of, records)
     labels = {row: choose_labels(pair[0], row) for row in choose_images(pair[0], images)}
     limit = map_limit(*(m["maps"][row, labels[row]] for m in pair for row in labels))
     fig, axes = new_figure(PAGE, 1.3 * len(labels) + 0.7, len(labels), 6, width_ratios=[1, 1, 1, 1, 1, 2.1])
     for line, (row, chosen) in zip(axes, labels.items()):
         figure4_line(line[:5], pair, row, chosen, limit)
-        ranks = np.array([map_ranks(m["maps"][row], positive)[chosen] for m in pair])
-        names = [short(str(classes[c]), 16) for c in chosen]
-        rank_panel(line[5], names, ranks, [left.colour, right.colour], len(classes))
+        rank_panel(line[5], pair, row, chosen, [left.colour, right.colour], positive)
     axes[0, 5].set_title("rank of the map, 1 the strongest\n○ without   ● with", fontsize=6)
     colour_bar(fig, list(axes[:, :5].flat), limit)
     n = figure4_numbers(*records, positive)
@@ -496,7 +508,7 @@ def figure4(
         f"figure4-{record_with.dataset['name']}",
         f"Maps of two present labels without (left, {left.label}) and with (right, {right.label}) the label "
         "correlation embedding loss, on one colour scale; dashed: the label's objects. Right: the "
-        f"scale-invariant rank of each map among all {len(classes)} classes. Over all "
+        f"scale-invariant rank of each map among all {len(pair[0]['classes'])} classes. Over all "
         f"{n['labels']} present labels of the sample, the mean magnitude of their maps changes by a factor "
         f"of {n['scale_present']:.2f} (all classes: {n['scale_all']:.2f}); the rank improves for "
         f"{n['gained']}, stays for {n['kept']} and worsens for {n['lost']} (mean rank "
@@ -531,7 +543,7 @@ def overlays(record: RunRecord, image: int = 0, data_dir=None) -> Picture:
     for ax, c in zip(axes[1:], labels):
         ax.imshow(overlay(back, maps["maps"][row, c], limit))
         draw_boxes(ax, maps, row, c, *back.shape[1::-1])
-        ax.set_title(f"{short(str(maps['classes'][c]), 16)}\n{maps['scores'][row, c]:.2f}", fontsize=6)
+        ax.set_title(f"{short(maps['classes'][c], 16)}\n{maps['scores'][row, c]:.2f}", fontsize=6)
     for ax in axes:
         ax.axis("off")
     colour_bar(fig, list(axes), limit)
@@ -632,7 +644,7 @@ def class_axes(record: RunRecord, order: Sequence[int], xlabel: str):
     """
     share, classes = label_share(record), record.dataset["classes"]
     fig, [[ax]] = new_figure(COLUMN if len(order) <= 40 else PAGE, min(max(2.0, 0.13 * len(order) + 0.7), 9))
-    names = [f"{short(str(classes[c]), 20)}  {100 * share[c]:.0f} %" for c in order]
+    names = [f"{short(classes[c], 20)}  {100 * share[c]:.0f} %" for c in order]
     ax.set_yticks(range(len(order)), names, fontsize=5)
     ax.set(ylim=(-0.6, len(order) - 0.4), xlabel=xlabel)
     ax.grid(axis="y")
@@ -661,6 +673,18 @@ def per_class(runs: Sequence[RunRecord]) -> Picture:
 
 
 # %% ../nbs/06_figures.ipynb #15e51e1e
+def paired_gains(mine: dict[int, RunRecord], theirs: dict[int, RunRecord]) -> np.ndarray:
+    """Difference of average precision by class in points, paired by seed: mean and 95 % interval, 3 x C.
+
+    Raises `RecordError` for different test images or classes. The interval of one seed is NaN.
+    """
+    for seed in mine:
+        check_same_test(mine[seed], theirs[seed])
+    change = class_precision(mine.values()) - class_precision(theirs[seed] for seed in mine)
+    return 100 * np.array([(d.mean, d.low, d.high) for d in map(difference, change.T)]).T
+
+
+# %% ../nbs/06_figures.ipynb #939d3c6c
 @house_style()
 def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Picture:
     """Plot the difference of average precision between two variants by class, in points, sorted.
@@ -681,11 +705,7 @@ def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Pict
     seeds, name = sorted(mine.keys() & theirs.keys()), runs[0].dataset["name"]
     if not seeds:
         raise RecordError(f"{runs[0].name} and {against[0].name} have no seed in common")
-    for s in seeds:
-        check_same_test(mine[s], theirs[s])
-    change = class_precision(mine[s] for s in seeds) - class_precision(theirs[s] for s in seeds)
-    found = np.array([(d.mean, d.low, d.high) for d in map(difference, change.T)])
-    mean, low, high = 100 * found.T
+    mean, low, high = paired_gains({seed: mine[seed] for seed in seeds}, theirs)
     order = [c for c in np.argsort(mean, kind="stable") if np.isfinite(mean[c])]
     up, down = low > 0, high < 0
     fig, ax = class_axes(runs[0], order, "change of average precision, points")
@@ -700,12 +720,11 @@ def class_gains(runs: Sequence[RunRecord], against: Sequence[RunRecord]) -> Pict
             f"Mean of {len(seeds)} seeds with 95 % intervals over seeds (one class at a time); filled where "
             f"they exclude zero: {up.sum()} classes up, {down.sum()} down, {neither} undecided."
         )
-    gain = signed(np.nanmean(mean))
     return Picture(
         fig,
         f"class-gains-{name}",
         f"{this.label} minus {that.label} on {displayed(name)}: change of average precision by class, with "
-        f"the share of test images; mean over classes {gain} points. {spread}",
+        f"the share of test images; mean over classes {signed(np.nanmean(mean))} points. {spread}",
         [*runs, *against],
     )
 
@@ -727,26 +746,27 @@ def curve_at(
 
 
 # %% ../nbs/06_figures.ipynb #4faeee87
-def precision_recall_panel(ax, found: dict[Variant, list[dict]], classes: list[int]) -> None:
+def precision_recall_panel(ax, scores: dict[Variant, list[dict]], classes: list[int]) -> None:
     """Plot all variants' curves for some classes, their points at threshold 0.5, and lines of equal F1."""
     recalls = np.linspace(0.005, 1, 200)
-    for variant, runs in found.items():
-        parts = [curve_at(recalls, f["scores"][:, classes], f["targets"][:, classes]) for f in runs]
-        draw_runs(ax, recalls, np.stack([line for line, _ in parts]), variant)
-        ax.plot(
-            *np.mean([point for _, point in parts], 0),
-            "o",
-            ms=3.2,
-            color=variant.colour,
-            mec="white",
-            mew=0.5,
-            zorder=4,
-        )
+    for variant, runs in scores.items():
+        found = [curve_at(recalls, r["scores"][:, classes], r["targets"][:, classes]) for r in runs]
+        lines, points = zip(*found)
+        draw_runs(ax, recalls, np.stack(lines), variant)
+        style = dict(ms=3.2, color=variant.colour, mec="white", mew=0.5, zorder=4)
+        ax.plot(*np.mean(points, 0), "o", **style)
     for f in (0.2, 0.4, 0.6, 0.8):
         recall = np.linspace(f / (2 - f), 1, 100)
         ax.plot(recall, f * recall / (2 * recall - f), color="0.85", lw=0.5, zorder=0)
         ax.text(1.01, f / (2 - f), f"{f:.1f}", fontsize=4.5, color=GREY, va="center", clip_on=False)
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall")
+
+
+# %% ../nbs/06_figures.ipynb #186900b1
+def three_classes(share: np.ndarray) -> list[int]:
+    """The most frequent, the median and the rarest class; fewer if there are fewer than three."""
+    order = [c for c in np.argsort(-share, kind="stable") if share[c]]
+    return list(dict.fromkeys([order[0], order[len(order) // 2], order[-1]]))
 
 
 # %% ../nbs/06_figures.ipynb #aeaa17c5
@@ -772,13 +792,12 @@ def precision_recall_curves(runs: Sequence[RunRecord]) -> Picture:
     left_out = f" {lost} of {len(runs)} records have no scores." * bool(lost)
     first = next(iter(found.values()))[0]
     share = 100 * (first["targets"] == 1).mean(0)
-    order = [c for c in np.argsort(-share, kind="stable") if share[c]]
-    classes = dict.fromkeys([order[0], order[len(order) // 2], order[-1]])  # by rule, not by choice
+    classes = three_classes(share)
     fig, [axes] = new_figure(PAGE, 2.15, 1, 1 + len(classes), sharey=True)
     axes[0].set(title="all labels together", ylabel="precision")
     precision_recall_panel(axes[0], found, list(range(len(share))))
     for ax, c in zip(axes[1:], classes):
-        ax.set_title(f"{short(str(first['classes'][c]), 18)}, {share[c]:.1f} %")
+        ax.set_title(f"{short(first['classes'][c], 18)}, {share[c]:.1f} %")
         precision_recall_panel(ax, found, [c])
     legend_above(fig, axes[0])
     return Picture(
@@ -808,7 +827,7 @@ def cooccurrence_heatmap(record: RunRecord) -> Picture:
     import seaborn as sns
 
     found, name = read_kept(record, "scores"), record.dataset["name"]
-    table = cooccurrence(found["targets"], [short(str(c), 14) for c in found["classes"]])
+    table = cooccurrence(found["targets"], [short(c, 14) for c in found["classes"]])
     off, bar = table.mask(np.eye(len(table), dtype=bool)), {"shrink": 0.7, "label": "P(column | row)"}
     fig, [[ax]] = new_figure(COLUMN, 0.92 * COLUMN)
     # the diagonal is always 1 and would dominate the scale
