@@ -43,8 +43,8 @@ def test_predicting_streams(method, given):
 
 @pytest.mark.parametrize("method", ["cnn_rnn", "order_free_rnn"])
 def test_a_beam_of_one_is_greedy_and_repeats_no_label(method):
-    rnn, features = head(method), maps()["layer4"]
-    x = features.mean((2, 3)) if method == "cnn_rnn" else features.flatten(2).transpose(1, 2)
+    rnn = head(method)
+    x = rnn.inputs(maps()["layer4"])
     weights = rnn.get_parameter("labels" if method == "cnn_rnn" else "predict.weight")
     weights.data.mul_(6)  # scores that differ
     greedy = search(rnn.step, rnn.begin(x), CLASSES, CLASSES, 1)[0]

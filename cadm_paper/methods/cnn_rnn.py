@@ -15,8 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..loss import LossTerms, mean_over_images
-from .base import Head
-from .sequence import SequenceArgs, SequenceOutput, logit_of_log, path_logits, search
+from .sequence import SequenceArgs, SequenceHead, SequenceOutput, logit_of_log
 from ..model import LAST, global_pool
 
 
@@ -28,8 +27,29 @@ class CNNRNNArgs(SequenceArgs):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+# %% ../../nbs/methods/cnn_rnn.ipynb #6a251bd6
+def ever_predicted(history: Tensor) -> Tensor:
+    """Logits B x C of the probability that a label is predicted at some step.
+
+    `history`: log probabilities along the path, B x steps x C+1, the end last.
+    """
+    log_not = lambda p: torch.log1p(-p.clamp(max=1 - 1e-6))
+    p, ends = history.exp().tensor_split([-1], 2)
+    lasting = F.pad(log_not(ends[:, :-1]).cumsum(1), (0, 0, 1, 0)).exp()
+    absent = log_not(lasting * p).sum(1)
+    return logit_of_log((-absent.expm1()).clamp(min=1e-12).log())
+
+
+# %% ../../nbs/methods/cnn_rnn.ipynb #36492ed0
+def in_order(present: Tensor, rank: Tensor) -> Tensor:
+    """The present labels of each image by rank, then the end, C: B x C+1 from B x C and C."""
+    end = present.shape[1]
+    ranks, labels = torch.where(present, rank, end).sort(1)
+    return F.pad(torch.where(ranks < end, labels, end), (0, 1), value=end)
+
+
 # %% ../../nbs/methods/cnn_rnn.ipynb #d90496de
-class CNNRNN(Head, method="cnn_rnn"):
+class CNNRNN(SequenceHead, method="cnn_rnn"):
     """An LSTM that predicts labels, frequent ones first; the second stream is the best sequence.
 
     Example:
@@ -37,7 +57,6 @@ class CNNRNN(Head, method="cnn_rnn"):
     """
 
     Args = CNNRNNArgs
-    streams = "fcls"
 
     def __init__(self, shapes: dict, num_classes: int, args: CNNRNNArgs):
         super().__init__()
@@ -61,34 +80,22 @@ class CNNRNN(Head, method="cnn_rnn"):
         found = self.project(torch.cat([h, image], 1)) @ self.labels.T
         return found.masked_fill(taken, -torch.inf).log_softmax(1), (h, c, image)
 
+    inputs = staticmethod(global_pool)
+    scored = staticmethod(ever_predicted)
+
     def begin(self, image: Tensor) -> tuple:
-        """The state before the first label."""
+        """The state before the first label, from pooled features B x d."""
         zero = image.new_zeros(image.shape[0], self.width)
         return zero, zero, image
-
-    def forward(self, features: dict[str, Tensor]) -> SequenceOutput:
-        """Logits B x C along the best sequence, and logits of the sequence itself."""
-        image = global_pool(features[LAST])
-        beam = 1 if self.training else self.args.beam
-        when, history = search(self.step, self.begin(image), self.end, self.args.steps, beam)
-        log_not = lambda p: torch.log1p(-p.clamp(max=1 - 1e-6))
-        p, ends = history.exp().split([self.end, 1], 2)
-        lasting = F.pad(log_not(ends[:, :-1]).cumsum(1), (0, 0, 1, 0)).exp()
-        absent = log_not(lasting * p).sum(1)
-        logits = logit_of_log((-absent.expm1()).clamp(min=1e-12).log())
-        context = image if self.training else None
-        return SequenceOutput(logits, path_logits(when, self.args.steps), context=context)
 
     def loss(self, output: SequenceOutput, targets: Tensor, num_images: int | None = None) -> LossTerms:
         """Negative log-likelihood of the labels, by frequency, and of the end."""
         present, state, total = targets == 1, self.begin(output.context), 0
-        count = present.sum(1)
-        ordered = torch.where(present, self.rank, self.end).argsort(1)
-        ordered = F.pad(ordered, (0, 1), value=self.end)
+        count, ordered = present.sum(1), in_order(present, self.rank)
         taken, previous = F.pad(targets < 0, (0, 1)), torch.full_like(count, self.end)
         for t in range(int(count.max()) + 1):
             found, state = self.step(previous, taken, state)
-            previous = torch.where(t < count, ordered[:, t], self.end)
+            previous = ordered[:, t]
             cost = F.nll_loss(found, previous, reduction="none")
             total = total + torch.where(t <= count, cost, 0)
             taken = taken | (F.one_hot(previous, self.end + 1) * (previous < self.end)[:, None]).bool()

@@ -13,21 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..loss import LossTerms, classification_loss, mean_over_images, reduce_classes
-from .base import Head
-from .sequence import SequenceArgs, SequenceOutput, logit_of_log, path_logits, search
+from .sequence import SequenceArgs, SequenceHead, SequenceOutput, logit_of_log
 from ..model import LAST
 
 
+# %% ../../nbs/methods/order_free_rnn.ipynb #387a69fc
+def last_confidence(history: Tensor) -> Tensor:
+    """Logits B x C of a label's last confidence as a candidate.
+
+    `history`: log confidences along the path, B x steps x C+1, the end last; -inf for labels that were no
+    candidates.
+    """
+    history = history[:, :, :-1]
+    last = (history > -math.inf).sum(1, keepdim=True) - 1
+    return logit_of_log(history.gather(1, last)[:, 0])
+
+
 # %% ../../nbs/methods/order_free_rnn.ipynb #77d8bc16
-class OrderFreeRNN(Head, method="order_free_rnn"):
+class OrderFreeRNN(SequenceHead, method="order_free_rnn"):
     """An LSTM with attention that predicts the most confident label next; the second stream is the best sequence.
 
     Example:
         >>> train(TrainConfig(method="order_free_rnn", method_args={"beam": 5}))
     """
-
-    Args = SequenceArgs
-    streams = "fcls"
 
     def __init__(self, shapes: dict, num_classes: int, args: SequenceArgs):
         super().__init__()
@@ -38,6 +46,12 @@ class OrderFreeRNN(Head, method="order_free_rnn"):
         self.attention = nn.Linear(width, 1, bias=False)
         self.cell = nn.LSTMCell(d + 2 * num_classes + 1, width)
         self.predict = nn.Linear(width + d, num_classes)
+
+    scored = staticmethod(last_confidence)
+
+    def inputs(self, maps: Tensor) -> Tensor:
+        """Features B x positions x d."""
+        return maps.flatten(2).transpose(1, 2)
 
     def begin(self, x: Tensor) -> tuple:
         """The state before the first label, from features B x positions x d."""
@@ -57,17 +71,6 @@ class OrderFreeRNN(Head, method="order_free_rnn"):
         """Log confidences of labels and of the end (log 0.5), and the next state."""
         logits, state = self.confidences(previous, state)
         return F.pad(F.logsigmoid(logits), (0, 1), value=math.log(0.5)), state
-
-    def forward(self, features: dict[str, Tensor]) -> SequenceOutput:
-        """Logits B x C along the best sequence, and logits of the sequence itself."""
-        x = features[LAST].flatten(2).transpose(1, 2)
-        beam = 1 if self.training else self.args.beam
-        when, history = search(self.step, self.begin(x), self.end, self.args.steps, beam)
-        history = history[:, :, : self.end]
-        last = (history > -math.inf).sum(1, keepdim=True) - 1
-        logits = logit_of_log(history.gather(1, last)[:, 0])
-        context = x if self.training else None
-        return SequenceOutput(logits, path_logits(when, self.args.steps), context=context)
 
     def loss(self, output: SequenceOutput, targets: Tensor, num_images: int | None = None) -> LossTerms:
         """Eq. 4 of the candidates, mean over an image's steps, and of the preliminary confidences."""

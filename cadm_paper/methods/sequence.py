@@ -17,7 +17,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from .base import MethodArgs
+from .base import Head, MethodArgs
+from ..model import LAST
 
 
 # %% ../../nbs/methods/sequence.ipynb #57e0a007
@@ -88,3 +89,22 @@ def search(
         taken = (taken[rows] | (named > 0) | (previous == end)[:, None]) & labels
         state, history = [x[rows] for x in state], [x[rows] for x in [*history, found]]
     return when[::width, :end], torch.stack(history, 1)[::width]
+
+
+# %% ../../nbs/methods/sequence.ipynb #884cee6b
+class SequenceHead(Head):
+    """Base of a head that predicts label sequences; the second stream is the best sequence.
+
+    A subclass has `end` (C), `inputs(maps)`, `begin(inputs)` (the state), `step` as in `search`, and
+    `scored(history)`: logits B x C from log scores along the path.
+    """
+
+    Args = SequenceArgs
+    streams = "fcls"
+
+    def forward(self, features: dict[str, Tensor]) -> SequenceOutput:
+        """Logits B x C along the best sequence (in training the greedy one), and logits of the sequence."""
+        inputs, beam = self.inputs(features[LAST]), 1 if self.training else self.args.beam
+        when, history = search(self.step, self.begin(inputs), self.end, self.args.steps, beam)
+        context = inputs if self.training else None
+        return SequenceOutput(self.scored(history), path_logits(when, self.args.steps), context=context)
