@@ -433,10 +433,12 @@ def saved_folder(folder: str | Path, **hub) -> Path:
 
 
 # %% ../nbs/01_model.ipynb #9c59ea5b
-def load_network(
-    folder: str | Path, build: Callable[..., Network], backbone: nn.Module | None = None, **hub
-) -> Any:
-    """The model of a saved folder, on the CPU, in evaluation mode: `build(**config)` with checked weights."""
+def read_saved(folder: str | Path, **hub) -> tuple[dict, Path]:
+    """The configuration of a saved folder and the file of its weights, after checks.
+
+    Raises `FileNotFoundError` for a missing file and `ValueError` for another schema, a wrong checksum or a
+    configuration without preprocessing.
+    """
     path, file = (saved_folder(folder, **hub) / name for name in MODEL_FILES)
     if missing := [name for name in MODEL_FILES if not (path.parent / name).is_file()]:
         raise FileNotFoundError(f"{folder} is not a saved model: it has no {missing[0]}")
@@ -450,13 +452,21 @@ def load_network(
         raise ValueError(
             f"{path}: no preprocessing, so an earlier version saved it: add resize and normalise"
         )
+    return config, file
+
+
+# %% ../nbs/01_model.ipynb #7e0508c8
+def load_network(
+    folder: str | Path, build: Callable[..., Network], backbone: nn.Module | None = None, **hub
+) -> Any:
+    """The model of a saved folder, on the CPU, in evaluation mode: `build(**config)` with checked weights."""
+    config, file = read_saved(folder, **hub)
     provenance = config.pop("provenance")
     config |= {"weights": None, "quiet": True} | ({} if backbone is None else {"backbone": backbone})
     try:
         with torch.device("meta"):  # no values: the initialisation takes no time and no random numbers
             model = build(**config)
-        state = read_state_dict(file)
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(read_state_dict(file), assign=True)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: config.json and model.safetensors do not match: {why}") from error
@@ -540,6 +550,19 @@ class CADM(Network):
         return load_network(folder, cls, backbone, **hub)
 
 
+# %% ../nbs/01_model.ipynb #f3608c23
+class TupleOutput(nn.Module):
+    """A model whose output has no None and no duplicates: torch 2.8 would lose the name of one."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Float[Tensor, "batch 3 H W"]) -> tuple[Tensor, ...]:
+        """The fields of the output that are tensors, in order."""
+        return tuple(x.clone() for x in self.model(images) if x is not None)
+
+
 # %% ../nbs/01_model.ipynb #4ea41192
 def export_onnx(model: Network, path: str | Path) -> Path:
     """Write a model for prediction as one ONNX file, atomically.
@@ -577,16 +600,3 @@ def export_onnx(model: Network, path: str | Path) -> Path:
     finally:
         model.train(training)
     return Path(path)
-
-
-# %% ../nbs/01_model.ipynb #f3608c23
-class TupleOutput(nn.Module):
-    """A model whose output has no None and no duplicates: torch 2.8 would lose the name of one."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Float[Tensor, "batch 3 H W"]) -> tuple[Tensor, ...]:
-        """The fields of the output that are tensors, in order."""
-        return tuple(x.clone() for x in self.model(images) if x is not None)
