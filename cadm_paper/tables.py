@@ -80,22 +80,16 @@ def measured_line(runs: Sequence[RunRecord], *notes: str, stale: str = "") -> Li
     """Mean over seeds in percent and, for more than one seed, the sample standard deviation."""
     runs, variant = sorted(runs, key=lambda r: (r.config.seed, r.name)), Variant.of(runs[0])
     numbers = 100 * pd.DataFrame([r.metrics for r in runs]).reindex(columns=COLUMNS).astype(float)
-    mean, sd = (
-        {c: None if math.isnan(v) else v for c, v in of.items()}
-        for of in (numbers.mean(skipna=False), numbers.std(skipna=False))
+    values, sd = (
+        {column: None if math.isnan(v) else v for column, v in found.items()}
+        for found in (numbers.mean(skipna=False), numbers.std(skipna=False))
     )
     seeds = ", ".join(str(r.config.seed) for r in runs)
     counted = f"seed {seeds}" if len(runs) == 1 else f"n = {len(runs)}, seeds {seeds}"
-    note = "; ".join(filter(None, [counted, *notes, stale and f"stale: {stale}"]))
-    return Line(
-        variant.label,
-        mean,
-        sd if len(runs) > 1 else {},
-        "stale" if stale else "measured",
-        note,
-        variant,
-        runs,
-    )
+    line = Line(variant.label, values, sd if len(runs) > 1 else {}, variant=variant, runs=runs)
+    line.note = "; ".join(filter(None, [counted, *notes, stale and f"stale: {stale}"]))
+    line.state = "stale" if stale else "measured"
+    return line
 
 
 # %% ../nbs/07_tables.ipynb #06975338
@@ -139,7 +133,8 @@ def absent_lines(dataset: str, status: Mapping[str, State], present: Sequence[Va
     lines, begun = [], unfinished(status).items()
     for variant in (v for v in MAIN if v not in present):
         why = next((why for key, why in begun if key.startswith(f"{dataset}/{variant.slug}-seed")), None)
-        lines.append(Line(variant.label, {}, {}, "failed" if why else "missing", why or "not run", variant))
+        state = "failed" if why else "missing"
+        lines.append(Line(variant.label, state=state, note=why or "not run", variant=variant))
     return lines
 
 
@@ -311,6 +306,34 @@ def render(name: str, **values) -> str:
     return _templates().get_template(name).render(values).strip() + "\n"
 
 
+# %% ../nbs/07_tables.ipynb #86caa9b2
+def plain_row(block: Block, line: Line) -> dict:
+    """A line as plain values, unrounded, with the names and digests of its records."""
+    return {
+        "part": block.kind,
+        "data": block.dataset,
+        "image_size": block.image_size,
+        "backbone": block.backbone,
+        "row": line.label,
+        **asdict(line.variant or Variant(None)),
+        "state": line.state,
+        "n": len(line.runs) or None,
+        "note": line.note,
+        "percent": line.values,
+        "sd": line.sd,
+        "runs": [{"record": source(r), "digest": r.digest, "seed": r.config.seed} for r in line.runs],
+    }
+
+
+# %% ../nbs/07_tables.ipynb #ce0b628d
+def as_csv(rows: Sequence[dict]) -> str:
+    """A line per row: percent, and `_sd` for the standard deviation over seeds."""
+    plain = lambda row: {k: v for k, v in row.items() if not isinstance(v, (dict, list, tuple))}
+    cells = lambda of, end: {f"{c}{end}": None if of.get(c) is None else round(of[c], 4) for c in COLUMNS}
+    flat = [plain(row) | cells(row["percent"], "") | cells(row["sd"], "_sd") for row in rows]
+    return pd.DataFrame(flat, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
 # %% ../nbs/07_tables.ipynb #ad76f726
 @dataclass(repr=False)
 class ResultTable:
@@ -353,25 +376,7 @@ class ResultTable:
 
     def rows(self) -> list[dict]:
         """All lines as plain values, unrounded, with the names and digests of their records."""
-        of = lambda r: {"record": source(r), "digest": r.digest, "seed": r.config.seed}
-        return [
-            {
-                "part": block.kind,
-                "data": block.dataset,
-                "image_size": block.image_size,
-                "backbone": block.backbone,
-                "row": line.label,
-                **asdict(line.variant or Variant(None)),
-                "state": line.state,
-                "n": len(line.runs) or None,
-                "note": line.note,
-                "percent": line.values,
-                "sd": line.sd,
-                "runs": [of(r) for r in line.runs],
-            }
-            for block in self.parts
-            for line in block.lines
-        ]
+        return [plain_row(block, line) for block in self.parts for line in block.lines]
 
     def html(self) -> str:
         """The table as an HTML fragment."""
@@ -383,10 +388,7 @@ class ResultTable:
 
     def csv(self) -> str:
         """One line per row: percent, and `_sd` for the standard deviation over seeds."""
-        plain = lambda row: {k: v for k, v in row.items() if not isinstance(v, (dict, list, tuple))}
-        cells = lambda of, end: {f"{c}{end}": None if of.get(c) is None else round(of[c], 4) for c in COLUMNS}
-        flat = [plain(row) | cells(row["percent"], "") | cells(row["sd"], "_sd") for row in self.rows()]
-        return pd.DataFrame(flat, dtype=object).to_csv(index=False, lineterminator="\n")
+        return as_csv(self.rows())
 
     def files(self) -> dict[str, str]:
         """The table as the content of files, by extension; the HTML is a page with its style."""
@@ -408,6 +410,22 @@ class ResultTable:
         return f"<style>\n{render('table.css')}</style>\n{self.html()}"
 
     __repr__ = _repr_markdown_ = markdown
+
+
+# %% ../nbs/07_tables.ipynb #19c4d1a0
+def dataset_blocks(
+    dataset: str, runs: Sequence[RunRecord], status: Mapping[str, State], asked: bool = False
+) -> list[Block]:
+    """One block per image size and backbone; without runs, absent rows if asked for, begun, or of the
+    embedded benchmark.
+    """
+    mine = [r for r in runs if r.dataset.get("name") == dataset]
+    kind = lambda r: (r.config.image_size, r.config.backbone)
+    kinds = sorted(set(map(kind, mine)), key=str)
+    begun = any(key.startswith(f"{dataset}/") for key in unfinished(status))
+    if not kinds and (asked or begun or dataset.startswith("scenes")):
+        return [Block(dataset, lines=absent_lines(dataset, status))]
+    return [block([r for r in mine if kind(r) == each], status) for each in kinds]
 
 
 # %% ../nbs/07_tables.ipynb #091eebd3
@@ -446,18 +464,3 @@ def table(
     asked = datasets or plan.datasets
     blocks = [b for d in asked for b in dataset_blocks(d, runs, status or {}, bool(datasets))]
     return ResultTable(name, plan.title, printed, blocks)
-
-
-# %% ../nbs/07_tables.ipynb #19c4d1a0
-def dataset_blocks(
-    dataset: str, runs: Sequence[RunRecord], status: Mapping[str, State], asked: bool = False
-) -> list[Block]:
-    """One block per image size and backbone; without runs, absent rows if asked for, begun, or of the
-    embedded benchmark.
-    """
-    kind = lambda r: (r.dataset.get("name"), r.config.image_size, r.config.backbone)
-    kinds = sorted({kind(r) for r in runs if r.dataset.get("name") == dataset}, key=str)
-    begun = any(key.startswith(f"{dataset}/") for key in unfinished(status))
-    if not kinds and (asked or begun or dataset.startswith("scenes")):
-        return [Block(dataset, lines=absent_lines(dataset, status))]
-    return [block([r for r in runs if kind(r) == each], status) for each in kinds]
