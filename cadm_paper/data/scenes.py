@@ -200,7 +200,7 @@ def draw_labels(
 # %% ../../nbs/data/scenes.ipynb #edc9d95f
 @dataclass(frozen=True)
 class Glyph:
-    """One object of a scene: category (-1: a scrambled digit), position and appearance."""
+    """One object of a scene: category (-1: a fragment of a digit), position and appearance."""
 
     category: int
     digit: int  # index among scikit-learn's 1,797
@@ -324,7 +324,7 @@ def plan_scene(
     d = Draws(*key, 1)
     back = draw_background(d, split, size, key)
     wanted = [int(c) for c in np.flatnonzero(labels) for _ in range(1 + d.chance(HARDNESS["second"]))]
-    wanted += [-1] * (d.chance(HARDNESS["clutter"]) + (not wanted))  # scrambled digits
+    wanted += [-1] * (d.chance(HARDNESS["clutter"]) + (not wanted))  # fragments
     objects: list[Glyph] = []
     for i in d.permutation(len(wanted)).tolist():
         style, digit = divmod(wanted[i], 10)
@@ -362,8 +362,8 @@ def soften(mask: np.ndarray) -> np.ndarray:
 def stroke(g: Glyph, share: int = 240) -> np.ndarray:
     """The digit's stroke as a mask 0..256, side x side, slanted and scaled to `share` (of 256) of it."""
     source = np.pad(digits()[0][g.digit].astype(np.int32) * 16, 2)  # 12 x 12, 0..256
-    if g.category < 0:  # a scrambled digit: quarters change places
-        source = np.pad(np.roll(source, (4, 4), (0, 1))[::-1][2:-2, 2:-2], 2)
+    if g.category < 0:  # a fragment: the upper left quarter, upside down in the upper right
+        source = np.pad(source[5:1:-1, 2:6], ((2, 6), (6, 2)))
     centre = np.arange(g.side, dtype=np.int32) * 2 - (g.side - 1)  # twice the distance from the centre, px
     scale = 8 * 256 * 256 // (g.side * share)  # source px per side px, in 1/256
     x, y = centre[None] * scale // 2, centre[:, None] * scale // 2
@@ -464,7 +464,7 @@ def paint_into(path: Path, scene: Scene) -> np.ndarray:
 def box(g: Glyph) -> tuple[list[int], int]:
     """Box (x, y, width, height in px) of an object in the scene, and how many of its pixels are painted.
 
-    The box of an invisible object (some scrambled digits) is its square."""
+    The box of an invisible object (some fragments) is its square."""
     mask = np.maximum.reduce([mask for mask, _ in layers(g)]) >= 64
     left, top, right, bottom = Image.fromarray(mask).getbbox() or (0, 0, g.side, g.side)
     return [g.x + left, g.y + top, right - left, bottom - top], int(mask.sum())
