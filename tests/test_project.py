@@ -1,5 +1,8 @@
 """Notebooks, library, README and badges agree; packaging; the wheel works without the checkout."""
 
+import functools
+import json
+import operator
 import os
 import re
 import runpy
@@ -66,6 +69,28 @@ def test_versions_agree_and_every_dependency_has_a_reason():
     needed = [*project["dependencies"], *(package for extra in extras for package in extra)]
     names = {re.split(r"[<>=!~\[; ]", requirement)[0] for requirement in needed} - {project["name"]}
     assert [name for name in names if f"`{name}`" not in reasons] == []
+
+
+SMALL = {  # result of a benchmark: arguments of a functional check without data or GPU
+    "index": "--share 0.001 --repeats 1",
+    "heads-cpu": "--device cpu --backbone narrow_resnet --size 64 --classes 5 --batch 2 --repeats 1",
+    "metrics": "--labels none --images 200 --classes 5 --rounds 1 --replicates 5 --bootstrap-rounds 1",
+    "step_ratio": "--rounds 1",
+    "train_step-gpu": "--small --rounds 1",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_benchmarks_run_and_give_what_their_table_reads(name, tmp_path):
+    table = runpy.run_path(str(ROOT / "benchmarks" / "table.py"))
+    script = ROOT / "benchmarks" / f"{table['SCRIPTS'][name]}.py"
+    done = run(sys.executable, script, *SMALL[name].split(), "--out", tmp_path / "found.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    read = [place for _, result, place, *_ in table["LINES"] if result == name]
+    assert all(functools.reduce(operator.getitem, place, found) > 0 for place in read)
+    assert read or name == "heads-cpu" and len(found["methods"]) > 5  # a table of all methods
 
 
 LIGHT = {  # modules in import order, and packages that they must not import
