@@ -32,7 +32,7 @@ from cadm_paper.engine.checkpoint import (
     optimiser_tensors,
     save_checkpoint,
 )
-from .engine.config import TrainConfig, config_changes, learning_rate, portable
+from .engine.config import ConfigError, TrainConfig, config_changes, learning_rate, portable
 from .engine.pretrain import PretrainConfig, pretrained_digits
 from cadm_paper.engine.processes import (
     ProcessGroup,
@@ -173,6 +173,23 @@ def autocast(config: TrainConfig, device: torch.device):
     return torch.autocast(device.type, half, enabled=half is not None)
 
 
+# %% ../nbs/05_train.ipynb #95c751a6
+def training_output(trainer: Trainer, images: Tensor):
+    """The network's output for a micro-batch. Raises `ConfigError` if it is too small for BatchNorm."""
+    config = trainer.config
+    try:
+        with autocast(config, trainer.group.device):
+            return trainer.network(images)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            f"batch_size = {config.batch_size}, accumulate = {config.accumulate}, processes = "
+            f"{config.processes}: a micro-batch of {len(images)} image, {config.image_size} px, gives BatchNorm "
+            "a single value per channel. Decrease accumulate, or increase batch_size or image_size"
+        ) from None
+
+
 # %% ../nbs/05_train.ipynb #baec9170
 def add_gradients(trainer: Trainer, batch, global_images: int) -> Tensor:
     """Accumulate gradients over the micro-batches of this process's share.
@@ -187,8 +204,7 @@ def add_gradients(trainer: Trainer, batch, global_images: int) -> Tensor:
     for i, (x, y) in enumerate(mean_over_parts(trainer.model, pairs, group), 1):
         later = group.world > 1 and i < len(pairs)  # synchronise gradients with the last one only
         with trainer.network.no_sync() if later else contextlib.nullcontext():
-            with autocast(config, group.device):
-                output = trainer.network(x)
+            output = training_output(trainer, x)
             terms = trainer.model.head.loss(output, y, global_images)
             total_loss = terms.total * group.world  # gradients are averaged over processes
             trainer.scaler.scale(total_loss).backward()

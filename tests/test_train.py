@@ -341,6 +341,16 @@ def test_an_impossible_run_leaves_no_folder(config, changes, said):
     assert not Path(config().out_dir).exists()
 
 
+@pytest.mark.filterwarnings("ignore::cadm_paper.weights.UntrainedBackbone")
+@pytest.mark.parametrize("changes", [dict(batch_size=2, accumulate=2), dict(batch_size=1), dict(limit=1)])
+def test_a_micro_batch_too_small_for_batch_norm_names_the_settings(config, changes):
+    """ResNet-18 has one position at 32 px, so a single image gives one value per channel."""
+    with pytest.raises(
+        ConfigError, match="batch_size = .*, accumulate = .*of 1 image, 32 px.*accumulate, or"
+    ):
+        train(config(backbone="resnet18", **changes))
+
+
 def test_variables_of_another_process_group_are_reported(config, monkeypatch):
     """WORLD_SIZE set by a cluster or a hosted notebook."""
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from cadm_paper.app import batch
+from cadm_paper.app import batch, jobs
 from cadm_paper.data import build_scenes
 from cadm_paper.engine import status
 from cadm_paper.engine.record import load_runs
@@ -199,6 +199,26 @@ def test_uncommitted_code_is_rejected_if_the_batch_requires_it(monkeypatch, cont
         batch.check_code(batch.parse_batch({"clean": True}), ["a run"])
     monkeypatch.setattr(batch, "code_version", lambda: {"modified": modified})
     batch.check_code(batch.parse_batch({"clean": True} | content), ["a run"])
+
+
+BUSY = """
+import time
+handlers = get_ipython().kernel.shell_handlers
+answer = handlers["kernel_info_request"]
+
+async def busy(*given):
+    await answer(*given)
+    time.sleep(0.2)
+
+handlers["kernel_info_request"] = busy
+"""
+
+
+def test_a_kernel_that_is_busy_with_its_last_answer_is_not_interrupted(tmp_path, capfd):
+    """It would print "KeyboardInterrupt caught in kernel"."""
+    write_notebook(tmp_path / "book.ipynb", "x = 1", BUSY)
+    jobs.execute(tmp_path / "book.ipynb", tmp_path / "out.ipynb", {"x": 2})
+    assert "Interrupt" not in capfd.readouterr().err
 
 
 def test_a_record_of_other_labels_is_stale(tmp_path, monkeypatch):

@@ -65,19 +65,10 @@ class Batch(BaseModel, extra="forbid", frozen=True):
         """The folder of all results of this batch."""
         return (default_folder("outputs") / (f"on-{self.data}" if self.data else "")).resolve()
 
-
-# %% ../../nbs/app/batch.ipynb #39bfc8b7
-def parse_batch(content: dict) -> Batch:
-    """Check the content of a config file.
-
-    Raises `WorkflowError` that names the key or line and suggests the nearest valid name.
-    """
-    try:
-        batch = Batch.model_validate(content)
-        plan(batch), list(map(notebook_path, batch.notebooks))
-        return batch
-    except ValueError as error:
-        raise WorkflowError(explain(error, Batch) if isinstance(error, ValidationError) else error) from None
+    @property
+    def file(self) -> Path:
+        """The batch as a file for Snakemake, with the options of the command."""
+        return self.outputs / "work" / "reproduce.json"
 
 
 # %% ../../nbs/app/batch.ipynb #af0405fb
@@ -96,33 +87,6 @@ def notebook_path(name: str) -> Path:
     """A notebook of `nbs/experiments/` by name. Raises `ValueError` that suggests the nearest name."""
     folder = project_root() / "nbs" / "experiments"
     return folder / f"{known(name, [p.stem for p in folder.glob('*.ipynb')], 'no notebook named')}.ipynb"
-
-
-# %% ../../nbs/app/batch.ipynb #7c75bef1
-def load_batch(config: str = "mini", **more) -> Batch:
-    """Read a batch of runs from its config file.
-
-    Args:
-        config: name of a file in `workflow/config/`, or a path.
-        more: fields of the batch that override those of the file.
-
-    Returns:
-        The batch; `plan(batch)` expands its lines to runs.
-
-    Raises:
-        WorkflowError: for an unreadable file or an invalid line; the message names both.
-
-    Example:
-        >>> len(plan(load_batch("mini")))
-        5
-    """
-    folder = project_root() / "workflow" / "config"
-    if not Path(config).suffix:
-        config = folder / f"{known(config, [p.stem for p in folder.glob('*.yaml')], 'no config named')}.yaml"
-    try:
-        return parse_batch({**read_yaml(config), **more})
-    except (OSError, ValueError, TypeError) as error:
-        raise WorkflowError(f"{config}: {error}") from None
 
 
 # %% ../../nbs/app/batch.ipynb #1e2a096e
@@ -147,7 +111,7 @@ class Run:
         return again if (self.folder / "run.json").exists() else self.folder
 
     @functools.cached_property
-    def state(self) -> "State":
+    def state(self) -> State:
         """Its state, read once."""
         return state(self.folder, self.config, self.batch.data)
 
@@ -196,6 +160,47 @@ def plan(batch: Batch) -> list[Run]:
         except (ValueError, TypeError) as error:
             raise WorkflowError(f"run {number}: {error}") from None
     return list(runs.values())
+
+
+# %% ../../nbs/app/batch.ipynb #39bfc8b7
+def parse_batch(content: dict) -> Batch:
+    """Check the content of a config file.
+
+    Raises `WorkflowError` that names the key or line and suggests the nearest valid name.
+    """
+    try:
+        batch = Batch.model_validate(content)
+        plan(batch), list(map(notebook_path, batch.notebooks))
+        return batch
+    except ValueError as error:
+        raise WorkflowError(explain(error, Batch) if isinstance(error, ValidationError) else error) from None
+
+
+# %% ../../nbs/app/batch.ipynb #7c75bef1
+def load_batch(config: str = "mini", **more) -> Batch:
+    """Read a batch of runs from its config file.
+
+    Args:
+        config: name of a file in `workflow/config/`, or a path.
+        more: fields of the batch that override those of the file.
+
+    Returns:
+        The batch; `plan(batch)` expands its lines to runs.
+
+    Raises:
+        WorkflowError: for an unreadable file or an invalid line; the message names both.
+
+    Example:
+        >>> len(plan(load_batch("mini")))
+        5
+    """
+    folder = project_root() / "workflow" / "config"
+    if not Path(config).suffix:
+        config = folder / f"{known(config, [p.stem for p in folder.glob('*.yaml')], 'no config named')}.yaml"
+    try:
+        return parse_batch({**read_yaml(config), **more})
+    except (OSError, ValueError, TypeError) as error:
+        raise WorkflowError(f"{config}: {error}") from None
 
 
 # %% ../../nbs/app/batch.ipynb #abe07e2d
@@ -265,27 +270,35 @@ def follow(process: subprocess.Popen, runs: list[Run]) -> None:
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
-# %% ../../nbs/app/batch.ipynb #96463a3a
+# %% ../../nbs/app/batch.ipynb #67ac3c50
+def snakemake_command(
+    batch: Batch, target: str, again: list[Run], jobs: int | None = None, profile: str | None = None
+) -> list[str]:
+    """The command that makes the missing files of a target, runs or reports, and those of the runs `again`."""
+    workflow = project_root() / "workflow"
+    ours = workflow / "profiles" / (profile or "default")
+    old = [run.folder / name for run in again for name in ("run.json", "evidence.npz")]
+    shared = not profile and any(run.config.device != "cpu" for run in again)
+    options = [
+        *("--snakefile", workflow / "Snakefile", "--configfile", batch.file, "--quiet", "all"),
+        *("--workflow-profile", ours if ours.is_dir() else Path(profile).resolve()),
+        *("--resources", f"run={jobs or 1000}", *[f"gpu={len(gpus())}"] * shared),
+        *("--cores", "all") * (not profile),
+        *("--forcerun", *(path.relative_to(batch.outputs) for path in old if path.exists())),
+    ]
+    return [sys.executable, "-m", "snakemake", *map(str, options), "--", target]
+
+
+# %% ../../nbs/app/batch.ipynb #298db402
 def engine(batch: Batch, target: str, jobs: int | None = None, profile: str | None = None) -> bool:
     """Run Snakemake for a target, runs or reports; returns whether a job failed.
 
     Stopping or killing this process stops all jobs.
     """
     optional("snakemake", "repro")
-    root, content = project_root() / "workflow", batch.outputs / "work" / "reproduce.json"
-    write_json(content, batch.model_dump(mode="json"))
+    write_json(batch.file, batch.model_dump(mode="json"))
     runs = [run for run in plan(batch) if run.what == "run" and target == "runs"]
-    again = [run.folder / name for run in runs for name in ("run.json", "evidence.npz")]
-    ours = root / "profiles" / (profile or "default")
-    shared = not profile and any(run.config.device != "cpu" for run in runs)
-    options = [
-        *("--snakefile", root / "Snakefile", "--configfile", content, "--quiet", "all"),
-        *("--workflow-profile", ours if ours.is_dir() else Path(profile).resolve()),
-        *("--resources", f"run={jobs or 1000}", *[f"gpu={len(gpus())}"] * shared),
-        *("--cores", "all") * (not profile),
-        *("--forcerun", *(path.relative_to(batch.outputs) for path in again if path.exists())),
-    ]
-    line = [sys.executable, "-m", "snakemake", *map(str, options), "--", target]
+    line = snakemake_command(batch, target, runs, jobs, profile)
     environ = {**KEEP_MEMORY, **os.environ, "CADM_PARENT": str(os.getpid())}
     process = subprocess.Popen(line, env=environ, cwd=project_root(), start_new_session=True)
     try:

@@ -19,11 +19,12 @@ from cadm_paper.data.datasets import DATASETS
 from cadm_paper.engine.config import PRESETS, ConfigError, TrainConfig
 from cadm_paper.paper import COLUMNS
 
-# %% ../../nbs/app/commands.ipynb #1a1e959e
+# %% ../../nbs/app/commands.ipynb #2737fb30
 PRESET = "of the preset"  # sentinel, compared by identity: not given
 USUAL = {name: dict(TrainConfig(preset=name)) for name in PRESETS}
 
 
+# %% ../../nbs/app/commands.ipynb #525b23d7
 def metavar(annotation) -> str:
     """What help shows for the value of an option: its choices or its type."""
     choices = ("true", "false") if annotation is bool else get_args(annotation)
@@ -42,7 +43,7 @@ def usual(name: str) -> str:
     return f"(default: {', '.join(f'{of} {word}' for of, word in words.items())})"
 
 
-# %% ../../nbs/app/commands.ipynb #9a40e07d
+# %% ../../nbs/app/commands.ipynb #717a4d4f
 def option(name: str, field) -> tuple:
     """A field of a configuration as an option."""
     text = f"{field.description[0].upper()}{field.description[1:]}.".replace("?.", "?").replace("%", "%%")
@@ -50,6 +51,7 @@ def option(name: str, field) -> tuple:
     return name, Annotated[str, how], dataclasses.field(default=PRESET)
 
 
+# %% ../../nbs/app/commands.ipynb #36179f9a
 TrainOptions = dataclasses.make_dataclass(
     "TrainOptions", [option(name, field) for name, field in TrainConfig.model_fields.items()]
 )
@@ -160,10 +162,11 @@ def export(run: Positional[Path], out: Path, onnx: bool = False, half: bool = Fa
     print(export_run(run, out, onnx, half))
 
 
-# %% ../../nbs/app/commands.ipynb #bc258ce4
+# %% ../../nbs/app/commands.ipynb #bdde5d5f
 Name = Annotated[str, Positional, arg(metavar="NAME", help=f"The data set: {', '.join(DATASETS)}.")]
 
 
+# %% ../../nbs/app/commands.ipynb #fa878916
 def folder_of(name: str, data_dir: Path | None) -> Path:
     """A data set's folder: as given, or its default below data/. Raises `ConfigError` for an unknown name."""
     from cadm_paper.engine.splits import data_root

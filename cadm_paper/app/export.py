@@ -12,9 +12,9 @@ from pathlib import Path
 from ..data.loading import PIXELS
 from ..engine.record import RecordError, RunRecord, source
 from ..engine.variants import Variant
-from ..files import read_json, sha256_file, whole_folder, write_json
+from ..files import sha256_file, whole_folder, write_json
 from ..methods import load_model
-from ..model import SEEN, Network, export_onnx
+from ..model import Network, export_onnx
 from ..paper import COLUMNS
 from ..tables import render
 
@@ -143,13 +143,9 @@ def export_run(run: RunRecord | str | Path, out: str | Path, onnx: bool = False,
         for path in model_files(record):
             shutil.copyfile(path, new / path.name)
         model = load_model(new)
-        seen = record.seen_at()
-        model.seen = {name: seen[name] for name in SEEN}
         if half:
             model.half().save_pretrained(new)
             model.float()
-        else:
-            write_json(new / "config.json", read_json(new / "config.json") | model.seen)
         shutil.copyfile(record.folder / "run.json", new / "record.json")
         write_json(new / "preprocessor_config.json", preprocessing(model))
         (new / "README.md").write_text(

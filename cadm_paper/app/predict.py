@@ -72,6 +72,11 @@ class Predictor:
         model = load_model(folder)
         return cls(model, **{"image_size": model.image_size, **model.seen, **given})
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the labels; their numbers if the model stores no names."""
+        return self.model.classes or [str(c) for c in range(self.model.num_classes)]
+
     def output(self, path) -> tuple[np.ndarray, NamedTuple]:
         """The image region that the model sees, at its own aspect (uint8 H x W x 3), and the output.
 
@@ -91,7 +96,7 @@ class Predictor:
             raise ValueError(f"{printable(path)}: the model's scores are not finite: its weights are damaged")
         return {
             "image": printable(path),
-            "scores": dict(zip(self.model.classes or map(str, range(len(scores))), scores)),
+            "scores": dict(zip(self.classes, scores)),
             "picture": picture,
             "maps": None if output.maps is None else output.maps[0].numpy(),
         }
@@ -183,6 +188,20 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3)
     return Path(path)
 
 
+# %% ../../nbs/app/predict.ipynb #58781fa8
+def overlay_file(folder: Path, image: Path, named: Counter) -> Path:
+    """The file for an image's maps; `named` counts the images of each name."""
+    named[image.stem] += 1
+    number = f"-{named[image.stem]}" if named[image.stem] > 1 else ""
+    return folder / f"{image.stem}{number}-maps.png"
+
+
+# %% ../../nbs/app/predict.ipynb #61be269f
+def is_overlay(path: Path, folder: Path) -> bool:
+    """Whether a file was written by an earlier call with this folder for maps."""
+    return path.name.endswith("-maps.png") and folder.resolve() in path.resolve().parents
+
+
 # %% ../../nbs/app/predict.ipynb #dfe900b8
 def csv_lines(file, classes: Sequence[str]) -> Callable[[dict], None]:
     """Write the header of a CSV file; returns a function that writes the line of an answer.
@@ -235,10 +254,9 @@ def predict_files(
     """
     checked_rule(threshold, 1)
     predictor = Predictor.load(checkpoint)
-    paths = image_files(images)
     maps = maps and Path(maps).expanduser()
+    paths = [path for path in image_files(images) if not (maps and is_overlay(path, maps))]
     answers, errors, named = [], [], Counter()
-    classes = predictor.model.classes or [str(c) for c in range(predictor.model.num_classes)]
     with ExitStack() as opened:
         if json_file:
             opened.enter_context(naming(json_file))
@@ -246,10 +264,8 @@ def predict_files(
             opened.callback(json.dump, answers, file, indent=1, ensure_ascii=False)
         if csv_file:
             opened.enter_context(naming(csv_file))
-            add_line = csv_lines(opened.enter_context(open_through(csv_file, "w")), classes)
+            add_line = csv_lines(opened.enter_context(open_through(csv_file, "w")), predictor.classes)
         for path in paths:
-            if maps and path.name.endswith("-maps.png") and maps.resolve() in path.resolve().parents:
-                continue  # overlays of an earlier call
             try:
                 found = predictor(path)
             except ImageError as error:
@@ -258,9 +274,8 @@ def predict_files(
             labels = labels_above(found["scores"], threshold)
             answers.append({"image": found["image"], "labels": labels, "scores": found["scores"]})
             if maps:
-                named[path.stem] += 1  # a/x.jpg and b/x.png
-                name = path.stem + (f"-{named[path.stem]}" if named[path.stem] > 1 else "")
-                answers[-1]["maps"] = printable(save_overlays(found, maps / f"{name}-maps.png", threshold))
+                file = overlay_file(maps, path, named)
+                answers[-1]["maps"] = printable(save_overlays(found, file, threshold))
             each(answers[-1])
             if csv_file:
                 add_line(answers[-1])

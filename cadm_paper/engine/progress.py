@@ -8,23 +8,26 @@ __all__ = []
 # %% ../../nbs/engine/progress.ipynb #6d62a5c9
 import sys
 
+from cadm_paper.engine.config import TrainConfig, learning_rate
+
 
 # %% ../../nbs/engine/progress.ipynb #0b36df26
 class Progress:
     """No-op progress reporter; subclasses override the hooks."""
 
-    def start(self, config, total: int, done: int) -> None: ...
+    def start(self, config: TrainConfig, total: int, done: int) -> None: ...
     def step(self) -> None: ...
     def epoch(self, history: list[dict]) -> None: ...
     def close(self) -> None: ...
 
 
 # %% ../../nbs/engine/progress.ipynb #52748757
-def epoch_line(row: dict) -> str:
-    """One line of text for an epoch's entry of the history."""
+def epoch_line(config: TrainConfig, row: dict) -> str:
+    """One line of text for an epoch's entry of the history; the learning rate is that of its middle."""
+    rate = learning_rate(config, row["epoch"] - 0.5)
     mean_ap = f", mAP {100 * row['mAP']:.1f} %" if row["mAP"] is not None else ""
     terms = f"classification {row['loss_cls']:.4f}, label correlation {row['loss_lce']:.4f}"
-    return f"epoch {row['epoch']:>3}: loss {row['loss']:.4f} ({terms}), lr {row['lr']:.2g}{mean_ap}"
+    return f"epoch {row['epoch']:>3}: loss {row['loss']:.4f} ({terms}), lr {rate:.2g}{mean_ap}"
 
 
 # %% ../../nbs/engine/progress.ipynb #473ba765
@@ -34,6 +37,7 @@ class TextProgress(Progress):
     def start(self, config, total, done):
         from tqdm import tqdm
 
+        self.config = config
         title = f"{config.method} on {config.dataset}"
         self.bar = tqdm(total=total, initial=done, unit="step", desc=title, mininterval=1.0, disable=None)
 
@@ -41,7 +45,7 @@ class TextProgress(Progress):
         self.bar.update()
 
     def epoch(self, history):
-        self.bar.write(epoch_line(history[-1]), file=sys.stderr)
+        self.bar.write(epoch_line(self.config, history[-1]), file=sys.stderr)
 
     def close(self):
         self.bar.close()
@@ -54,6 +58,7 @@ class NotebookProgress(Progress):
     def start(self, config, total, done):
         from IPython.display import HTML, ProgressBar, display
 
+        self.config = config
         self.bar = ProgressBar(total)
         self.bar.display()
         self.bar.progress = done
@@ -66,7 +71,7 @@ class NotebookProgress(Progress):
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(1, 2, figsize=(7, 2.4), layout="constrained")
-        figure.suptitle(epoch_line(history[-1]), fontsize=8)
+        figure.suptitle(epoch_line(self.config, history[-1]), fontsize=8)
         for ax, name, scale, title in zip(axes, ("loss", "mAP"), (1, 100), ("loss", "mAP, %")):
             seen = [(row["epoch"], scale * row[name]) for row in history if row[name] is not None]
             ax.plot(*zip(*seen) if seen else ([], []), marker=".")

@@ -74,7 +74,9 @@ def _cpu_name() -> str:
 
 # %% ../../nbs/engine/record.ipynb #27ff8ad8
 def environment(device: str = "cpu", code: dict | None = None) -> dict:
-    """Code (updated with `code`), packages, system and processor or GPU; no host name, no path."""
+    """Code (updated with `code`), packages, system, processor or GPU, and the CPU's instruction set as torch
+    uses it; no host name, no path.
+    """
     import torch
 
     packages = "torch torchvision numpy scikit-learn pillow safetensors pydantic".split()
@@ -85,6 +87,7 @@ def environment(device: str = "cpu", code: dict | None = None) -> dict:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": gpu or _cpu_name(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda if gpu else None,
     }
 
@@ -156,7 +159,7 @@ Code = TypedDict(
 Environment = TypedDict(
     "Environment",
     {"code": Code, "packages": dict[str, str]}
-    | {"python": str, "system": str, "device": str, "cuda": str | None},
+    | {"python": str, "system": str, "device": str, "instruction_set": str, "cuda": str | None},
     total=False,
 )
 
