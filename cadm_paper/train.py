@@ -364,6 +364,34 @@ def load_trainer(trainer: Trainer) -> None:
         raise CheckpointError(f"{file}: not a state of this run ({said}). Remove it to start again") from None
 
 
+# %% ../nbs/05_train.ipynb #26a59425
+def after_step(trainer: Trainer, checkpoint_minutes: float) -> None:
+    """Check the loss, write a checkpoint if the last one is older than `checkpoint_minutes`, stop if asked to.
+
+    On a GPU only every 50 steps, because reading the loss waits for the device.
+    """
+    group = trainer.group
+    asked = trainer.stop.asked and group.world == 1
+    if asked or group.device.type == "cpu" or trainer.done % 50 == 0:
+        check_finite(trainer)
+        late = time.monotonic() - trainer.saved > 60 * checkpoint_minutes
+        if trainer.done < trainer.steps_per_epoch and group.everyone(late)[0]:
+            save_trainer(trainer)
+        end_if_asked(trainer)
+
+
+# %% ../nbs/05_train.ipynb #5082091a
+def end_epoch(trainer: Trainer, scores: dict | None, targets: np.ndarray) -> None:
+    """Add the epoch's entry to the history and advance to the next epoch."""
+    *losses, images = np.sum(trainer.group.everyone(trainer.sums.tolist()), 0)
+    loss, *terms = (float(value / images) for value in losses)
+    row = loss_row(trainer.config, trainer.epoch, *terms) | {"loss": loss}
+    row |= {name: mean_ap(scores[s], targets) if scores else None for s, name in MAPS.items()}
+    trainer.history.append(row)
+    trainer.sums = torch.zeros_like(trainer.sums)
+    trainer.epoch, trainer.done = trainer.epoch + 1, 0
+
+
 # %% ../nbs/05_train.ipynb #0e007018
 def fit(
     trainer: Trainer, train: Loader, test: Loader, progress: Progress, checkpoint_minutes: float
@@ -380,13 +408,7 @@ def fit(
         for batch in itertools.islice(batches, steps - trainer.done):
             trainer.step(batch, size)
             progress.step()
-            asked = trainer.stop.asked and group.world == 1
-            if asked or group.device.type == "cpu" or trainer.done % 50 == 0:
-                check_finite(trainer)
-                late = time.monotonic() - trainer.saved > 60 * checkpoint_minutes
-                if trainer.done < steps and group.everyone(late)[0]:
-                    save_trainer(trainer)
-                end_if_asked(trainer)
+            after_step(trainer, checkpoint_minutes)
         check_finite(trainer)
         epoch = trainer.epoch + 1
         scores = predict(trainer, test) if evaluated(config, epoch) else None
@@ -398,16 +420,23 @@ def fit(
     return scores or predict(trainer, test)  # resumed after the last epoch: predict
 
 
-# %% ../nbs/05_train.ipynb #5082091a
-def end_epoch(trainer: Trainer, scores: dict | None, targets: np.ndarray) -> None:
-    """Add the epoch's entry to the history and advance to the next epoch."""
-    *losses, images = np.sum(trainer.group.everyone(trainer.sums.tolist()), 0)
-    loss, *terms = (float(value / images) for value in losses)
-    row = loss_row(trainer.config, trainer.epoch, *terms) | {"loss": loss}
-    row |= {name: mean_ap(scores[s], targets) if scores else None for s, name in MAPS.items()}
-    trainer.history.append(row)
-    trainer.sums = torch.zeros_like(trainer.sums)
-    trainer.epoch, trainer.done = trainer.epoch + 1, 0
+# %% ../nbs/05_train.ipynb #f056d7b0
+def train_network(
+    trainer: Trainer,
+    loaders: list[Loader],
+    resume: bool,
+    progress: Progress | None,
+    checkpoint_minutes: float,
+) -> tuple[dict, dict]:
+    """Train, or resume from the run's checkpoint if there is one.
+
+    Returns the test images' scores and the trainer's entries of the record.
+    """
+    if resume and checkpoint_file(trainer.folder).is_file():
+        load_trainer(trainer)
+    with contextlib.closing(progress or Progress()) as shown:
+        scores = fit(trainer, *loaders, shown, checkpoint_minutes)
+    return scores, {name: getattr(trainer, name) for name in ("history", "code", "seconds")}
 
 
 # %% ../nbs/05_train.ipynb #c189f75f
@@ -459,6 +488,20 @@ def finished_run(folder: Path, config: TrainConfig, resume: bool) -> RunRecord |
     return None
 
 
+# %% ../nbs/05_train.ipynb #5edf0168
+def shared_data(config: TrainConfig, group: ProcessGroup) -> tuple[Split, Split]:
+    """Training and test images; the main process generates the embedded benchmark while the others wait."""
+    data = prepare_data(config) if group.main else None
+    group.everyone(None)
+    return data or prepare_data(config)
+
+
+# %% ../nbs/05_train.ipynb #14bb5f63
+def split_facts(split: Split) -> dict:
+    """Counts and fingerprint of a split as plain numbers and text, with the ids of missing images."""
+    return json.loads(json.dumps(split.summary(), default=float)) | {"missing_ids": list(split.missing)}
+
+
 # %% ../nbs/05_train.ipynb #c7640012
 def finish(
     asked: TrainConfig,
@@ -476,9 +519,7 @@ def finish(
     files = [save_arrays(folder / name, **arrays) or name for name, arrays in kept.items() if arrays]
     saved = model.save_pretrained(folder / "checkpoint" / "model")
     files += [path.relative_to(folder).as_posix() for path in saved.iterdir()]
-    facts = [
-        json.loads(json.dumps(s.summary(), default=float)) | {"missing_ids": list(s.missing)} for s in data
-    ]
+    facts = {part: split_facts(split) for part, split in zip(("train", "test"), data)}
     record = write_record(
         folder,
         run_name(asked),
@@ -486,7 +527,7 @@ def finish(
         sorted(files),
         machine={name: getattr(config, name) for name in ("device", "precision", "threads")},
         metrics=run_metrics(kept["scores.npz"], said["history"]),
-        dataset={"name": config.dataset, "classes": classes.tolist(), "train": facts[0], "test": facts[1]},
+        dataset={"name": config.dataset, "classes": classes.tolist(), **facts},
         environment=environment(config.device, said.pop("code", None)),
         per_class_ap=ap_by_class(scores["scores"], test.labels),
         weights=model.provenance,
@@ -539,9 +580,7 @@ def train(
         stop = during.enter_context(stop_signals(checkpoint_file(folder)))
         group = during.enter_context(process_group(config))
         during.enter_context(machine_settings(config.threads, config.seed))
-        data = prepare_data(config) if group.main else None  # the main process generates scenes
-        group.everyone(None)
-        data = data or prepare_data(config)
+        data = shared_data(config, group)
         how = dict(resize=config.resize, exif=config.exif, workers=config.workers)
         loaders = [Loader(s, config.image_size, **how) for s in data]
         model = build_model(config, data[0].classes, data[0].labels, group.device)
@@ -556,11 +595,7 @@ def train(
             trainer = Trainer(config, model, group, max(len(data[0]) // config.batch_size, 1), folder)
             trainer.stop, trainer.origin = stop, [split.fingerprint for split in data]
             trainer.origin.append(model.provenance.get("sha256"))
-            if resume and checkpoint_file(folder).is_file():
-                load_trainer(trainer)
-            with contextlib.closing(progress or Progress()) as shown:
-                scores = fit(trainer, *loaders, shown, checkpoint_minutes)
-            said = {name: getattr(trainer, name) for name in ("history", "code", "seconds")}
+            scores, said = train_network(trainer, loaders, resume, progress, checkpoint_minutes)
         wall, cpu = time.monotonic() - began[0], time.process_time() - began[1]
         said["timing"] = {"wall_s": wall, "cpu_s": cpu, "training_s": said.pop("seconds", 0.0)}
         return finish(asked, config, folder, data, model, scores, said) if group.main else None

@@ -237,9 +237,81 @@ def check_arrays(arrays: dict, form: dict[str, str], where: Path, **sizes: int) 
             raise RecordError(f"{where}: {name} has a value that is not finite or out of range")
 
 
+# %% ../../nbs/engine/record.ipynb #14ba7e66
+class StoredArrays:
+    """Access to a record's arrays, in .npz files of its folder or, for a record of a study, in `store`."""
+
+    def _place(self, file: str) -> tuple[Path, str]:
+        """The .npz with the arrays of a file, and the prefix of their names in it."""
+        if self.store:
+            return self.store, f"{self.name}/{Path(file).stem}/"
+        return self.folder / file, ""
+
+    def _read(self, file: str) -> dict:
+        """The arrays of a file; empty if they are not stored."""
+        path, start = self._place(file)
+        try:
+            return read_arrays(path, LARGEST, start) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise RecordError(error) from None
+
+    def holds(self, file: str) -> bool:
+        """Whether the arrays of a file are stored; reads names only."""
+        path, start = self._place(file)
+        if not path.is_file() or not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return any(name.startswith(start) for name in archive.namelist())
+
+    def arrays(self, file: str) -> dict | None:
+        """Arrays of an .npz of the run; None if the run has no such file.
+
+        Raises `RecordError` if they are missing, differ from their checksum or do not match the record.
+        """
+        if file not in self.files:
+            return None
+        path, _ = self._place(file)
+        expected = self.extra["archive"]["sha256"] if self.store else self.files[file]
+        if path.is_file() and sha256_file(path) != expected:
+            raise RecordError(f"{path}: differs from the checksum in the record")
+        if not (found := self._read(file)):
+            raise RecordError(f"{self.folder / file}: named by the record but missing")
+        classes, place = self.dataset["classes"], self.folder / file
+        images = {"n": self.dataset["test"]["images"]} if file == "scores.npz" else {}
+        check_arrays(found, FORMS.get(file, {}), place, c=len(classes), **images)
+        if file in FORMS and found["classes"].tolist() != classes:
+            raise RecordError(f"{place}: classes differ from run.json")
+        return found
+
+    def scores(self) -> dict | None:
+        """image_ids, classes, and targets, scores, scores_fcls, scores_scls (N x C each)."""
+        return self.arrays("scores.npz")
+
+    def maps(self) -> dict | None:
+        """Maps, scores, targets and thumbnails of the drawn test images; None for a run without maps."""
+        return self.arrays("maps.npz")
+
+    def beside(self, file: str) -> dict | None:
+        """Arrays that `keep` stored beside this record; None if there are none.
+
+        Raises `RecordError` if they belong to another record.
+        """
+        found = self._read(file)
+        if not self.store and found and str(found.pop("record", "")) != sha256_file(self.folder / "run.json"):
+            raise RecordError(
+                f"{self.folder / file} was made from another run than the run.json beside it: delete it and "
+                "create it again"
+            )
+        return found or None
+
+    def keep(self, file: str, **arrays) -> None:
+        """Store arrays derived from a finished run in an .npz, with the checksum of its run.json."""
+        save_arrays(self.folder / file, record=np.array(sha256_file(self.folder / "run.json")), **arrays)
+
+
 # %% ../../nbs/engine/record.ipynb #2a9ab1b8
 @dataclass(repr=False)
-class RunRecord:
+class RunRecord(StoredArrays):
     """A finished run: the validated content of its `run.json`, and access to its arrays.
 
     Args:
@@ -248,7 +320,7 @@ class RunRecord:
         metrics: fractions by name, those of `COLUMNS` and their variants.
         history: an entry per epoch: learning rate, loss and its two terms, mAP of prediction and streams.
         dataset: name, classes, and counts of its splits `train` and `test`.
-        environment: code, packages and processor.
+        environment: code, packages, processor and its instruction set.
         timing: seconds by name.
         files: SHA-256 of each of its other files, by name.
         digest: of the configuration at the time of the run.
@@ -319,73 +391,6 @@ class RunRecord:
     def seen_at(self) -> dict:
         """Preprocessing of its model: image_size, resize, exif, normalise."""
         return {name: getattr(self.config, name) for name in ("image_size", "resize", "exif", "normalise")}
-
-    def _place(self, file: str) -> tuple[Path, str]:
-        """The .npz with the arrays of a file, and the prefix of their names in it."""
-        if self.store:
-            return self.store, f"{self.name}/{Path(file).stem}/"
-        return self.folder / file, ""
-
-    def _read(self, file: str) -> dict:
-        """The arrays of a file; empty if they are not stored."""
-        path, start = self._place(file)
-        try:
-            return read_arrays(path, LARGEST, start) if path.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise RecordError(error) from None
-
-    def holds(self, file: str) -> bool:
-        """Whether the arrays of a file are stored; reads names only."""
-        path, start = self._place(file)
-        if not path.is_file() or not zipfile.is_zipfile(path):
-            return False
-        with zipfile.ZipFile(path) as archive:
-            return any(name.startswith(start) for name in archive.namelist())
-
-    def arrays(self, file: str) -> dict | None:
-        """Arrays of an .npz of the run; None if the run has no such file.
-
-        Raises `RecordError` if they are missing, differ from their checksum or do not match the record.
-        """
-        if file not in self.files:
-            return None
-        path, _ = self._place(file)
-        expected = self.extra["archive"]["sha256"] if self.store else self.files[file]
-        if path.is_file() and sha256_file(path) != expected:
-            raise RecordError(f"{path}: differs from the checksum in the record")
-        if not (found := self._read(file)):
-            raise RecordError(f"{self.folder / file}: named by the record but missing")
-        classes, place = self.dataset["classes"], self.folder / file
-        images = {"n": self.dataset["test"]["images"]} if file == "scores.npz" else {}
-        check_arrays(found, FORMS.get(file, {}), place, c=len(classes), **images)
-        if file in FORMS and found["classes"].tolist() != classes:
-            raise RecordError(f"{place}: classes differ from run.json")
-        return found
-
-    def scores(self) -> dict | None:
-        """image_ids, classes, and targets, scores, scores_fcls, scores_scls (N x C each)."""
-        return self.arrays("scores.npz")
-
-    def maps(self) -> dict | None:
-        """Maps, scores, targets and thumbnails of the drawn test images; None for a run without maps."""
-        return self.arrays("maps.npz")
-
-    def beside(self, file: str) -> dict | None:
-        """Arrays that `keep` stored beside this record; None if there are none.
-
-        Raises `RecordError` if they belong to another record.
-        """
-        found = self._read(file)
-        if not self.store and found and str(found.pop("record", "")) != sha256_file(self.folder / "run.json"):
-            raise RecordError(
-                f"{self.folder / file} was made from another run than the run.json beside it: delete it and "
-                "create it again"
-            )
-        return found or None
-
-    def keep(self, file: str, **arrays) -> None:
-        """Store arrays derived from a finished run in an .npz, with the checksum of its run.json."""
-        save_arrays(self.folder / file, record=np.array(sha256_file(self.folder / "run.json")), **arrays)
 
 
 # %% ../../nbs/engine/record.ipynb #6c595aba
