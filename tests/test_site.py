@@ -25,6 +25,8 @@ from cadm_paper.results.claims import OUTCOMES, study_records
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+FOLDERS = ("benchmarks", "data", "outputs", "outputs/reference/studies", "cadm_paper/pretrained")
+READMES = [ROOT / folder / "README.md" for folder in FOLDERS]
 PAPER = (ROOT / "docs" / "paper-to-here.md").read_text(encoding="utf-8")
 
 
@@ -53,7 +55,9 @@ def broken(path: Path, text: str, home: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "path", [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: str(p.relative_to(ROOT))
+    "path",
+    [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *READMES],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_links_resolve(path):
     assert broken(path, markdown(path), path.parent) == []

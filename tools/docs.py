@@ -371,20 +371,19 @@ def first_figure(name: str) -> tuple[str, str] | None:
     for cell in nbformat.read(ROOT / f"{name}.ipynb", as_version=4).cells:
         for data in (o.get("data", {}) for o in cell.get("outputs", ())):
             if "image/png" in data:
-                png = "".join(data["image/png"].split())
-                return f"data:image/png;base64,{png}", html.escape(data["text/plain"].partition(". ")[0])
+                png, caption = "".join(data["image/png"].split()), data["text/plain"].partition(". ")[0]
+                caption = about(name)[0] if caption.startswith("<Figure") else caption  # has none
+                return f"data:image/png;base64,{png}", html.escape(caption)
     return None
 
 
 def thumbnails() -> str:
     """Figures that link to the pages with their code."""
-    names = ["experiments/fig2", "experiments/fig4", "experiments/gallery", "experiments/study_claims"]
-    names += ["experiments/study_digitscenes", "experiments/study_maps", "data/scenes"]
-    shown = [(f"nbs/{name}", first_figure(f"nbs/{name}")) for name in names]
+    names = [f"experiments/{name}" for name in ("fig2", "fig4", "gallery", "study_claims", "study_recipe")]
+    shown = [(f"nbs/{name}", first_figure(f"nbs/{name}")) for name in [*names, "data/scenes"]]
     links = [
-        f'<a href="{name}.html"><img src="{found[0]}" alt="{found[1]}"><span>{about(name)[0]}</span></a>'
-        for name, found in shown
-        if found
+        f'<a href="{name}.html"><img src="{uri}" alt="{caption}"><span>{about(name)[0]}</span></a>'
+        for name, (uri, caption) in shown
     ]
     return f'<div class="thumbs">{"".join(links)}</div>'
 
