@@ -150,6 +150,17 @@ def whole_folder(folder, known: tuple[str, ...], what: str):
         new.rename(folder)
 
 
+# %% ../nbs/files.ipynb #5e9a7c02
+def refuse_overwriting(written: Iterable, read: Iterable = ()) -> None:
+    """Raise `ValueError` if a file to write is also read, or written twice; None stands for no file."""
+    taken = {os.path.realpath(path) for path in read}
+    for path in filter(None, written):
+        place = os.path.realpath(Path(path).expanduser())
+        if place in taken:
+            raise ValueError(f"{path} is named twice, and writing it would lose a file: choose another name")
+        taken.add(place)
+
+
 # %% ../nbs/files.ipynb #59823d18
 class MissingPackage(ModuleNotFoundError):
     """A package of one of this library's extras is not installed."""

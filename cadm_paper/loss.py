@@ -19,6 +19,8 @@ from .paper import DECISIONS, LossOptions, takes
 # %% ../nbs/02_loss.ipynb #c8f045ec
 def check_targets(targets: Tensor, shape: tuple[int, ...]) -> None:
     """ValueError unless targets are images x classes of 1, 0 or -1 (values are checked on the CPU only)."""
+    if len(shape) != 2:
+        raise ValueError(f"expected logits B x C and label vectors B x C x k, but (B, C) is {tuple(shape)}")
     if tuple(targets.shape) != tuple(shape):
         given, (images, classes) = tuple(targets.shape), shape
         raise ValueError(f"targets of shape {given} for {images} images and {classes} classes")
@@ -190,7 +192,7 @@ def _label_correlation(
     num_images: int | None,
 ) -> Float[Tensor, ""]:
     """Eq. 12 with these options."""
-    check_targets(targets, vectors.shape[:2])
+    check_targets(targets, vectors.shape[:-1])
     distances = distances_to_center(
         full_precision(vectors), targets, choose.distance, choose.detach_center, choose.center
     )

@@ -117,7 +117,7 @@ def build_backbone(backbone: str | nn.Module) -> nn.Module:
 # %% ../nbs/01_model.ipynb #cd8fb367
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) from one or two whole numbers from 1 to 10,000; `ValueError` otherwise."""
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
     if len(sides) != 2 or any(type(side) is not int or not 1 <= side <= 10_000 for side in sides):
         what = "a positive whole number up to 10,000 or two of them (height, width)"
         raise ValueError(f"a size is {what}, not {size!r}")

@@ -166,14 +166,27 @@ FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/ful
     [
         (["--threshold=5"], "threshold"),
         (["--threshold=nan"], "threshold"),
+        (["--json", "o.txt", "--csv", "./o.txt"], "o.txt is named twice"),
+        (["--csv", "a.jpg"], "a.jpg is named twice"),
         pytest.param(["--json", "/dev/full"], "No space left on device: '/dev/full'", marks=FULL),
         pytest.param(["--csv", "/dev/full"], "No space left on device: '/dev/full'", marks=FULL),
     ],
 )
-def test_errors_of_predict(tmp_path, words, says):
+def test_errors_of_predict(tmp_path, monkeypatch, words, says):
     model(tmp_path)
-    code, out = predicted(tmp_path, image(tmp_path / "a.jpg"), *words)
+    monkeypatch.chdir(tmp_path)
+    before = image(tmp_path / "a.jpg").read_bytes()
+    code, out = predicted(tmp_path, tmp_path / "a.jpg", *words)
     assert code == 2 and "cadm: " in out and says in out
+    assert (tmp_path / "a.jpg").read_bytes() == before and not (tmp_path / "o.txt").exists()
+
+
+def test_each_image_has_its_own_overlay(tmp_path):
+    model(tmp_path)
+    for name in ("x-2.png", "x.jpg", "x.png", "a/x.jpg"):
+        image(tmp_path / "p" / name)
+    answers, _ = predict_files([tmp_path / "p"], tmp_path / "model", maps=tmp_path / "maps")
+    assert len({answer["maps"] for answer in answers}) == 4 == len([*(tmp_path / "maps").iterdir()])
 
 
 def test_an_ascii_terminal(tmp_path, monkeypatch):

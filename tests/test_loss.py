@@ -240,6 +240,10 @@ def test_nothing_for_pairs_of_classes(largest_tensor):
         (dict(targets=torch.full((2, 3), float("nan"))), "the first is nan"),
         (dict(label_vectors=None), "needs label vectors"),
         (dict(label_vectors=torch.zeros(2, 4, 5)), "2 images and 4 classes"),
+        (dict(label_vectors=torch.zeros(2, 3)), "label vectors B x C x k"),
+        (dict(label_vectors=torch.zeros(2, 3, 5, 5)), "label vectors B x C x k"),
+        (dict(logits=torch.zeros(2, 3, 1), targets=torch.zeros(2, 3, 1)), "expected logits B x C"),
+        (dict(logits=torch.zeros(3), targets=torch.zeros(3)), "expected logits B x C"),
     ],
 )
 def test_wrong_input(wrong, message):

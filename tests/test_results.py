@@ -87,6 +87,15 @@ def test_evaluate_files_writes_what_it_returns(files, capsys):
     assert rows[2][1:] == [f"{100 * v:.1f}" for v in list(found["metrics"].values())[:13]]
 
 
+@pytest.mark.parametrize("out", [dict(json="a.npz"), dict(csv="b.npz"), dict(csv="e", per_class="./e")])
+def test_no_file_is_overwritten(files, monkeypatch, out):
+    monkeypatch.chdir(files[0])
+    before = {path.name: path.read_bytes() for path in files[0].iterdir()}
+    with pytest.raises(ValueError, match="is named twice"):
+        evaluate_files("a.npz", "b.npz", **out, replicates=0)
+    assert {path.name: path.read_bytes() for path in files[0].iterdir()} == before
+
+
 def test_run_folders_other_arrays_and_rules(files, capsys):
     folder, a, b, y = files
     (folder / "run").mkdir()

@@ -24,7 +24,7 @@ import torch
 import cadm_paper
 from ..data.loading import decode_rgb, displayed_image, prepare, resized
 from ..data.photograph import ImageError, read_photograph
-from ..files import naming, open_through, whole_file
+from ..files import naming, open_through, refuse_overwriting, whole_file
 from ..methods import load_model
 from ..metrics import checked_rule
 from ..model import Network
@@ -189,11 +189,14 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3)
 
 
 # %% ../../nbs/app/predict.ipynb #58781fa8
-def overlay_file(folder: Path, image: Path, named: Counter) -> Path:
-    """The file for an image's maps; `named` counts the images of each name."""
-    named[image.stem] += 1
-    number = f"-{named[image.stem]}" if named[image.stem] > 1 else ""
-    return folder / f"{image.stem}{number}-maps.png"
+def overlay_file(folder: Path, image: Path, taken: set[str]) -> Path:
+    """The file for an image's maps; `taken` holds the names that this call has given, in lower case."""
+    name, number = image.stem, 1
+    while name.casefold() in taken:  # a/x.jpg, b/x.png, x-2.jpg
+        number += 1
+        name = f"{image.stem}-{number}"
+    taken.add(name.casefold())
+    return folder / f"{name}-maps.png"
 
 
 # %% ../../nbs/app/predict.ipynb #61be269f
@@ -246,7 +249,7 @@ def predict_files(
 
     Raises:
         FileNotFoundError: without a model or an image.
-        ValueError: for a threshold outside 0..1, or an unusable model.
+        ValueError: for a threshold outside 0..1, an unusable model, or a file to write that is named twice.
 
     Example:
         >>> answers, errors = predict_files(["photos"], csv_file="labels.csv")
@@ -256,7 +259,8 @@ def predict_files(
     predictor = Predictor.load(checkpoint)
     maps = maps and Path(maps).expanduser()
     paths = [path for path in image_files(images) if not (maps and is_overlay(path, maps))]
-    answers, errors, named = [], [], Counter()
+    refuse_overwriting((json_file, csv_file), paths)
+    answers, errors, taken = [], [], set()
     with ExitStack() as opened:
         if json_file:
             opened.enter_context(naming(json_file))
@@ -274,8 +278,8 @@ def predict_files(
             labels = labels_above(found["scores"], threshold)
             answers.append({"image": found["image"], "labels": labels, "scores": found["scores"]})
             if maps:
-                file = overlay_file(maps, path, named)
-                answers[-1]["maps"] = printable(save_overlays(found, file, threshold))
+                place = overlay_file(maps, path, taken)
+                answers[-1]["maps"] = printable(save_overlays(found, place, threshold))
             each(answers[-1])
             if csv_file:
                 add_line(answers[-1])

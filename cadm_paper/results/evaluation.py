@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cadm_paper.files import read_arrays, sha256_file, whole_file, write_json
+from cadm_paper.files import read_arrays, refuse_overwriting, sha256_file, whole_file, write_json
 from cadm_paper.metrics import (
     checked,
     checked_rule,
@@ -266,7 +266,7 @@ def evaluate_files(
 
     Raises:
         ScoreFileError: a file cannot be read, or two cannot be compared.
-        ValueError: an option is invalid.
+        ValueError: an option is invalid, or a file to write is also read or named twice.
 
     Example:
         >>> evaluate_files("new.npz", against="old.npz")["difference"]["mAP"]
@@ -274,6 +274,7 @@ def evaluate_files(
     if min(replicates, seed) < 0:
         raise ValueError(f"replicates (0: no intervals) and seed must be >= 0, not {replicates} and {seed}")
     files = read_files(scores, against, array)
+    refuse_overwriting((json, csv, per_class), [file.path for file in files])
     other = files[1].scores if against is not None else None
     table = compare_scores(files[0].scores, other, files[0].targets, replicates, level, seed, threshold, k)
     sides = [file_data(*pair, threshold, k) for pair in zip(files, (table, table), ("", "against_"))]
