@@ -16,6 +16,7 @@ from cadm_paper.app.batch import WorkflowError
 from cadm_paper.app.report import build_report
 from cadm_paper.app.runs import runs_list, runs_submit, summary
 from cadm_paper.engine.audit import problems
+from cadm_paper.engine.checkpoint import load_checkpoint
 from cadm_paper.engine.config import TrainConfig, config_digest
 from cadm_paper.engine.record import RecordError, RunRecord, load_runs, save_arrays, source
 from cadm_paper.engine.synthetic import synthetic_run, synthetic_runs
@@ -285,3 +286,11 @@ def test_a_mutated_record_is_read_or_rejected_in_one_line(honest):
         assert all(isinstance(problem, str) for problem in problems(record))
         assert table("table1", [record]).html() and summary(record)
     assert 0 < kept < 100
+
+
+@pytest.mark.parametrize("content", [b"", b'{"schema": "cadm-run/2", "na', b"\xff\x00 noise"])
+@pytest.mark.parametrize("name, read", [("run.json", RunRecord.load), ("last.safetensors", load_checkpoint)])
+def test_half_written_files_are_named_and_the_message_says_what_to_do(tmp_path, name, read, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}.*[Rr]emove it"):
+        read(tmp_path if name == "run.json" else tmp_path / name)

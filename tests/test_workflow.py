@@ -184,12 +184,22 @@ def test_paper_lists_every_run_of_tables_1_and_2():
         ({"run": []}, "did you mean 'runs'"),
         ({"defaults": {"dataset": "voc2077"}, "runs": [{}]}, "did you mean 'voc2007'"),
         ({"runs": [{"seed": [0, 0]}]}, "listed twice"),
+        ({"runs": [{"seed": 0}, {"seed": []}]}, "run 2: seed has no value"),
         ({"notebooks": ["tabel1"]}, "did you mean 'table1'"),
     ],
 )
 def test_an_invalid_line_is_rejected_with_a_hint(content, hint):
     with pytest.raises(ValueError, match=hint):
         batch.parse_batch(content)
+
+
+@pytest.mark.parametrize("text", ["", "# runs: later", "- seed: 0", "runs", "? [1]\n: 2", "runs:\n  -"])
+def test_a_file_that_is_no_config_is_one_line_that_names_it(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    for config, says in ((tmp_path / "x.yaml", r"x\.yaml: "), ("x", "no config named 'x'")):
+        with pytest.raises(batch.WorkflowError, match=says) as error:
+            batch.load_batch(str(config))
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content, modified", [({"dirty": True}, True), ({"clean": False}, True), ({}, None)])

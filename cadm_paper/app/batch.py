@@ -152,6 +152,8 @@ def plan(batch: Batch) -> list[Run]:
     for number, line in enumerate(batch.runs, 1):
         try:
             line = {**batch.defaults, **line}
+            if empty := [name for name, value in line.items() if value == []]:
+                raise ConfigError(f"{empty[0]} has no value, so there is no run: list one, or leave it out")
             choices = [v if isinstance(v, list) else [v] for v in line.values()]
             for values in itertools.product(*choices):
                 run = make_run(dict(zip(line, values)), batch)
@@ -196,9 +198,13 @@ def load_batch(config: str = "mini", **more) -> Batch:
     """
     folder = project_root() / "workflow" / "config"
     if not Path(config).suffix:
-        config = folder / f"{known(config, [p.stem for p in folder.glob('*.yaml')], 'no config named')}.yaml"
+        names = [p.stem for p in folder.glob("*.yaml")]
+        config = folder / f"{known(config, names, 'no config named', WorkflowError)}.yaml"
     try:
-        return parse_batch({**read_yaml(config), **more})
+        content = read_yaml(config)
+        if not isinstance(content, dict):
+            raise WorkflowError("a config file has keys such as `title` and `runs`; this one has none")
+        return parse_batch({**content, **more})
     except (OSError, ValueError, TypeError) as error:
         raise WorkflowError(f"{config}: {error}") from None
 

@@ -82,7 +82,9 @@ def load_checkpoint(path) -> tuple[dict[str, dict[str, Tensor]], dict]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         state = json.loads(about.get("state", "null"))
     except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({error})") from None
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint ({error}). Remove it to start again"
+        ) from None
     if about.get("schema") != SCHEMA:
         raise CheckpointError(
             f"{path}: written by another version (schema {SCHEMA!r} expected). Remove it to start again"

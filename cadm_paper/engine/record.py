@@ -363,7 +363,9 @@ class RunRecord(StoredArrays):
         try:
             content = read_json(path)
         except (OSError, ValueError) as error:
-            raise RecordError(error) from None
+            raise RecordError(
+                f"{error}: no readable record; restore it, or remove it to train again"
+            ) from None
         return cls.from_dict(content, folder)
 
     @classmethod
