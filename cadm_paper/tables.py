@@ -86,10 +86,9 @@ def measured_line(runs: Sequence[RunRecord], *notes: str, stale: str = "") -> Li
     )
     seeds = ", ".join(str(r.config.seed) for r in runs)
     counted = f"seed {seeds}" if len(runs) == 1 else f"n = {len(runs)}, seeds {seeds}"
-    line = Line(variant.label, values, sd if len(runs) > 1 else {}, variant=variant, runs=runs)
-    line.note = "; ".join(filter(None, [counted, *notes, stale and f"stale: {stale}"]))
-    line.state = "stale" if stale else "measured"
-    return line
+    note = "; ".join(filter(None, [counted, *notes, stale and f"stale: {stale}"]))
+    state, sd = "stale" if stale else "measured", sd if len(runs) > 1 else {}
+    return Line(variant.label, values, sd, state, note, variant, runs)
 
 
 # %% ../nbs/07_tables.ipynb #06975338
@@ -325,15 +324,6 @@ def plain_row(block: Block, line: Line) -> dict:
     }
 
 
-# %% ../nbs/07_tables.ipynb #ce0b628d
-def as_csv(rows: Sequence[dict]) -> str:
-    """A line per row: percent, and `_sd` for the standard deviation over seeds."""
-    plain = lambda row: {k: v for k, v in row.items() if not isinstance(v, (dict, list, tuple))}
-    cells = lambda of, end: {f"{c}{end}": None if of.get(c) is None else round(of[c], 4) for c in COLUMNS}
-    flat = [plain(row) | cells(row["percent"], "") | cells(row["sd"], "_sd") for row in rows]
-    return pd.DataFrame(flat, dtype=object).to_csv(index=False, lineterminator="\n")
-
-
 # %% ../nbs/07_tables.ipynb #ad76f726
 @dataclass(repr=False)
 class ResultTable:
@@ -388,7 +378,10 @@ class ResultTable:
 
     def csv(self) -> str:
         """One line per row: percent, and `_sd` for the standard deviation over seeds."""
-        return as_csv(self.rows())
+        plain = lambda row: {k: v for k, v in row.items() if not isinstance(v, (dict, list, tuple))}
+        cells = lambda of, end: {f"{c}{end}": None if of.get(c) is None else round(of[c], 4) for c in COLUMNS}
+        flat = [plain(row) | cells(row["percent"], "") | cells(row["sd"], "_sd") for row in self.rows()]
+        return pd.DataFrame(flat, dtype=object).to_csv(index=False, lineterminator="\n")
 
     def files(self) -> dict[str, str]:
         """The table as the content of files, by extension; the HTML is a page with its style."""

@@ -420,25 +420,6 @@ def fit(
     return scores or predict(trainer, test)  # resumed after the last epoch: predict
 
 
-# %% ../nbs/05_train.ipynb #f056d7b0
-def train_network(
-    trainer: Trainer,
-    loaders: list[Loader],
-    resume: bool,
-    progress: Progress | None,
-    checkpoint_minutes: float,
-) -> tuple[dict, dict]:
-    """Train, or resume from the run's checkpoint if there is one.
-
-    Returns the test images' scores and the trainer's entries of the record.
-    """
-    if resume and checkpoint_file(trainer.folder).is_file():
-        load_trainer(trainer)
-    with contextlib.closing(progress or Progress()) as shown:
-        scores = fit(trainer, *loaders, shown, checkpoint_minutes)
-    return scores, {name: getattr(trainer, name) for name in ("history", "code", "seconds")}
-
-
 # %% ../nbs/05_train.ipynb #c189f75f
 def fit_probe(model: Network, config: TrainConfig, train: Loader, test: Loader) -> tuple[dict, dict]:
     """Fit the model's head; returns the test images' scores and the probe's entries of the record."""
@@ -595,7 +576,11 @@ def train(
             trainer = Trainer(config, model, group, max(len(data[0]) // config.batch_size, 1), folder)
             trainer.stop, trainer.origin = stop, [split.fingerprint for split in data]
             trainer.origin.append(model.provenance.get("sha256"))
-            scores, said = train_network(trainer, loaders, resume, progress, checkpoint_minutes)
+            if resume and checkpoint_file(folder).is_file():
+                load_trainer(trainer)
+            with contextlib.closing(progress or Progress()) as shown:
+                scores = fit(trainer, *loaders, shown, checkpoint_minutes)
+            said = {name: getattr(trainer, name) for name in ("history", "code", "seconds")}
         wall, cpu = time.monotonic() - began[0], time.process_time() - began[1]
         said["timing"] = {"wall_s": wall, "cpu_s": cpu, "training_s": said.pop("seconds", 0.0)}
         return finish(asked, config, folder, data, model, scores, said) if group.main else None

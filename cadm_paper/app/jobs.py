@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/app/jobs.ipynb #c0da33be
-import asyncio
 import contextlib
 import itertools
 import json
@@ -36,19 +35,6 @@ from ..engine.status import other_data
 from ..files import FolderLocked, folder_lock, optional, write_json
 
 
-# %% ../../nbs/app/jobs.ipynb #66e853bf
-def patient_manager() -> type:
-    """A class of kernel managers that wait a moment before they interrupt and end a kernel."""
-    from jupyter_client import AsyncKernelManager
-
-    class PatientManager(AsyncKernelManager):
-        async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
-            await asyncio.sleep(0.5)
-            await super().shutdown_kernel(now, restart)
-
-    return PatientManager
-
-
 # %% ../../nbs/app/jobs.ipynb #ccf836c3
 def execute(notebook: Path, out: Path, parameters: dict) -> None:
     """Execute a notebook, saving `out` after each cell. The kernel ends within a second of this process.
@@ -60,10 +46,10 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        kernel = {"transport": "ipc", "ip": f"{folder}/k"}
-        how = dict(config=Config(KernelManager=kernel), kernel_manager_class=patient_manager())
+        kernel = Config(KernelManager={"transport": "ipc", "ip": f"{folder}/k"})
+        how = dict(config=kernel, extra_arguments=["--log-level=CRITICAL"], progress_bar=False)
         try:
-            papermill.execute_notebook(str(notebook), str(out), parameters, progress_bar=False, **how)
+            papermill.execute_notebook(str(notebook), str(out), parameters, **how)
         except Exception as error:
             text = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
             raise WorkflowError(f"{text.splitlines()[0][:300]}; see {out}") from None
