@@ -24,15 +24,15 @@ from cadm_paper.results.statistics import Difference, bootstrap, difference, dra
 
 
 # %% ../../nbs/results/measures.ipynb #21d72a67
-def replicates(record: RunRecord, array: str = "scores", count: int = 200) -> np.ndarray:
-    """mAP of a score array of a record, followed by bootstrap replicates over test images: 1 + count numbers.
+def replicates(record: RunRecord, array: str = "scores") -> np.ndarray:
+    """mAP of a score array of a record, followed by 200 bootstrap replicates over test images.
 
     `scores_both` is the mean of both streams (Eq. 3) for any method. Raises `RecordError` if neither scores
     nor replicates are stored.
     """
-    kept = (record.beside("replicates.npz") or {}).get(array, ())
-    if len(kept) == 1 + count:
-        return kept
+    kept = record.beside("replicates.npz") or {}
+    if array in kept:
+        return kept[array]
     found = record.scores()
     if not found:
         raise RecordError(f"{record.folder} has neither scores.npz nor replicates.npz: train it again")
@@ -40,7 +40,7 @@ def replicates(record: RunRecord, array: str = "scores", count: int = 200) -> np
         streams = (logit(np.clip(found[name], 1e-7, 1 - 1e-7)) for name in ("scores_fcls", "scores_scls"))
         found = found | {array: expit(predicted("both", *streams))}
     scores, targets = found[array], found["targets"]
-    return np.r_[multilabel_metrics(scores, targets)["mAP"], bootstrap(scores, targets, count)["mAP"]]
+    return np.r_[multilabel_metrics(scores, targets)["mAP"], bootstrap(scores, targets, 200)["mAP"]]
 
 
 # %% ../../nbs/results/measures.ipynb #39239b01
@@ -66,7 +66,6 @@ def compare_runs(
     against: Mapping[int, RunRecord],
     array: str = "scores",
     against_array: str = "scores",
-    count: int = 200,
 ) -> Difference:
     """Difference of mAP, runs - against, paired by common seeds (seed -> record) and by image.
 
@@ -75,7 +74,7 @@ def compare_runs(
     pairs = [(runs[seed], against[seed]) for seed in sorted(set(runs) & set(against))]
     for pair in pairs:
         check_same_test(*pair)
-    return difference([replicates(a, array, count) - replicates(b, against_array, count) for a, b in pairs])
+    return difference([replicates(a, array) - replicates(b, against_array) for a, b in pairs])
 
 
 # %% ../../nbs/results/measures.ipynb #4fad854a
@@ -134,7 +133,7 @@ def usual_places(split, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 # %% ../../nbs/results/measures.ipynb #9f1b0003
-def measure_points(lines, split, sizes, cells: tuple[int, int], usual, tolerance: float = 15) -> np.ndarray:
+def measure_points(lines, split, sizes, cells: tuple[int, int], usual) -> np.ndarray:
     """Whether a point is in a box of the label, a row of `POINT_FIELDS` per row of `lines`; NaN without a box.
 
     Args:
@@ -142,7 +141,6 @@ def measure_points(lines, split, sizes, cells: tuple[int, int], usual, tolerance
         split, sizes: the images; height and width in pixels.
         cells: height and width of the maps.
         usual: C x 2, from `usual_places` of the training images.
-        tolerance: of `near`, px (Zhang et al. 2016).
     """
     found = np.full((len(lines), len(POINT_FIELDS)), np.nan, np.float32)
     for row, (i, c, peak) in zip(found, lines[:, [0, 1, LINE_FIELDS.index("peak")]].astype(int)):
@@ -153,7 +151,8 @@ def measure_points(lines, split, sizes, cells: tuple[int, int], usual, tolerance
         points = np.array([(cell + 0.5) / cells[::-1], (0.5, 0.5), usual[c]]) * size
         outside = np.maximum(boxes[:, :2] - points[:, None], points[:, None] - boxes[:, :2] - boxes[:, 2:])
         peak_off, *priors_off = np.linalg.norm(np.maximum(outside, 0), axis=2).min(1)
-        row[:] = peak_off == 0, peak_off <= tolerance, *(off == 0 for off in priors_off)
+        # 15 px: the tolerance of Zhang et al. (2016)
+        row[:] = peak_off == 0, peak_off <= 15, *(off == 0 for off in priors_off)
     return found
 
 
