@@ -81,7 +81,7 @@ def pretrain(config: PretrainConfig, batch: int = 32) -> tuple[CADM, list[float]
         )
         d, right = Draws(config.seed, SINGLE, 9), [0] * config.epochs
         for epoch in range(config.epochs):
-            order = np.argsort(d.array((len(pictures),), 2**31), kind="stable")
+            order = d.permutation(len(pictures))
             for rows in order[:used].reshape(-1, batch):
                 x, y = (d.below(PICTURE - WINDOW + 1) for _ in range(2))
                 window = torch.from_numpy(pictures[rows, :, y : y + WINDOW, x : x + WINDOW])
