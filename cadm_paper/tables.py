@@ -87,8 +87,15 @@ def measured_line(runs: Sequence[RunRecord], *notes: str, stale: str = "") -> Li
     seeds = ", ".join(str(r.config.seed) for r in runs)
     counted = f"seed {seeds}" if len(runs) == 1 else f"n = {len(runs)}, seeds {seeds}"
     note = "; ".join(filter(None, [counted, *notes, stale and f"stale: {stale}"]))
-    state, sd = "stale" if stale else "measured", sd if len(runs) > 1 else {}
-    return Line(variant.label, values, sd, state, note, variant, runs)
+    return Line(
+        variant.label,
+        values,
+        sd if len(runs) > 1 else {},
+        "stale" if stale else "measured",
+        note,
+        variant,
+        runs,
+    )
 
 
 # %% ../nbs/07_tables.ipynb #06975338
