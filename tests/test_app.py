@@ -284,7 +284,9 @@ def test_the_packaged_model_matches_its_record_and_card():
 def test_a_reader_that_stops_is_no_error():
     """As in `cadm runs list | head -1`."""
     command = [sys.executable, "-m", "cadm_paper", "runs", "list"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, env=buffered, **pipes) as program:
         program.stdout.close()
         assert program.stderr.read() == b""
 

@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
             description="The reproducible companion of the CADM paper (ICME 2019).",
             args=[home(word) for word in given],  # as a shell does, also after an equals sign
         )
+        sys.stdout.flush()  # a reader that stopped is noticed here, not at Python's end
     except KeyboardInterrupt as stopped:
         print(f"cadm: {str(stopped) or STOPPED}", file=sys.stderr)
         code = 130
