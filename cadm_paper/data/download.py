@@ -257,13 +257,27 @@ def fetch(
     )
 
 
+# %% ../../nbs/data/download.ipynb #17f1723c
+def plain_members(opened: tarfile.TarFile, target: Path) -> list[tarfile.TarInfo]:
+    """Files and folders of a tar archive, with usual modes. Raises `tarfile.TarError` for any other member."""
+    members = opened.getmembers()
+    for m in members:
+        if not (m.isfile() or m.isdir()):
+            raise tarfile.TarError(f"{m.name} is a link or a device")
+        if not (target / m.name).resolve().is_relative_to(target.resolve()):
+            raise tarfile.TarError(f"{m.name} leads outside the folder")
+        m.mode = 0o755 if m.isdir() else 0o644
+    return members
+
+
 # %% ../../nbs/data/download.ipynb #17f1723b
 def unpack(path: Path, target: Path, quiet: bool = True) -> None:
     """Unpack a verified archive into the folder `target`. Raises `DataError`."""
     try:
         with (zipfile.ZipFile if path.suffix == ".zip" else tarfile.TarFile)(path) as opened:
-            opened.extraction_filter = getattr(tarfile, "data_filter", None)  # no links, devices, modes
-            members = opened.namelist() if isinstance(opened, zipfile.ZipFile) else opened.getmembers()
+            opened.extraction_filter = getattr(tarfile, "data_filter", None)  # not as the archive's owners
+            tar = isinstance(opened, tarfile.TarFile)
+            members = plain_members(opened, target) if tar else opened.namelist()
             opened.extractall(target, tqdm(members, f"unpack {path.name}", disable=quiet, unit=" files"))
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
