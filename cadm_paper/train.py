@@ -479,8 +479,8 @@ def shared_data(config: TrainConfig, group: ProcessGroup) -> tuple[Split, Split]
 
 # %% ../nbs/05_train.ipynb #14bb5f63
 def split_facts(split: Split) -> dict:
-    """Counts and fingerprint of a split as plain numbers and text, with the ids of missing images."""
-    return json.loads(json.dumps(split.summary(), default=float)) | {"missing_ids": list(split.missing)}
+    """Counts and fingerprint of a split, with the ids of missing images."""
+    return split.summary() | {"missing_ids": list(split.missing)}
 
 
 # %% ../nbs/05_train.ipynb #c7640012
