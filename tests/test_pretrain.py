@@ -8,6 +8,7 @@ import pytest
 
 from cadm_paper import train as training
 from cadm_paper.data.scenes import CUT, TEST, TRAIN, digit_indices
+from cadm_paper.engine import pretrain as pretraining
 from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.pretrain import PretrainConfig, plan_single, pretrained_digits, single_digits
 from cadm_paper.files import sha256_file
@@ -32,6 +33,16 @@ def test_each_name_of_digit_weights_has_a_separate_seed(monkeypatch):
         model = training.build_model(TrainConfig(weights=word, backbone="narrow_resnet_dilated"), "ab")
         assert model.provenance["source"] == word
     assert asked == [PretrainConfig("narrow_resnet_dilated", seed=seed) for seed in (0, 1)]
+
+
+def test_finished_weights_are_returned_without_writing(tmp_path, monkeypatch):
+    """Their folder may be read-only."""
+    monkeypatch.setattr(pretraining, "pretrain", lambda config: pytest.fail("trained again"))
+    monkeypatch.setattr(pretraining, "folder_lock", lambda *_, **how: pytest.fail("locked"))
+    weights = tmp_path / f"narrow_resnet-{pretraining.pretrain_digest(SHORT)[:8]}" / "backbone.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
+    assert pretrained_digits(tmp_path, SHORT) == weights
 
 
 @pytest.mark.slow

@@ -74,14 +74,15 @@ def resized(image: Tensor, size: int | tuple[int, int], resize: str = "squash") 
 
 
 # %% ../../nbs/data/loading.ipynb #7d1e0a01
-def displayed_image(
-    image: Tensor, size: int | tuple[int, int], resize: str, longest: int = 448
-) -> np.ndarray:
-    """The network's view of a decoded photograph in its own aspect ratio, for display: uint8 H x W x 3."""
+def displayed_image(image: Tensor, size: int | tuple[int, int], resize: str) -> np.ndarray:
+    """The network's view of a decoded photograph in its own aspect ratio, for display.
+
+    uint8 H x W x 3, at most 448 px.
+    """
     if resize == "crop":
         image = central_window(image, *np.broadcast_to(size, 2))
     shape = np.array(image.shape[1:])
-    shape = (shape * min(1, longest / shape.max())).round().astype(int).clip(1)
+    shape = (shape * min(1, 448 / shape.max())).round().astype(int).clip(1)
     return resized(image, tuple(shape.tolist())).permute(1, 2, 0).numpy()
 
 
@@ -247,12 +248,15 @@ def shared_array(images: Images, batches: Iterable[Batch]) -> np.ndarray | None:
     if not 0 < np.prod(shape) <= CACHE_BYTES:
         return None
     path = cache_file(images)
+    mapped = lambda: np.memmap(regular(path), mode="r", shape=shape)
+    with contextlib.suppress(OSError, ValueError):  # absent, or shorter than the array
+        return mapped()  # not locked: the folder may be read-only
     try:
         with folder_lock(path.parent, wait=True):
-            with contextlib.suppress(OSError, ValueError):  # absent, or shorter than the array
-                return np.memmap(regular(path), mode="r", shape=shape)
+            with contextlib.suppress(OSError, ValueError):  # written by another process in the meantime
+                return mapped()
             write_array(path, tqdm(batches, "decode once", disable=None, delay=2, leave=False))
-            return np.memmap(path, mode="r", shape=shape)
+            return mapped()
     except OSError as error:
         warnings.warn(f"{path.parent}: cannot store decoded images here ({error})", stacklevel=3)
         return None

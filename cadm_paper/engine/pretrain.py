@@ -38,6 +38,7 @@ class PretrainConfig:
 SCHEMA = "cadm-pretrain/2"  # a new number invalidates the cache
 SINGLE = 3  # key of these random streams; 1 and 2 are the benchmark's two forms
 PICTURE, WINDOW = 36, 32  # px: side of a generated image and of its crop
+BATCH = 32  # images of a training step
 STYLES = ("chalk", "plate", "neon")
 # side of a digit in 1/80 of the image; opacity in 1/256; per mille of digits with a hidden part
 HARDNESS = {"side": (50, 76), "strength": (150, 256), "blur": 2, "cut": 100, "noise": 8}
@@ -62,7 +63,7 @@ def single_digits(config: PretrainConfig, n: int, split: int = TRAIN) -> tuple[n
 
 
 # %% ../../nbs/engine/pretrain.ipynb #ac29b614
-def pretrain(config: PretrainConfig, batch: int = 32) -> tuple[CADM, list[float]]:
+def pretrain(config: PretrainConfig) -> tuple[CADM, list[float]]:
     """Train a digit classifier: backbone, average pooling, linear layer.
 
     Returns the classifier and its training accuracy per epoch.
@@ -74,7 +75,8 @@ def pretrain(config: PretrainConfig, batch: int = 32) -> tuple[CADM, list[float]
             memory_format=torch.channels_last
         )
         optimiser = torch.optim.AdamW(model.train().parameters(), lr=config.lr, weight_decay=0.01)
-        steps, used = config.epochs * (len(pictures) // batch), len(pictures) // batch * batch
+        used = len(pictures) // BATCH * BATCH
+        steps = config.epochs * used // BATCH
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser,
             lambda s: min(1, (s + 1) / max(1, steps // 20)) * 0.5 * (1 + math.cos(math.pi * s / steps)),
@@ -82,7 +84,7 @@ def pretrain(config: PretrainConfig, batch: int = 32) -> tuple[CADM, list[float]
         d, right = Draws(config.seed, SINGLE, 9), [0] * config.epochs
         for epoch in range(config.epochs):
             order = d.permutation(len(pictures))
-            for rows in order[:used].reshape(-1, batch):
+            for rows in order[:used].reshape(-1, BATCH):
                 x, y = (d.below(PICTURE - WINDOW + 1) for _ in range(2))
                 window = torch.from_numpy(pictures[rows, :, y : y + WINDOW, x : x + WINDOW])
                 images = window.contiguous(memory_format=torch.channels_last).sub(127.5).div_(127.5)
@@ -122,8 +124,10 @@ def pretrained_digits(folder=None, config: PretrainConfig = PretrainConfig()) ->
     name = f"{config.backbone}-{pretrain_digest(config)[:8]}"
     home = Path(folder or default_folder("outputs") / "pretrained") / name
     weights = home / "backbone.safetensors"
+    if weights.is_file():  # not locked: the folder may be read-only
+        return weights
     with folder_lock(home, wait=True):
-        if not weights.is_file():
+        if not weights.is_file():  # else trained by another process in the meantime
             state = pretrain(config)[0].backbone.state_dict()
             with whole_file(weights) as file:
                 file.write(safetensors.torch.save({k: v.contiguous() for k, v in state.items()}))
