@@ -36,9 +36,8 @@ def summary(record: RunRecord) -> dict:
 
 
 # %% ../../nbs/app/runs.ipynb #559a5286
-def runs_table(outputs: Path | None = None) -> list[dict]:
+def runs_table(outputs: Path) -> list[dict]:
     """Every run on disk: name, state, reason and folder; with a record also its `summary`."""
-    outputs = outputs or Batch().outputs
     rows = []
     for place in (outputs, *sorted(outputs.glob("on-*"))):
         for folder, now in states(place / "runs").items():
@@ -50,11 +49,10 @@ def runs_table(outputs: Path | None = None) -> list[dict]:
 
 
 # %% ../../nbs/app/runs.ipynb #733473ed
-def committed(outputs: Path | None = None) -> list[dict]:
+def committed(outputs: Path) -> list[dict]:
     """The records in `outputs/reference`, read from each results.csv."""
     import pandas as pd
 
-    outputs = outputs or Batch().outputs
     rows = []
     for file in sorted((outputs / "reference").rglob("results.csv")):
         for made in pd.read_csv(file).itertuples():
@@ -85,8 +83,9 @@ def runs_list(outputs: MaybePath = None) -> None:
     """
     import pandas as pd
 
-    rows = runs_table(outputs)
-    rows += [*(missing(rows) if outputs is None else ()), *committed(outputs)]
+    folder = outputs or Batch().outputs
+    rows = runs_table(folder)
+    rows += [*(missing(rows) if outputs is None else ()), *committed(folder)]
     study = lambda row: row["run"].startswith("reference/studies/") and Path(row["run"]).parts[2]
     counts = Counter(filter(None, map(study, rows)))
     lines = [{"state": "committed", "run": f"reference/studies/{k}: {n} runs"} for k, n in counts.items()]
@@ -99,7 +98,7 @@ def runs_list(outputs: MaybePath = None) -> None:
 
 
 # %% ../../nbs/app/runs.ipynb #59ac7b78
-def find_run(name: str, outputs: Path | None = None) -> RunRecord:
+def find_run(name: str, outputs: Path) -> RunRecord:
     """A finished run by its folder or a part of its name; committed records are searched if no run matches.
 
     Raises `ValueError` for no match, or several.
@@ -148,7 +147,8 @@ def runs_diff(a: Run, b: Run, outputs: MaybePath = None) -> int:
         b: The other run.
         outputs: Folder of the runs; by default outputs/.
     """
-    one, two = (facts(find_run(name, outputs)) for name in (a, b))
+    folder = outputs or Batch().outputs
+    one, two = (facts(find_run(name, folder)) for name in (a, b))
     changed = [k for k in one | two if str(one.get(k)) != str(two.get(k))]
     for k in changed:
         if k.startswith("metrics.") and k in one and k in two:

@@ -135,10 +135,10 @@ REPEATED = 5  # identical files from which on they count as placeholders
 
 
 # %% ../../nbs/data/nuswide.ipynb #e160d00e
-def head(path, size: int = 4096) -> bytes:
-    """SHA-256 of the first `size` bytes of a file."""
+def head(path) -> bytes:
+    """SHA-256 of the first 4096 bytes of a file."""
     with open(path, "rb") as file:
-        return hashlib.sha256(file.read(size)).digest()
+        return hashlib.sha256(file.read(4096)).digest()
 
 
 # %% ../../nbs/data/nuswide.ipynb #ccb14662

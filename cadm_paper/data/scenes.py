@@ -640,22 +640,22 @@ ScenePairs = namedtuple("ScenePairs", "images images_without labels labels_witho
 
 
 # %% ../../nbs/data/scenes.ipynb #a9a94037
-def paired_scenes(form: str = "coco", n: int = 100) -> ScenePairs:
-    """The first n of the default test scenes with two labels or more, with and without a random one of them.
+def paired_scenes(n: int) -> ScenePairs:
+    """The first n test scenes of DigitScenes-C with two labels or more, with and without a random one of them.
 
     Images: uint8 n x 3 x H x W; labels: int8 n x C; boxes of the whole scenes: (category, x, y, width,
     height), px. Raises `DataError` if there are fewer than n."""
-    f = FORMS[form]
-    labels, _, plans = plan_split(f, 1000, 0, TEST)
+    form = FORMS["coco"]
+    labels, _, plans = plan_split(form, 1000, 0, TEST)
     rows = np.flatnonzero(labels.sum(1) > 1)[:n]
     if len(rows) < n:
         raise DataError(f"n={n}: only {len(rows)} of the test scenes show two labels or more")
     labels, plans = labels[rows], [plans[i] for i in rows]
     gone = []
     for i, present in zip(rows.tolist(), map(np.flatnonzero, labels)):
-        gone.append(present[Draws(0, f.key, TEST, i, 4).below(len(present))])
+        gone.append(present[Draws(0, form.key, TEST, i, 4).below(len(present))])
     bare = [replace(p, objects=tuple(g for g in p.objects if g.category != c)) for p, c in zip(plans, gone)]
-    without = labels * (np.arange(len(f.classes)) != np.array(gone)[:, None])
+    without = labels * (np.arange(len(form.classes)) != np.array(gone)[:, None])
     boxes = [[(g.category, *box(g)[0]) for g in p.objects if g.category >= 0] for p in plans]
     images = (np.stack([*map(paint, scenes)]) for scenes in (plans, bare))
-    return ScenePairs(*images, labels, without, np.array(gone), f.classes, boxes)
+    return ScenePairs(*images, labels, without, np.array(gone), form.classes, boxes)

@@ -180,13 +180,13 @@ def stop_signals(checkpoint: Path):
 
 
 # %% ../../nbs/engine/processes.ipynb #24acefa8
-def end_with_parent(seconds: float = 30) -> None:
-    """When standard input closes, send this process SIGTERM; after `seconds`, exit unconditionally."""
+def end_with_parent() -> None:
+    """When standard input closes, send this process SIGTERM; 30 seconds later, exit unconditionally."""
 
     def watch():
         os.read(0, 1)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(seconds)
+        time.sleep(30)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -275,7 +275,7 @@ def measure_pairs(model, normalise: str, unit: float, n: int = 300) -> np.ndarra
     """Mean change of the remaining labels' logits when one object of a scene is removed, for n pairs.
 
     In `unit`s."""
-    pairs = paired_scenes("coco", n)
+    pairs = paired_scenes(n)
     remaining = pairs.labels_without == 1
     logits = lambda images: model_outputs(model, torch.from_numpy(images).split(100), normalise)[2]
     change = (logits(pairs.images_without) - logits(pairs.images)) / unit
