@@ -1,4 +1,4 @@
-"""Pretraining: its images, its names, concurrent callers."""
+"""Pretrained weights: their names, a read-only cache, concurrent callers."""
 
 import os
 import subprocess
@@ -7,23 +7,12 @@ import sys
 import pytest
 
 from cadm_paper import train as training
-from cadm_paper.data.scenes import CUT, TEST, TRAIN, digit_indices
 from cadm_paper.engine import pretrain as pretraining
 from cadm_paper.engine.config import TrainConfig
-from cadm_paper.engine.pretrain import PretrainConfig, plan_single, pretrained_digits, single_digits
+from cadm_paper.engine.pretrain import PretrainConfig, pretrained_digits
 from cadm_paper.files import sha256_file
 
 SHORT = PretrainConfig(images=320, epochs=2)
-
-
-def test_the_default_pretraining_uses_training_data_only():
-    """Each digit sample and each crop of the default configuration."""
-    digits = digit_indices(TRAIN)
-    for plan, digit in (plan_single(PretrainConfig(), i) for i in range(PretrainConfig().images)):
-        assert all(g.digit in digits[digit] for g in plan.objects)
-        assert plan.crop[0] >= 0 and plan.crop[0] + plan.crop[2] <= CUT
-    train, test = (single_digits(SHORT, 200, split)[0] for split in (TRAIN, TEST))
-    assert not {p.tobytes() for p in train} & {p.tobytes() for p in test}
 
 
 def test_each_name_of_digit_weights_has_a_separate_seed(monkeypatch):

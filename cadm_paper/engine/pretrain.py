@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from ..data.scenes import TEST, TRAIN, Draws, Scene, draw_background, draw_glyph, paint
+from ..data.scenes import TRAIN, Draws, Scene, draw_background, draw_glyph, paint
 from .processes import machine_settings
 from ..files import default_folder, folder_lock, whole_file
 from ..model import BACKBONES, CADM
@@ -45,21 +45,35 @@ HARDNESS = {"side": (50, 76), "strength": (150, 256), "blur": 2, "cut": 100, "no
 
 
 # %% ../../nbs/engine/pretrain.ipynb #58d6889f
-def plan_single(config: PretrainConfig, index: int, split: int = TRAIN) -> tuple[Scene, int]:
+def plan_single(config: PretrainConfig, index: int) -> tuple[Scene, int]:
     """The plan of one pretraining image and its digit."""
-    key = (config.seed, SINGLE, split, index)
+    key = (config.seed, SINGLE, TRAIN, index)
     d = Draws(*key)
     digit, style = d.below(10), STYLES[d.below(len(STYLES))]
-    back = draw_background(Draws(*key, 1), split, PICTURE, key, HARDNESS)
-    glyph = draw_glyph(Draws(*key, 3), digit, digit, style, split, PICTURE, [], HARDNESS)
+    back = draw_background(Draws(*key, 1), TRAIN, PICTURE, key, HARDNESS)
+    glyph = draw_glyph(Draws(*key, 3), digit, digit, style, TRAIN, PICTURE, [], HARDNESS)
     return Scene(size=PICTURE, objects=(glyph,), **back), digit
 
 
 # %% ../../nbs/engine/pretrain.ipynb #8d4eaa1b
-def single_digits(config: PretrainConfig, n: int, split: int = TRAIN) -> tuple[np.ndarray, np.ndarray]:
+def single_digits(config: PretrainConfig, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Generate n images (uint8 n x 3 x H x W) and their digits (int64 n)."""
-    plans, targets = zip(*(plan_single(config, i, split) for i in range(n)))
+    plans, targets = zip(*(plan_single(config, i) for i in range(n)))
     return np.stack([paint(p) for p in plans]), np.array(targets)
+
+
+# %% ../../nbs/engine/pretrain.ipynb #86ae96ba
+def window(images: np.ndarray, d: Draws) -> torch.Tensor:
+    """A random crop of a batch, the same place in each image, in -1..1 as in the preset mini."""
+    x, y = (d.below(PICTURE - WINDOW + 1) for _ in range(2))
+    crops = torch.from_numpy(images[:, :, y : y + WINDOW, x : x + WINDOW])
+    return crops.contiguous(memory_format=torch.channels_last).sub(127.5).div_(127.5)
+
+
+# %% ../../nbs/engine/pretrain.ipynb #96ef2722
+def rate(step: int, steps: int) -> float:
+    """Factor of the learning rate: a linear warm-up over a twentieth of the steps, times a cosine to zero."""
+    return min(1, (step + 1) / max(1, steps // 20)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 # %% ../../nbs/engine/pretrain.ipynb #ac29b614
@@ -77,18 +91,12 @@ def pretrain(config: PretrainConfig) -> tuple[CADM, list[float]]:
         optimiser = torch.optim.AdamW(model.train().parameters(), lr=config.lr, weight_decay=0.01)
         used = len(pictures) // BATCH * BATCH
         steps = config.epochs * used // BATCH
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser,
-            lambda s: min(1, (s + 1) / max(1, steps // 20)) * 0.5 * (1 + math.cos(math.pi * s / steps)),
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps))
         d, right = Draws(config.seed, SINGLE, 9), [0] * config.epochs
         for epoch in range(config.epochs):
             order = d.permutation(len(pictures))
             for rows in order[:used].reshape(-1, BATCH):
-                x, y = (d.below(PICTURE - WINDOW + 1) for _ in range(2))
-                window = torch.from_numpy(pictures[rows, :, y : y + WINDOW, x : x + WINDOW])
-                images = window.contiguous(memory_format=torch.channels_last).sub(127.5).div_(127.5)
-                logits = model(images, False).logits  # of images in -1..1, as in the preset mini
+                logits = model(window(pictures[rows], d), False).logits
                 truth = torch.from_numpy(targets[rows])
                 optimiser.zero_grad()
                 torch.nn.functional.cross_entropy(logits, truth).backward()
