@@ -1,5 +1,6 @@
 """Training end to end: resume, several processes, every method, invalid input; on a few generated scenes."""
 
+import functools
 import itertools
 import multiprocessing
 import os
@@ -116,41 +117,47 @@ def test_a_stopped_run_resumes_bit_exactly(config, changes):
     same_run(whole, record)
 
 
-def test_a_finished_run_is_returned_unless_its_labels_changed(config, monkeypatch):
+def files(folder):
+    return {p: p.stat().st_mtime_ns for p in Path(folder).rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_finished_run_is_returned(config):
     record = train(config())
-    before = {p: p.stat().st_mtime_ns for p in record.folder.rglob("*")}
+    before = files(record.folder)
     assert train(config()).metrics == train(config(), resume=True).metrics == record.metrics
-    other_labels(config, monkeypatch)
-    with pytest.raises(CheckpointError, match="run.json was trained from other training labels"):
-        train(config(), resume=True)
-    assert {p: p.stat().st_mtime_ns for p in record.folder.rglob("*")} == before
+    assert files(record.folder) == before
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_other_first_weights_under_the_same_name_are_refused(config, tmp_path, finished):
+def test_another_configuration_other_labels_or_other_weights_are_refused(
+    config, tmp_path, monkeypatch, finished
+):
+    """The run stays as it is. Names of folders and files are not compared, their content is."""
     file = tmp_path / "start.safetensors"
     first, other = (CADM(3, "narrow_resnet", None, quiet=True).backbone.state_dict() for _ in range(2))
     save_file(first, file)
-    train(config(weights=str(file))) if finished else begun(config(weights=str(file)))
+    given = functools.partial(config, weights=str(file))
+    train(given()) if finished else begun(given())
+    before = files(given().out_dir)
+    with pytest.raises(CheckpointError, match=r"lr: 0\.003 -> 0\.5"):
+        train(given(lr=0.5), resume=not finished)
+    with monkeypatch.context() as patch:
+        other_labels(given, patch)
+        name = "run.json" if finished else "last.safetensors"
+        with pytest.raises(CheckpointError, match=f"{name} was trained from other training labels: use"):
+            train(given(), resume=True)
     save_file(other, file)
     with pytest.raises(CheckpointError, match="from other first weights: use the old data and weights"):
-        train(config(weights=str(file)), resume=True)
+        train(given(), resume=True)
+    assert files(given().out_dir) == before
+    save_file(first, file)
+    assert train(given(), resume=True).metrics
 
 
-def test_resuming_with_another_configuration_or_other_data_is_refused(config, monkeypatch):
-    """data_dir is not part of the digest; the labels in it are compared."""
+def test_an_unfinished_run_is_not_overwritten(config):
     begun(config())
-    with pytest.raises(CheckpointError, match=r"lr: 0\.003 -> 0\.5"):
-        train(config(lr=0.5), resume=True)
     with pytest.raises(CheckpointError, match="unfinished run"):
         train(config())
-    with monkeypatch.context() as patch:
-        other_labels(config, patch)
-        with pytest.raises(CheckpointError, match="from other training labels: use the old data"):
-            train(config(), resume=True)
-    train(config(), resume=True)
-    with pytest.raises(CheckpointError, match=r"lr: 0\.003 -> 0\.5"):
-        train(config(lr=0.5))  # a finished run is not overwritten
 
 
 def test_a_second_process_cannot_write_the_folder(config):
