@@ -381,12 +381,12 @@ def figure2(
 
 
 # %% ../nbs/06_figures.ipynb #a8830267
-def choose_labels(maps: dict, row: int, count: int = 2) -> list[int]:
-    """Present labels of a sampled image: those with the largest boxes, else the first in class order."""
+def choose_labels(maps: dict, row: int) -> list[int]:
+    """Two present labels of a sampled image: those with the largest boxes, else the first in class order."""
     boxes = maps.get("boxes", np.empty((0, 6)))
     area = lambda c: max((w * h for r, k, _, _, w, h in boxes if (int(r), int(k)) == (row, c)), default=0)
     present = np.flatnonzero(maps["targets"][row] == 1).tolist()
-    return sorted(sorted(present, key=lambda c: -area(c))[:count])
+    return sorted(sorted(present, key=lambda c: -area(c))[:2])
 
 
 # %% ../nbs/06_figures.ipynb #03a29675

@@ -47,7 +47,7 @@ def one_block_stage(inner: int, outer: int, stride: int) -> nn.Sequential:
 
 
 # %% ../nbs/01_model.ipynb #dc417f13
-def narrow_resnet(width: int = 16, strides: Sequence[int] = (1, 2, 2, 1), dilation: int = 1) -> nn.Sequential:
+def narrow_resnet(width: int = 16, dilation: int = 1) -> nn.Sequential:
     """The benchmark's ResNet: one `BasicBlock` per stage, 3x3 stem of stride 2, no pooling; d = 4 x width.
 
     `dilation` of the last stage widens the receptive field: 79 px at 1, 175 px at 4.
@@ -56,7 +56,7 @@ def narrow_resnet(width: int = 16, strides: Sequence[int] = (1, 2, 2, 1), dilati
         conv1=nn.Conv2d(3, width, 3, 2, 1, bias=False), bn1=nn.BatchNorm2d(width), relu=nn.ReLU(inplace=True)
     )
     inner = width
-    for stage, (factor, stride) in enumerate(zip((1, 2, 4, 4), strides), 1):
+    for stage, (factor, stride) in enumerate(zip((1, 2, 4, 4), (1, 2, 2, 1)), 1):
         parts[f"layer{stage}"] = one_block_stage(inner, width * factor, stride)
         inner = width * factor
     for m in (m for part in parts.values() for m in part.modules() if isinstance(m, nn.Conv2d)):

@@ -123,38 +123,54 @@ def timm_state_dict(name: str) -> dict[str, Tensor]:
         raise WeightsUnavailable(f"could not download timm's weights of {name}: {error}") from error
 
 
-# %% ../nbs/weights.ipynb #4f96ac75
-def load_backbone_weights(
-    backbone: nn.Module,
-    state: Mapping[str, Tensor],
-    expected_missing: Sequence[str] = (),
-    expected_unexpected: Sequence[str] = ("fc.*", "classifier.*"),
-) -> list[str]:
-    """Load a state dict completely or not at all; returns the missing names. Patterns as in shells."""
+# %% ../nbs/weights.ipynb #f1bc6bf5
+def backbone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone's part of a state dict, without the prefixes of a saved model and of torchvision."""
     if any(key.startswith("backbone.") for key in state):  # a saved model
         state = {k.removeprefix("backbone."): v for k, v in state.items() if not k.startswith("head.")}
-    state = {k.removeprefix("features."): v for k, v in state.items()}  # torchvision's prefix for some models
-    own = backbone.state_dict()
-    unnamed = lambda keys, names: [k for k in keys if not any(fnmatch.fnmatchcase(k, name) for name in names)]
-    # num_batches_tracked is a counter that only some checkpoints have
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    return {k.removeprefix("features."): v for k, v in state.items()}
+
+
+# %% ../nbs/weights.ipynb #513e5360
+def mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor], missing: Sequence[str]) -> str:
+    """What does not match between a backbone's tensors `own` and a file's; empty if all does.
+
+    `missing`: names that the file should have.
+    """
     wrong = {
-        "missing": unnamed(missing, expected_missing),
-        "unexpected": unnamed([key for key in state if key not in own], expected_unexpected),
+        "missing": missing,
+        "unexpected": [k for k in state if k not in own and not k.startswith(("fc.", "classifier."))],
         "of another shape": [
             f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
             for key, value in own.items()
             if key in state and state[key].shape != value.shape
         ],
     }
-    if any(wrong.values()):
-        listed = lambda keys: ", ".join(keys[:6]) + (" ..." if len(keys) > 6 else "")
-        found = "; ".join(f"{len(keys)} {what}: {listed(keys)}" for what, keys in wrong.items() if keys)
-        first, hint = next(iter(own)), "List names that may be missing in expected_missing"
-        prefixes = [key.removesuffix(first) for key in state if key.endswith(f".{first}")]
-        if first in missing and prefixes:
-            hint = f"Names in the file begin with {prefixes[0]!r}: remove this prefix there"
-        raise ValueError(f"the weights do not match the backbone; {found}. {hint}")
+    if not any(wrong.values()):
+        return ""
+    listed = lambda keys: ", ".join(keys[:6]) + (" ..." if len(keys) > 6 else "")
+    found = "; ".join(f"{len(keys)} {what}: {listed(keys)}" for what, keys in wrong.items() if keys)
+    first, hint = next(iter(own)), "List names that may be missing in expected_missing"
+    prefixes = [key.removesuffix(first) for key in state if key.endswith(f".{first}")]
+    if first in missing and prefixes:
+        hint = f"Names in the file begin with {prefixes[0]!r}: remove this prefix there"
+    return f"{found}. {hint}"
+
+
+# %% ../nbs/weights.ipynb #4f96ac75
+def load_backbone_weights(
+    backbone: nn.Module, state: Mapping[str, Tensor], expected_missing: Sequence[str] = ()
+) -> list[str]:
+    """Load a state dict without its classifier, completely or not at all; returns the missing names.
+
+    `expected_missing`: patterns as in shells.
+    """
+    state, own = backbone_state(state), backbone.state_dict()
+    # num_batches_tracked is a counter that only some checkpoints have
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    expected = lambda key: any(fnmatch.fnmatchcase(key, pattern) for pattern in expected_missing)
+    if wrong := mismatch(own, state, [key for key in missing if not expected(key)]):
+        raise ValueError(f"the weights do not match the backbone; {wrong}")
     backbone.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     return missing
 

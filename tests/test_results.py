@@ -126,8 +126,6 @@ NAMES = {"classes": np.array(["a", "b"]), "image_ids": np.array(["x", "y", "z"])
         ({"scores": None}, "no array 'scores': it has "),
         ({"targets": None}, "no array 'targets'"),
         ({"scores": np.full((3, 2), 2.0)}, "scores[0, 0] is 2.0"),
-        ({"scores": np.full((2, 3), 0.5)}, "targets have the shape (3, 2) and scores (2, 3)"),
-        ({"scores": np.zeros((0, 2)), "targets": np.zeros((0, 2))}, "no images"),
         ({"targets": np.array([[0, 0], [0, -1], [0, 0]])}, "no label of 3 images is present (1)"),
         ({"classes": np.array(["a"])}, "classes has 1 entries"),
         ({"classes": np.array(["a", "a"])}, "(1 distinct)"),

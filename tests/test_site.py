@@ -142,6 +142,12 @@ def test_runs_named_in_outputs_are_committed():
     assert count > 10
 
 
+def test_a_listed_page_without_a_figure_is_named():
+    first_figure = runpy.run_path(str(ROOT / "tools" / "docs.py"))["first_figure"]
+    with pytest.raises(SystemExit, match="nbs/files.ipynb has no figure"):
+        first_figure("nbs/files")
+
+
 # ---------------------------------------------------------------- the built site
 
 

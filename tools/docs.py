@@ -366,15 +366,20 @@ def section_pages(pages: list[str]) -> dict[str, str]:
     return files
 
 
-def first_figure(name: str) -> tuple[str, str] | None:
-    """The first figure among a notebook's outputs: its data as an address, and its caption's first sentence."""
+def first_figure(name: str) -> tuple[str, str]:
+    """The first figure among a notebook's outputs: its data as an address, and its caption's first sentence.
+
+    Exits for a notebook without figures.
+    """
     for cell in nbformat.read(ROOT / f"{name}.ipynb", as_version=4).cells:
         for data in (o.get("data", {}) for o in cell.get("outputs", ())):
             if "image/png" in data:
                 png, caption = "".join(data["image/png"].split()), data["text/plain"].partition(". ")[0]
                 caption = about(name)[0] if caption.startswith("<Figure") else caption  # has none
                 return f"data:image/png;base64,{png}", html.escape(caption)
-    return None
+    raise SystemExit(
+        f"{name}.ipynb has no figure among its outputs: execute it, or do not list it in tools/docs.py"
+    )
 
 
 def thumbnails() -> str:

@@ -54,8 +54,8 @@ def put(path: Path, content) -> Path:
     return path
 
 
-def picture(kind="JPEG", mode="RGB", size=(40, 32)) -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+def picture(kind="JPEG", mode="RGB") -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(file := io.BytesIO(), kind)
     return file.getvalue()
 

@@ -161,8 +161,8 @@ def sentence(found: dict, threshold: float = 0.5) -> str:
 
 
 # %% ../../nbs/app/predict.ipynb #7203de30
-def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3) -> Path:
-    """Write the image with the maps of its labels (above the threshold, else the `top` strongest) as PNG.
+def save_overlays(found: dict, path: Path, threshold: float = 0.5) -> Path:
+    """Write the image with the maps of its labels (above the threshold, else the three strongest) as PNG.
 
     Raises `ValueError` for a method without maps.
     """
@@ -171,7 +171,7 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5, top: int = 3)
     if found["maps"] is None:
         raise ValueError(f"{found['image']}: this model's method has no maps; set maps to None")
     scores, maps = found["scores"], dict(zip(found["scores"], found["maps"]))
-    names = labels_above(scores, threshold)[:8] or sorted(scores, key=lambda c: -scores[c])[:top]
+    names = labels_above(scores, threshold)[:8] or sorted(scores, key=lambda c: -scores[c])[:3]
     limit = max(float(maps[c].max()) for c in names)
     shown = [("input", found["picture"])]
     shown += [(f"{c} {scores[c]:.2f}", overlay(found["picture"], maps[c], max(limit, 1e-6))) for c in names]
