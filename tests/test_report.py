@@ -26,6 +26,7 @@ from cadm_paper.engine.record import RunRecord, load_runs
 from cadm_paper.engine.synthetic import synthetic_runs
 from cadm_paper.engine.variants import MAIN, Variant
 from cadm_paper.paper import COLUMNS
+from cadm_paper.results.claims import read_verdicts
 from cadm_paper.tables import run_status, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,3 +203,12 @@ def test_notebooks_stop_without_records_and_on_unknown_names(given, message, els
     with pytest.raises(ValueError, match=message):
         run_cells("fig2", **given)
     assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("page", ["study_maps", "study_recipe"])
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")
+def test_study_pages_say_what_is_not_run(tmp_path, page):
+    """`cadm reproduce --config studies` executes a page that also has a part for other data."""
+    run_cells(page, runs_dir=str(tmp_path))
+    claims = read_verdicts(str(tmp_path))["claims"]
+    assert all(claim["verdict"] == "not run" for claim in claims)
