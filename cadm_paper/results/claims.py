@@ -25,7 +25,10 @@ from cadm_paper.results.statistics import Difference, difference, holm
 PARTS = ("confirm", "control", "explore", "independent", "photographs")
 SECOND = "confirm-scenes"  # the second plan's runs of the parts confirm and control
 ROWS = "rows-scenes"  # the fifth plan: the other methods, with its recipe
-OWN_RATE = "photographs-own-rate"  # the third plan: a variant with its own learning rate
+OWN_RATES = (
+    "own-lr-scenes",
+    "photographs-own-rate",
+)  # variants of the ablation with their own learning rates
 ROWS_OWN_RATE = "rows-own-rate"  # the fifth plan: the same for other methods
 
 
@@ -86,6 +89,13 @@ def study_records(folder=None, second: bool = True) -> dict[str, list[RunRecord]
     independent = load_runs(folder.parent / "on-independent" / "runs")
     parts = {part: [run for run in runs if study_part(run) == part] for part in PARTS}
     return parts | {"independent": independent}
+
+
+# %% ../../nbs/results/claims.ipynb #0a7e0001
+def with_own_rate(dataset: str, variant: Variant) -> dict[int, RunRecord]:
+    """Committed runs by seed with the variant's own learning rate; empty if that is the shared one, or not run."""
+    runs = [run for study in OWN_RATES for run in load_runs(reference_folder() / study)]
+    return complete(runs, dataset, [variant])[variant]
 
 
 # %% ../../nbs/results/claims.ipynb #c17d02be
