@@ -172,7 +172,7 @@ if __name__ == "__main__":
     if given.part == "voc2007":
         voc2007(study, [1] if given.small else range(1, 9), say)
     elif given.part == "coco40k":
-        how = dict(limit=20_000, epochs=5, image_size=160)
+        how = dict(limit=20_000, epochs=4, image_size=160)
         later(study, range(1, 4), dataset="coco40k", missing="error", **how)
     else:
         weights = str(default_folder("data") / "resnet50_imagenet_pqf.npz")
