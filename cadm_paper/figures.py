@@ -656,6 +656,15 @@ def class_axes(record: RunRecord, order: Sequence[int], xlabel: str):
 def per_class(runs: Sequence[RunRecord]) -> Picture:
     """Plot the average precision of each class, one mark per variant (mean over seeds), classes by frequency
     in the test split.
+
+    Args:
+        runs: of one data set and recipe.
+
+    Returns:
+        A `Picture`.
+
+    Example:
+        >>> per_class(load_runs("outputs/runs/scenes-coco"))
     """
     order, name = np.argsort(label_share(runs[0]), kind="stable"), runs[0].dataset["name"]
     fig, ax = class_axes(runs[0], order, "average precision, %")

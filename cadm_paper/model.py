@@ -109,7 +109,7 @@ def build_backbone(backbone: str | nn.Module) -> nn.Module:
     if backbone.startswith("timm/"):
         timm, name = optional("timm", "timm"), backbone.removeprefix("timm/")
         if not timm.is_model(name):
-            raise ValueError(f"timm has no {name!r}")
+            raise ValueError(f"timm has no {name!r}: timm.list_models() lists its names")
         return timm.create_model(name, features_only=True)
     return BACKBONES[known(backbone, BACKBONES, "unknown backbone")]()
 
@@ -385,7 +385,7 @@ class Network(nn.Module):
 
     @property
     def config(self) -> dict:
-        """All that is needed to rebuild this model, and the origin of its first weights; JSON-ready."""
+        """All that is needed to rebuild this model, and the origin of its initial weights; JSON-ready."""
         return {
             "num_classes": self.num_classes,
             "backbone": self.backbone_name,
@@ -446,7 +446,7 @@ def read_saved(folder: str | Path, **hub) -> tuple[dict, Path]:
     if not isinstance(config, dict) or config.pop("schema", None) != SCHEMA:
         raise ValueError(f"{path}: this version reads schema {SCHEMA!r} only")
     if sha256_file(file) != config.pop("sha256", None):
-        raise ValueError(f"{file}: checksum differs from config.json: damaged, or from another run")
+        raise ValueError(f"{file}: checksum differs from config.json; copy both files from one saved model")
     config.pop("cadm_paper", None)
     if not {"resize", "normalise", "provenance"} <= config.keys():
         raise ValueError(

@@ -69,7 +69,7 @@ DIGITS = {
 def build_model(
     config: TrainConfig, classes, labels: np.ndarray | None = None, device: str = "cpu"
 ) -> Network:
-    """The network of a configuration's method with its first weights; `labels`: training labels, N x C."""
+    """The network of a configuration's method with its initial weights; `labels`: training labels, N x C."""
     weights, classes = config.weights, [str(c) for c in classes]
     if weights in DIGITS:
         weights = pretrained_digits(config=PretrainConfig(config.backbone, seed=DIGITS[weights]))
@@ -323,11 +323,11 @@ def save_trainer(trainer: Trainer) -> None:
 
 
 # %% ../nbs/05_train.ipynb #59fc7af3
-ORIGIN = ("training labels", "test labels", "first weights")
+ORIGIN = ("training labels", "test labels", "initial weights")
 
 
 def refuse_others(file: Path, old: TrainConfig, config: TrainConfig, origin: list, now: list) -> None:
-    """Raise `CheckpointError` if a run has another configuration, other labels or other first weights.
+    """Raise `CheckpointError` if a run has another configuration, other labels or other initial weights.
 
     `origin` and `now`: SHA-256 of what `ORIGIN` names, then and now; None: unknown.
     """
@@ -344,7 +344,7 @@ def refuse_others(file: Path, old: TrainConfig, config: TrainConfig, origin: lis
 # %% ../nbs/05_train.ipynb #89fac8b2
 def load_trainer(trainer: Trainer) -> None:
     """Restore the trainer from its checkpoint. Raises `CheckpointError` if the file is damaged, or belongs to
-    another configuration, other labels or other first weights.
+    another configuration, other labels or other initial weights.
     """
     file = checkpoint_file(trainer.folder)
     parts, state = load_checkpoint(file)
@@ -450,7 +450,7 @@ def run_folder(config: TrainConfig) -> Path:
 def finished_run(folder: Path, config: TrainConfig, resume: bool) -> RunRecord | None:
     """The finished run in a folder, or None.
 
-    Raises `CheckpointError` if it belongs to another configuration, other labels or other first weights than
+    Raises `CheckpointError` if it belongs to another configuration, other labels or other initial weights than
     the current ones, or if the folder holds an unfinished run and `resume` is false.
     """
     file = folder / "run.json"

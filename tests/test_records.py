@@ -113,7 +113,10 @@ FORGED = {
         lambda c: c["files"].update(dict.fromkeys(map(str, range(200)), "0" * 64)),
         "files = ",
     ),
-    "a checksum": (lambda c: c["files"].update({"maps.npz": "0" * 64}), "maps.npz: not the checksum"),
+    "a checksum": (
+        lambda c: c["files"].update({"maps.npz": "0" * 64}),
+        "maps.npz: differs from the checksum in run.json",
+    ),
     "an unknown part": (lambda c: c.update(note="<b>"), "note: unknown"),
     "the code's type": (lambda c: c["environment"].update(code=[]), "environment.code"),
     "a synthetic one": (lambda c: c.update(synthetic=True), "synthetic: unknown"),

@@ -147,7 +147,7 @@ def test_another_configuration_other_labels_or_other_weights_are_refused(
         with pytest.raises(CheckpointError, match=f"{name} was trained from other training labels: use"):
             train(given(), resume=True)
     save_file(other, file)
-    with pytest.raises(CheckpointError, match="from other first weights: use the old data and weights"):
+    with pytest.raises(CheckpointError, match="from other initial weights: use the old data and weights"):
         train(given(), resume=True)
     assert files(given().out_dir) == before
     save_file(first, file)

@@ -211,7 +211,7 @@ def load_batch(config: str = "mini", **more) -> Batch:
 
 # %% ../../nbs/app/batch.ipynb #abe07e2d
 def wanted(now: State, batch: Batch) -> bool:
-    """Whether a run in this state is run; with `--force` also kept stale runs, and records of other code."""
+    """Whether a run in this state is trained; with `--force` also kept stale runs, and records of other code."""
     if now.word in ("finished", "stale"):
         return batch.force and now.reason != "" or now.word == "stale" and not batch.keep
     return now.word != "submitted"
@@ -219,7 +219,7 @@ def wanted(now: State, batch: Batch) -> bool:
 
 # %% ../../nbs/app/batch.ipynb #e5e6fb2f
 def lacks_evidence(run: Run) -> bool:
-    """Whether evidence is still to be measured of a run, once it is finished.
+    """Whether the evidence of a run is still to be measured, once the run is finished.
 
     Only if the batch asks for it, for models with maps on DigitScenes, never for an exploration (`holdout`).
     """

@@ -31,7 +31,7 @@ GROUPS = {
 
 # %% ../../nbs/app/cli.ipynb #1606930c
 def later() -> None:
-    """Stands for a command that is not called."""
+    """Placeholder for a command that is not called."""
 
 
 # %% ../../nbs/app/cli.ipynb #db17c12e
@@ -57,13 +57,17 @@ STOPPED = "stopped; to continue, repeat `cadm reproduce`, or `cadm train` with -
 
 
 def refused(error: BaseException) -> bool:
-    """Whether an error is raised on purpose (or by a file) and meant for the user."""
+    """Whether an error is meant for the user: raised by this library, or about a value or a file."""
     return isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("cadm_paper")
 
 
 # %% ../../nbs/app/cli.ipynb #0dc21ac8
 def main(arguments: list[str] | None = None) -> None:
-    """The command `cadm`; exits with 0, 1 or 2, or 130 if interrupted."""
+    """The command `cadm`; exits with 0, 1 or 2, or 130 if interrupted.
+
+    Args:
+        arguments: words after `cadm`; None: those of the command line.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # escape letters that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")

@@ -112,7 +112,7 @@ def model_files(record: RunRecord) -> list[Path]:
             )
         known = record.files.get(path.relative_to(record.folder).as_posix())
         if known and known != sha256_file(path):
-            raise RecordError(f"{path}: differs from the checksum in run.json")
+            raise RecordError(f"{path}: differs from the checksum in run.json; copy the run again")
     return found
 
 

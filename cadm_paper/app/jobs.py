@@ -60,7 +60,9 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
 def hold_gpus(count: int, devices: list[str], locks: str):
     """Lock `count` devices during the block and make only these visible; waits until enough are free."""
     if count > len(devices):
-        raise WorkflowError(f"{count} GPUs asked for, but there are {len(devices)}")
+        raise WorkflowError(
+            f"{count} GPUs asked for, but there are {len(devices)}: decrease processes or set CADM_GPUS"
+        )
     queue = folder_lock(locks, wait=True, name="queue.lock") if count else contextlib.nullcontext()
     with contextlib.ExitStack() as held:
         with queue:  # one job at a time, so no two jobs wait for each other

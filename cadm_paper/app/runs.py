@@ -67,7 +67,7 @@ def missing(rows: list[dict]) -> list[dict]:
     """The runs of `cadm reproduce` that are not in `rows`; none outside a checkout."""
     with contextlib.suppress(WorkflowError):
         runs, known = plan(load_batch()), {row["run"] for row in rows}
-        how = {"state": "missing", "reason": "`cadm reproduce` makes it"}
+        how = {"state": "missing", "reason": "`cadm reproduce` trains it"}
         return [{"run": r.key, "folder": str(r.folder), **how} for r in runs if r.key not in known]
     return []
 
@@ -110,7 +110,8 @@ def find_run(name: str, outputs: Path) -> RunRecord:
     folders = own if any(name in run for run in own) else own | kept
     found = [run for run in folders if name in run]
     if len(found) > 1 and name not in found:
-        raise WorkflowError(f"{name!r} matches {len(found)} runs, such as {', '.join(found[:3])}")
+        some = ", ".join(found[:3])
+        raise WorkflowError(f"{name!r} matches {len(found)} runs: give more of the name, as in {some}")
     run = found[0] if len(found) == 1 else known(name, folders, "no run named")
     if run in own:
         return RunRecord.load(own[run])
@@ -140,7 +141,7 @@ Run = Annotated[str, Positional, tyro.conf.arg(metavar="RUN")]
 def runs_diff(a: Run, b: Run, outputs: MaybePath = None) -> int:
     """Compare two runs: configuration, labels, metrics in percent, machine and code.
 
-    The exit status is 0 if they are equal, else 1.
+    The exit code is 0 if they are equal, else 1.
 
     Args:
         a: A run's folder, or a part of its name.
@@ -167,7 +168,9 @@ def file_problems(record: RunRecord) -> Iterator[str]:
     files = [name for name in FILES if name in record.files]
     found = {name: sha256_file(record.folder / name) for name in files}
     yield from (
-        f"{name}: not the checksum of run.json" for name in files if found[name] != record.files[name]
+        f"{name}: differs from the checksum in run.json"
+        for name in files
+        if found[name] != record.files[name]
     )
     if record.files.keys() & set(MODEL):
         model = load_model((record.folder / MODEL[0]).parent)

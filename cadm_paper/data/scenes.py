@@ -621,10 +621,19 @@ def build_scenes(
 
 # %% ../../nbs/data/scenes.ipynb #8c7d3103
 def ensure_scenes(name: str, root) -> Path:
-    """The benchmark `scenes-coco`, `scenes-nus` ... in `root`, built with the defaults if absent.
+    """The benchmark in `root`, built with the defaults if absent.
 
-    A number after the form is the generator's seed (`scenes-coco-1`). A finished one of this form and seed is
-    reused. Raises `DataError` for anything else in the folder.
+    A finished benchmark of this form and seed is reused.
+
+    Args:
+        name: `scenes-coco`, `scenes-nus` ...; a number after it is the generator's seed (`scenes-coco-1`).
+        root: its folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: the folder holds something else.
 
     Example:
         >>> ensure_scenes("scenes-coco", "data/scenes-coco")  # doctest: +SKIP

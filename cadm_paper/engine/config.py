@@ -111,7 +111,7 @@ class DataFields(BaseModel):
 
 # %% ../../nbs/engine/config.ipynb #f92077f9
 class ModelFields(create_model("ModelFields", **fields_of(ModelOptions))):
-    """Open decisions of Eq. 1-3 and 6-8, and the backbone with its first weights."""
+    """Open decisions of Eq. 1-3 and 6-8, and the backbone with its initial weights."""
 
     backbone: str = Field(
         "resnet101",
@@ -120,7 +120,7 @@ class ModelFields(create_model("ModelFields", **fields_of(ModelOptions))):
     weights: Annotated[str, BeforeValidator(_in_words)] = Field(
         "imagenet",
         min_length=1,
-        description="first weights (Sec. 3.2): imagenet, imagenet-v2, digits, digits-1, a file, or none",
+        description="initial weights (Sec. 3.2): imagenet, imagenet-v2, digits, digits-1, a file, or none",
     )
     expected_missing: str = Field(
         "", description="comma-separated patterns of names that a weights file may lack (layer4.1.*)"

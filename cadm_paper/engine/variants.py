@@ -185,7 +185,8 @@ def group(runs: Iterable[RunRecord]) -> dict[Variant, dict[int, RunRecord]]:
         other = seeds.setdefault(run.config.seed, run)
         if other is not run:
             why = recipe_changes(run, other) or "the same recipe"
-            raise ValueError(f"{other.name} and {run.name}: two runs of one variant and seed ({why})")
+            what = f"{other.name} and {run.name}: two runs of one variant and seed ({why})"
+            raise ValueError(f"{what}; select one data set and one recipe")
     return {variant: dict(sorted(found[variant].items())) for variant in sorted(found)}
 
 
