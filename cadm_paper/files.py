@@ -131,13 +131,16 @@ def write_json(path, value) -> None:
 
 # %% ../nbs/files.ipynb #fc4e2f16
 @contextlib.contextmanager
-def whole_folder(folder, known: tuple[str, ...], what: str):
+def whole_folder(folder, names: tuple[str, ...], what: str, also: tuple[str, ...] = ()):
     """A new, empty folder to fill; it replaces `folder` if the block ends without an error.
 
-    Raises `FileExistsError` if `folder` contains names other than the `known` ones of `what`.
+    Raises `FileExistsError` unless `folder` is new, empty, or `what`: it has all `names`, and of others only
+    `also`.
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= set(known)):
+    found = set(os.listdir(folder)) if folder.is_dir() else set()
+    ours = not found or set(names) <= found <= {*names, *also}
+    if folder.exists() and not (folder.is_dir() and ours):
         raise FileExistsError(f"{folder} exists and is not {what}: choose another name")
     with naming(folder), temporary(folder) as new:
         new.mkdir()

@@ -226,6 +226,27 @@ def test_an_exported_run_predicts_like_the_run(tmp_path):
     assert processor["do_center_crop"] and processor["image_mean"] == [0.5, 0.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    "what, names", [("export", "README.md"), ("export", "model"), ("model", "config.json")]
+)
+def test_a_folder_that_only_looks_like_an_export_or_a_model_is_kept(tmp_path, what, names):
+    """A README of the user, the model of the run itself, a configuration of another program."""
+    synthetic_run(tmp_path / "run", preset="mini")
+    out = model(tmp_path / "run" / "checkpoint")
+    if names != "model":
+        out = tmp_path / "mine"
+        out.mkdir()
+        (out / names).write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    save = {
+        "export": lambda: export_run(tmp_path / "run", out),
+        "model": lambda: Predictor.load().model.save_pretrained(out),
+    }
+    with pytest.raises(FileExistsError, match="is not an? (exported|saved) model: choose another name"):
+        save[what]()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_names_are_escaped_in_the_model_card(tmp_path):
     record = synthetic_run(tmp_path / "run", preset="mini")
     record.dataset["classes"], record.dataset["name"] = ["<img src=x>", "a|b"], "<b>own</b>\n---"
