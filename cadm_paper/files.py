@@ -226,11 +226,12 @@ def read_yaml(path):
     yaml = optional("yaml", "repro")
 
     class SingleKeys(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            found = super().construct_mapping(node, deep)
-            if len(found) < len(node.value):
+        def compose_mapping_node(self, anchor):  # as written, before `<<` adds the keys of another mapping
+            node = super().compose_mapping_node(anchor)
+            keys = [(key.tag, str(key.value)) for key, _ in node.value]
+            if len(set(keys)) < len(keys):
                 raise yaml.MarkedYAMLError(problem="a key occurs twice", problem_mark=node.start_mark)
-            return found
+            return node
 
     try:
         return yaml.load(read_bytes(path), SingleKeys)
