@@ -22,7 +22,7 @@ from cadm_paper.app import cli
 from cadm_paper.app.batch import WorkflowError, reproduce
 from cadm_paper.app.export import export_run, model_card
 from cadm_paper.app.parameters import TableParameters
-from cadm_paper.app.predict import PRETRAINED, Predictor, predict_files
+from cadm_paper.app.predict import PRETRAINED, Predictor, predict_files, save_overlays
 from cadm_paper.app.runs import runs_list
 from cadm_paper.data.loading import load_image, prepare
 from cadm_paper.data.photograph import read_photograph
@@ -187,6 +187,13 @@ def test_each_image_has_its_own_overlay(tmp_path):
         image(tmp_path / "p" / name)
     answers, _ = predict_files([tmp_path / "p"], tmp_path / "model", maps=tmp_path / "maps")
     assert len({answer["maps"] for answer in answers}) == 4 == len([*(tmp_path / "maps").iterdir()])
+
+
+def test_the_figure_of_a_strip_is_small(tmp_path):
+    """A scan or a screenshot may be hundreds of times as high as wide; the figure is not."""
+    strip = np.zeros((448, 1, 3), np.uint8)
+    found = {"image": "strip.png", "picture": strip, "scores": {"cat": 0.9}, "maps": np.ones((1, 2, 2))}
+    assert max(Image.open(save_overlays(found, tmp_path / "maps.png")).size) < 2500
 
 
 def test_an_ascii_terminal(tmp_path, monkeypatch):
