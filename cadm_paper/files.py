@@ -131,13 +131,16 @@ def write_json(path, value) -> None:
 
 # %% ../nbs/files.ipynb #fc4e2f16
 @contextlib.contextmanager
-def whole_folder(folder, known: tuple[str, ...], what: str):
+def whole_folder(folder, names: tuple[str, ...], what: str, also: tuple[str, ...] = ()):
     """A new, empty folder to fill; it replaces `folder` if the block ends without an error.
 
-    Raises `FileExistsError` if `folder` contains names other than the `known` ones of `what`.
+    Raises `FileExistsError` unless `folder` is new, empty, or `what`: it has all `names`, and of others only
+    `also`.
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and not (folder.is_dir() and set(os.listdir(folder)) <= set(known)):
+    found = set(os.listdir(folder)) if folder.is_dir() else set()
+    ours = not found or set(names) <= found <= {*names, *also}
+    if folder.exists() and not (folder.is_dir() and ours):
         raise FileExistsError(f"{folder} exists and is not {what}: choose another name")
     with naming(folder), temporary(folder) as new:
         new.mkdir()
@@ -223,11 +226,12 @@ def read_yaml(path):
     yaml = optional("yaml", "repro")
 
     class SingleKeys(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            found = super().construct_mapping(node, deep)
-            if len(found) < len(node.value):
+        def compose_mapping_node(self, anchor):  # as written, before `<<` adds the keys of another mapping
+            node = super().compose_mapping_node(anchor)
+            keys = [(key.tag, str(key.value)) for key, _ in node.value]
+            if len(set(keys)) < len(keys):
                 raise yaml.MarkedYAMLError(problem="a key occurs twice", problem_mark=node.start_mark)
-            return found
+            return node
 
     try:
         return yaml.load(read_bytes(path), SingleKeys)

@@ -22,7 +22,7 @@ from cadm_paper.app import cli
 from cadm_paper.app.batch import WorkflowError, reproduce
 from cadm_paper.app.export import export_run, model_card
 from cadm_paper.app.parameters import TableParameters
-from cadm_paper.app.predict import PRETRAINED, Predictor, predict_files
+from cadm_paper.app.predict import PRETRAINED, Predictor, predict_files, save_overlays
 from cadm_paper.app.runs import runs_list
 from cadm_paper.data.loading import load_image, prepare
 from cadm_paper.data.photograph import read_photograph
@@ -189,6 +189,13 @@ def test_each_image_has_its_own_overlay(tmp_path):
     assert len({answer["maps"] for answer in answers}) == 4 == len([*(tmp_path / "maps").iterdir()])
 
 
+def test_the_figure_of_a_strip_is_small(tmp_path):
+    """A scan or a screenshot may be hundreds of times as high as wide; the figure is not."""
+    strip = np.zeros((448, 1, 3), np.uint8)
+    found = {"image": "strip.png", "picture": strip, "scores": {"cat": 0.9}, "maps": np.ones((1, 2, 2))}
+    assert max(Image.open(save_overlays(found, tmp_path / "maps.png")).size) < 2500
+
+
 def test_an_ascii_terminal(tmp_path, monkeypatch):
     model(tmp_path, ("Käse", "犬", "cat"))
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
@@ -224,6 +231,27 @@ def test_an_exported_run_predicts_like_the_run(tmp_path):
     assert Predictor.load(run)(photo)["scores"] == Predictor.load(out)(photo)["scores"]
     processor = json.loads((out / "preprocessor_config.json").read_text())
     assert processor["do_center_crop"] and processor["image_mean"] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "what, names", [("export", "README.md"), ("export", "model"), ("model", "config.json")]
+)
+def test_a_folder_that_only_looks_like_an_export_or_a_model_is_kept(tmp_path, what, names):
+    """A README of the user, the model of the run itself, a configuration of another program."""
+    synthetic_run(tmp_path / "run", preset="mini")
+    out = model(tmp_path / "run" / "checkpoint")
+    if names != "model":
+        out = tmp_path / "mine"
+        out.mkdir()
+        (out / names).write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    save = {
+        "export": lambda: export_run(tmp_path / "run", out),
+        "model": lambda: Predictor.load().model.save_pretrained(out),
+    }
+    with pytest.raises(FileExistsError, match="is not an? (exported|saved) model: choose another name"):
+        save[what]()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_names_are_escaped_in_the_model_card(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import zlib
 
@@ -241,6 +242,12 @@ def test_in_a_read_only_folder_the_array_is_elsewhere_or_nowhere(split, tmp_path
     split.root.chmod(0o555)
     assert same(before, passed(split)) and len(list((tmp_path / "outputs/cache").glob("*.raw"))) == 1
     split.root.chmod(0o755)
+    shutil.rmtree(tmp_path / "outputs")
+    passed(split)
+    split.root.chmod(0o555)  # read-only with an array: no second one
+    assert same(before, passed(split)) and not (tmp_path / "outputs").exists()
+    split.root.chmod(0o755)
+    shutil.rmtree(split.root / ".cadm-index")
     (split.root / ".cadm-index").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="cannot store decoded images"):
         assert same(before, passed(split))

@@ -23,7 +23,7 @@ from cadm_paper.app.explorer import build_explorers
 from cadm_paper.app.report import build_report
 from cadm_paper.engine.config import TrainConfig, config_digest
 from cadm_paper.engine.record import RunRecord, load_runs
-from cadm_paper.engine.synthetic import synthetic_runs
+from cadm_paper.engine.synthetic import synthetic_run, synthetic_runs
 from cadm_paper.engine.variants import MAIN, Variant
 from cadm_paper.paper import COLUMNS
 from cadm_paper.results.claims import read_verdicts
@@ -205,10 +205,23 @@ def test_notebooks_stop_without_records_and_on_unknown_names(given, message, els
     assert not list(elsewhere.iterdir())
 
 
-@pytest.mark.parametrize("page", ["study_maps", "study_recipe"])
+@pytest.mark.parametrize("page", ["study_digitscenes", "study_maps", "study_photographs", "study_recipe"])
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")
 def test_study_pages_say_what_is_not_run(tmp_path, page):
     """`cadm reproduce --config studies` executes a page that also has a part for other data."""
     run_cells(page, runs_dir=str(tmp_path))
     claims = read_verdicts(str(tmp_path))["claims"]
     assert all(claim["verdict"] == "not run" for claim in claims)
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")
+def test_the_page_on_photographs_reads_the_runs_of_its_batch(tmp_path):
+    """`cadm reproduce --config voc2007`: two learning rates of one variant, and no measured maps."""
+    small = dict(images=30, classes=6, drawn=2)
+    synthetic_runs(tmp_path, ["voc2007"], seeds=(1, 2), **small)
+    for seed in (1, 2):
+        folder = tmp_path / "voc2007" / f"own-rate-{seed}"
+        synthetic_run(folder, dataset="voc2007", method="baseline_gap", lr=0.0009, seed=seed, **small)
+    run_cells("study_photographs", runs_dir=str(tmp_path))
+    claims = {claim["id"]: claim for claim in read_verdicts(str(tmp_path))["claims"]}
+    assert claims["maps-voc2007"]["n"] == 2 and "with its own" in claims["maps-voc2007"]["measured"]

@@ -91,14 +91,7 @@ def model_card(record: RunRecord, folder: str = ".", maps: bool = True) -> str:
 
 
 # %% ../../nbs/app/export.ipynb #3c27b5ff
-EXPORTED = (
-    "README.md",
-    "config.json",
-    "model.safetensors",
-    "preprocessor_config.json",
-    "record.json",
-    "model.onnx",
-)
+EXPORTED = ("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "record.json")
 
 
 # %% ../../nbs/app/export.ipynb #ca427555
@@ -139,7 +132,7 @@ def export_run(run: RunRecord | str | Path, out: str | Path, onnx: bool = False,
     """
     record = run if isinstance(run, RunRecord) else RunRecord.load(Path(run).expanduser())
     out = Path(out).expanduser()
-    with whole_folder(out, EXPORTED, "an exported model") as new:
+    with whole_folder(out, EXPORTED, "an exported model", also=("model.onnx",)) as new:
         for path in model_files(record):
             shutil.copyfile(path, new / path.name)
         model = load_model(new)

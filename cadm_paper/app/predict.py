@@ -176,8 +176,9 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5) -> Path:
     shown = [("input", found["picture"])]
     shown += [(f"{c} {scores[c]:.2f}", overlay(found["picture"], maps[c], max(limit, 1e-6))) for c in names]
     height, width = found["picture"].shape[:2]
+    tall = 2 * min(height / width, 8)  # inches; a narrower strip is drawn narrower
     with house_style(), whole_file(path) as file:
-        figure, [axes] = new_figure(2 * len(shown), 2 * height / width + 0.75, 1, len(shown))
+        figure, [axes] = new_figure(2 * len(shown), tall + 0.75, 1, len(shown))
         for ax, (title, image) in zip(axes, shown):
             ax.imshow(image)
             ax.set_title(title)

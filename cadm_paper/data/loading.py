@@ -220,15 +220,22 @@ CACHE_VERSION = 2  # of decoding, resizing and the file
 
 # %% ../../nbs/data/loading.ipynb #f0d3c232
 def cache_file(images: Images) -> Path:
-    """Path of the array of these images in their current state."""
+    """Path of the array of these images in their current state.
+
+    It is in the data folder or, if that is read-only and has no such array, in outputs/cache.
+    """
     root, paths = images.split.root, images.split.paths
-    own = may_write(root) and os.access(root, os.W_OK)
-    folder = index_folder(root) if own else default_folder("outputs") / "cache"
-    asked = [[os.path.relpath(path, folder) for path in paths], images.size, images.how]
     files = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in map(os.stat, paths)]
     state = [CACHE_VERSION, torch.__version__, PIL.__version__, files]
-    names = [hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16] for x in (asked, state)]
-    return folder / f"images-{'-'.join(names)}.raw"
+
+    def place(folder: Path) -> Path:
+        asked = [[os.path.relpath(path, folder) for path in paths], images.size, images.how]
+        names = [hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16] for x in (asked, state)]
+        return folder / f"images-{'-'.join(names)}.raw"
+
+    own = place(index_folder(root))
+    writable = may_write(root) and os.access(root, os.W_OK)
+    return own if writable or own.is_file() else place(default_folder("outputs") / "cache")
 
 
 # %% ../../nbs/data/loading.ipynb #f9f4b529
