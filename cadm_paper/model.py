@@ -356,7 +356,9 @@ class Network(nn.Module):
         super().__init__()
         self.classes = None if classes is None else [str(c) for c in classes]
         if num_classes < 1 or (self.classes is not None and len({*self.classes}) != num_classes):
-            names = f" with {len({*self.classes})} class names" if self.classes else " must be 1 or more"
+            names = (
+                f" with {len({*self.classes})} distinct class names" if self.classes else " must be 1 or more"
+            )
             raise ValueError(f"num_classes={num_classes}{names}")
         self.num_classes = num_classes
         self.backbone_name = backbone if isinstance(backbone, str) else type(backbone).__name__

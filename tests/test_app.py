@@ -323,6 +323,8 @@ def test_studies_are_lines_of_the_list_and_an_empty_report_is_one_error(tmp_path
     runs_list(outputs=ROOT / "outputs")
     studies = [line for line in capsys.readouterr().out.splitlines() if "reference/studies/" in line]
     assert len(studies) == len(list((ROOT / "outputs" / "reference" / "studies").glob("*/runs.jsonl")))
+    runs_list(outputs=tmp_path / "typo")
+    assert f"no runs in {tmp_path / 'typo' / 'runs'}" in capsys.readouterr().out
     monkeypatch.setenv("CADM_OUTPUTS", str(tmp_path))
     with pytest.raises(WorkflowError, match="cadm reproduce"):
         reproduce(report_only=True)

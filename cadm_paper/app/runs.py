@@ -94,7 +94,7 @@ def runs_list(outputs: MaybePath = None) -> None:
     table = pd.DataFrame(rows, columns=shown).dropna(axis="columns", how="all")
     left = {"run": f"{{:<{max((len(row['run']) for row in rows), default=0)}}}".format}
     table = table.to_string(index=False, na_rep="", float_format="{:.1f}".format, formatters=left)
-    print(table if rows else "no runs")
+    print(table if rows else f"no runs in {folder / 'runs'}")
 
 
 # %% ../../nbs/app/runs.ipynb #59ac7b78
