@@ -236,7 +236,9 @@ def read_yaml(path):
     try:
         return yaml.load(read_bytes(path), SingleKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+        mark = getattr(error, "problem_mark", None)
+        what = f"line {mark.line + 1}: {error.problem}" if mark else " ".join(str(error).split())
+        raise ValueError(f"{path}: {what}") from None
 
 
 # %% ../nbs/files.ipynb #ce517643

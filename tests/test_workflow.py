@@ -180,7 +180,8 @@ def test_paper_lists_every_run_of_tables_1_and_2():
         ({"runs": [{"seed": 0}, {"sede": 1}]}, "run 2: .*did you mean 'seed'"),
         ({"runs": [{"epochs": 1.5}]}, "run 1: epochs"),
         ({"runs": [{"out_dir": "x"}]}, "CADM_OUTPUTS"),
-        ({"runs": ["cadm"]}, "run 1"),
+        ({"runs": [{}, "cadm"]}, "run 2: 'cadm' is not a mapping"),
+        ({"runs": [{"preset": {}}]}, "run 1: preset = {}"),
         ({"run": []}, "did you mean 'runs'"),
         ({"defaults": {"dataset": "voc2077"}, "runs": [{}]}, "did you mean 'voc2007'"),
         ({"runs": [{"seed": [0, 0]}]}, "listed twice"),
@@ -193,7 +194,9 @@ def test_an_invalid_line_is_rejected_with_a_hint(content, hint):
         batch.parse_batch(content)
 
 
-@pytest.mark.parametrize("text", ["", "# runs: later", "- seed: 0", "runs", "? [1]\n: 2", "runs:\n  -"])
+@pytest.mark.parametrize(
+    "text", ["", "# runs: later", "- seed: 0", "runs", "? [1]\n: 2", "runs:\n  -", "runs: [{"]
+)
 def test_a_file_that_is_no_config_is_one_line_that_names_it(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
     for config, says in ((tmp_path / "x.yaml", r"x\.yaml: "), ("x", "no config named 'x'")):

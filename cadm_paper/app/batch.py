@@ -151,6 +151,8 @@ def plan(batch: Batch) -> list[Run]:
     runs = {}
     for number, line in enumerate(batch.runs, 1):
         try:
+            if not isinstance(line, dict):
+                raise ConfigError(f"{line!r} is not a mapping of parameters, as {{seed: 0}} is")
             line = {**batch.defaults, **line}
             if empty := [name for name, value in line.items() if value == []]:
                 raise ConfigError(f"{empty[0]} has no value, so there is no run: list one, or leave it out")
@@ -202,10 +204,13 @@ def load_batch(config: str = "mini", **more) -> Batch:
         config = folder / f"{known(config, names, 'no config named', WorkflowError)}.yaml"
     try:
         content = read_yaml(config)
-        if not isinstance(content, dict):
-            raise WorkflowError("a config file has keys such as `title` and `runs`; this one has none")
+    except (OSError, ValueError) as error:
+        raise WorkflowError(error) from None
+    if not isinstance(content, dict):
+        raise WorkflowError(f"{config}: a config file has keys such as `title` and `runs`; this one has none")
+    try:
         return parse_batch({**content, **more})
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise WorkflowError(f"{config}: {error}") from None
 
 

@@ -250,7 +250,7 @@ class TrainConfig(MachineFields, RecipeFields, LossFields, ModelFields, DataFiel
     )
 
     def __init__(self, **given):
-        preset = PRESETS.get(given.setdefault("preset", "mini"), {})
+        preset = PRESETS.get(str(given.setdefault("preset", "mini")), {})
         if given.get("method", "cadm") != "cadm":
             given.setdefault("lam", 0.0)  # the other variants have no label correlation loss
         try:
