@@ -218,10 +218,11 @@ def test_study_pages_say_what_is_not_run(tmp_path, page):
 def test_the_page_on_photographs_reads_the_runs_of_its_batch(tmp_path):
     """`cadm reproduce --config voc2007`: two learning rates of one variant, and no measured maps."""
     small = dict(images=30, classes=6, drawn=2)
-    synthetic_runs(tmp_path, ["voc2007"], seeds=(1, 2), **small)
+    synthetic_runs(tmp_path, ["voc2007", "coco40k"], seeds=(1, 2), **small)
     for seed in (1, 2):
         folder = tmp_path / "voc2007" / f"own-rate-{seed}"
         synthetic_run(folder, dataset="voc2007", method="baseline_gap", lr=0.0009, seed=seed, **small)
-    run_cells("study_photographs", runs_dir=str(tmp_path))
+    page = run_cells("study_photographs", runs_dir=str(tmp_path))
+    assert {len(seeds) for seeds in page["four"].values()} == {2} and len(page["lines"]) == 4  # COCO-40k
     claims = {claim["id"]: claim for claim in read_verdicts(str(tmp_path))["claims"]}
     assert claims["maps-voc2007"]["n"] == 2 and "with its own" in claims["maps-voc2007"]["measured"]

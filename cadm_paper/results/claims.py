@@ -66,6 +66,7 @@ def complete(
 GAP, GMP, PLAIN, LOSS = MAIN[1:]  # the baselines with average and max pooling; CADM with λ = 0 and 0.5
 ORIGIN = Variant("cadm", 0.5, (("center", "origin"),))  # Eq. 12 around the origin: no label correlation
 MEASURED = COCO, NUS, VOC = "scenes-coco", "scenes-nus", "voc2007"
+COCO40K = "coco40k"
 
 
 # %% ../../nbs/results/claims.ipynb #e3526842
@@ -77,6 +78,7 @@ def study_records(folder=None, second: bool = True) -> dict[str, list[RunRecord]
     folder = Path(folder) if folder else reference_folder()
     if any((folder / part).is_dir() for part in PARTS):
         parts = {part: load_runs(folder / part) for part in PARTS}
+        parts["photographs"] += load_runs(folder / COCO40K)
         if second:
             new = [r for study in (SECOND, ROWS) for r in load_runs(folder / study) if not r.config.holdout]
             new = sorted(new, key=lambda r: r.dataset["name"])
