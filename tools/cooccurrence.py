@@ -10,7 +10,7 @@ import argparse
 
 import numpy as np
 
-from cadm_paper.data.datasets import COCO40K, load_split
+from cadm_paper.data.datasets import COCO40K_IDS, load_split
 from cadm_paper.files import read_arrays
 from cadm_paper.results.claims import reference_folder
 
@@ -37,7 +37,7 @@ if __name__ == "__main__":
     ids, labels = train2014(parser.parse_args().labels)
     parts = {
         "train2014": labels,
-        "coco40k": labels[np.isin(ids, np.concatenate([*read_arrays(COCO40K).values()]))],
+        "coco40k": labels[np.isin(ids, np.concatenate([*read_arrays(COCO40K_IDS).values()]))],
     }
     out = reference_folder("coco40k") / "cooccurrence.npz"
     out.parent.mkdir(exist_ok=True)

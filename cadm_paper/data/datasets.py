@@ -76,7 +76,7 @@ def listed_reader(whole: Reader, of: str, lists: Path) -> Reader:
 
 
 # %% ../../nbs/data/datasets.ipynb #c0c040a2
-COCO40K = Path(str(resources.files("cadm_paper"))) / "data" / "coco40k.npz"
+COCO40K_IDS = Path(str(resources.files("cadm_paper"))) / "data" / "coco40k.npz"
 
 # %% ../../nbs/data/datasets.ipynb #7d0178d1
 GET = "`cadm data get {}` downloads it or says how to get it"
@@ -101,7 +101,7 @@ DATASETS: dict[str, Dataset] = {
         Dataset(
             "coco40k",
             "COCO-40k",
-            listed_reader(COCO_READER, "train2014", COCO40K),
+            listed_reader(COCO_READER, "train2014", COCO40K_IDS),
             "train",
             "test",
             GET,
