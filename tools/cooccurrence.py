@@ -1,6 +1,6 @@
 """Label co-occurrence in MS-COCO's train2014 and in COCO-40k, a part of it: outputs/reference/coco40k/cooccurrence.npz.
 
-For each of the two: the number of labelled images, and C x C numbers of images by pair of labels (the diagonal: by label).
+For each of the two: the share of labelled images with each label (C), and the pointwise mutual information of each pair of labels (C x C).
 
     python tools/cooccurrence.py                    # reads data/coco2014
     python tools/cooccurrence.py --labels FILE      # .npz: `names` of the images, `labels` N x 80
@@ -13,6 +13,7 @@ import numpy as np
 from cadm_paper.data.datasets import COCO40K_IDS, load_split
 from cadm_paper.files import read_arrays
 from cadm_paper.results.claims import reference_folder
+from cadm_paper.results.measures import pmi
 
 
 def train2014(file: str | None) -> tuple[np.ndarray, np.ndarray]:
@@ -26,11 +27,6 @@ def train2014(file: str | None) -> tuple[np.ndarray, np.ndarray]:
     return np.array(ids), table["labels"][rows]
 
 
-def counts(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """The number of images, and of those with each pair of labels."""
-    return {"images": np.array(len(labels)), "pairs": labels.T.astype(np.int32) @ labels}
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--labels")
@@ -41,6 +37,7 @@ if __name__ == "__main__":
     }
     out = reference_folder("coco40k") / "cooccurrence.npz"
     out.parent.mkdir(exist_ok=True)
-    arrays = {f"{name}/{key}": v for name, of in parts.items() for key, v in counts(of).items()}
-    np.savez_compressed(out, **arrays)
+    found = {f"{name}/share": of.mean(0) for name, of in parts.items()}
+    found |= {f"{name}/pmi": pmi(of) for name, of in parts.items()}
+    np.savez_compressed(out, **{name: values.astype(np.float32) for name, values in found.items()})
     print({name: len(of) for name, of in parts.items()})
