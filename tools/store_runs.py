@@ -60,6 +60,14 @@ def write_results(records: list[RunRecord], path: Path) -> None:
             writer.writerow({**which, **r.metrics, "commit": r.environment["code"].get("commit")})
 
 
+def keep_replicates(record: RunRecord) -> None:
+    """Compute the replicates of a run from its scores, unless it has them or has no scores."""
+    names = [name for name in record.scores() or () if name.startswith("scores")]
+    if names and not record.holds("replicates.npz"):
+        names += ["scores_both"] * record.config.method.startswith("baseline")  # the average of two poolings
+        record.keep("replicates.npz", **{name: replicates(record, name) for name in names})
+
+
 def kept_arrays(record: RunRecord, files: Iterable[str]) -> dict[str, np.ndarray]:
     """The arrays of some .npz files of a run, under file/array; checksums verified."""
     found = {}
@@ -83,10 +91,7 @@ if __name__ == "__main__":
         named = {run.key for run in plan(load_batch(given.config))}
         runs = [run for run in runs if f"{run.dataset['name']}/{run.name}" in named]
     for run in runs if "replicates.npz" in given.keep else ():
-        names = [name for name in run.scores() or () if name.startswith("scores")]
-        if names and not run.holds("replicates.npz"):
-            names += ["scores_both"] * run.config.method.startswith("baseline")  # the average of two poolings
-            run.keep("replicates.npz", **{name: replicates(run, name) for name in names})
+        keep_replicates(run)
     new = {run.name for run in runs}
     stored = load_runs(given.study) if given.study.is_dir() else []
     runs += [run for run in stored if run.name not in new]

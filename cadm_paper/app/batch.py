@@ -226,10 +226,14 @@ def wanted(now: State, batch: Batch) -> bool:
 def lacks_evidence(run: Run) -> bool:
     """Whether the evidence of a run is still to be measured, once the run is finished.
 
-    Only if the batch asks for it, for models with maps on DigitScenes, never for an exploration (`holdout`).
+    Only if the batch asks for it, for models with maps on DigitScenes and PASCAL VOC, never for an exploration (`holdout`).
     """
     config, model = run.config, run.folder / "checkpoint" / "model" / "model.safetensors"
-    asked = run.batch.evidence and config.method != "linear_probe" and config.dataset.startswith("scenes-")
+    asked = (
+        run.batch.evidence
+        and config.method != "linear_probe"
+        and config.dataset.startswith(("scenes-", "voc"))
+    )
     there = model.is_file() and not (run.folder / "evidence.npz").is_file()
     return asked and not config.holdout and (there or wanted(run.state, run.batch))
 
