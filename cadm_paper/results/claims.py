@@ -28,6 +28,7 @@ ROWS = "rows-scenes"  # the fifth plan: the other methods, with its recipe
 # variants of the ablation with their own learning rates: second and third plan
 OWN_RATES = ("own-lr-scenes", "photographs-own-rate")
 ROWS_OWN_RATE = "rows-own-rate"  # the fifth plan: the same for other methods
+PHOTOGRAPHS = ("coco40k", "rows-photographs")  # third and fifth plan, beside VOC 2007's ablation
 
 
 # %% ../../nbs/results/claims.ipynb #1e2fe7d4
@@ -78,7 +79,9 @@ def study_records(folder=None, second: bool = True) -> dict[str, list[RunRecord]
     folder = Path(folder) if folder else reference_folder()
     if any((folder / part).is_dir() for part in PARTS):
         parts = {part: load_runs(folder / part) for part in PARTS}
-        parts["photographs"] += load_runs(folder / COCO40K)
+        parts["photographs"] += [
+            run for study in PHOTOGRAPHS for run in load_runs(folder / study) if not run.config.holdout
+        ]
         if second:
             new = [r for study in (SECOND, ROWS) for r in load_runs(folder / study) if not r.config.holdout]
             new = sorted(new, key=lambda r: r.dataset["name"])
@@ -157,12 +160,13 @@ def printed(dataset: str, variant: Variant, against: Variant | None = None) -> f
 
 # %% ../../nbs/results/claims.ipynb #ad1401c0
 def _gain(*pair: Variant) -> dict[str, Trial]:
-    """Trials of a printed gain: the paper's data sets, their DigitScenes counterparts, and VOC 2007."""
+    """Trials of a printed gain: the paper's data sets, their DigitScenes counterparts, and photographs."""
     coco, nus = (
         Trial(section, printed(dataset, *pair))
         for section, dataset in (("Table 1, MS-COCO", "coco2014"), ("Table 2, NUS-WIDE", "nuswide"))
     )
-    return {"coco2014": coco, "nuswide": nus, COCO: coco, NUS: nus, VOC: Trial("not in the paper")}
+    photographs = dict.fromkeys((VOC, COCO40K), Trial("not in the paper"))
+    return {"coco2014": coco, "nuswide": nus, COCO: coco, NUS: nus} | photographs
 
 
 # %% ../../nbs/results/claims.ipynb #c7b861be
