@@ -432,10 +432,11 @@ def rank_panel(ax, pair: tuple[dict, dict], row: int, labels: list[int], colours
 def figure4_line(axes, pair: tuple[dict, dict], row: int, labels: list[int], limit: float) -> None:
     """Plot one image of Figure 4: the image and two pairs of maps (one pair for a single label)."""
     names, size = pair[0]["classes"], pair[0]["maps"].shape[-2:]
-    draw_image(axes[0], pair[0], row)
+    image = draw_image(axes[0], pair[0], row)
+    aspect = image.shape[0] / image.shape[1] * size[1] / size[0]  # a map covers the whole image
     for n, ax in enumerate(axes[1 : 1 + 2 * len(labels)]):
         c, maps = labels[n // 2], pair[n % 2]
-        ax.imshow(maps["maps"][row, c], vmin=-limit, vmax=limit)
+        ax.imshow(maps["maps"][row, c], vmin=-limit, vmax=limit, aspect=aspect)
         draw_boxes(ax, maps, row, c, size[1], size[0])
         ax.set_title("" if n % 2 else short(names[c], 18), fontsize=6, loc="left", weight="bold")
         ax.set_xlabel(("without", "with")[n % 2], fontsize=5.5, color=GREY, labelpad=2)

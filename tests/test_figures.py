@@ -73,6 +73,16 @@ def test_figures_with_one_label_and_with_ignored_labels(tmp_path):
     assert "? synth-4" in figure2(run, [0]).data("svg").decode()
 
 
+def test_the_maps_of_figure4_have_the_aspect_of_their_image(tmp_path):
+    run = synthetic_run(tmp_path / "a", images=20, drawn=1)
+    maps = run.maps()
+    run.maps, maps["thumbnails"] = (lambda: maps), np.zeros((1, 30, 60, 3), np.uint8)
+    picture, *shown = figure4(run, run, images=1).figure.axes[:5]
+    high, wide = maps["maps"].shape[-2:]
+    assert len([ax for ax in shown if ax.images]) >= 2
+    assert all(ax.get_aspect() * high / wide == 0.5 for ax in shown if ax.images)
+
+
 def test_photographs_come_from_the_data_folder(tmp_path):
     """Photographs have their own aspect, or the centre crop of the run; a missing file gives None."""
     own = tmp_path / "data"
