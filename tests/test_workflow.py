@@ -409,3 +409,24 @@ def test_the_slurm_profile_submits_the_resources_of_each_rule(site):
     )
     assert "--gpus=2" in trained["cadm"] and "--gpus" not in trained["baseline"]
     assert {m["gpus"] for m in site.made().values()} == {"", "0,1"}
+
+
+@pytest.mark.slow
+def test_gpu_runs_trains_a_config_with_several_processes_and_keeps_finished_runs(tmp_path):
+    build_scenes(tmp_path / "data" / "scenes-coco", "coco", train=16, test=8)
+    line = dict(preset="mini", dataset="scenes-coco", weights="none", epochs=1, seed=[1, 2])
+    content = {"evidence": True, "runs": [line, {**line, "seed": 3, "weights": "none.npz"}], "notebooks": []}
+    (tmp_path / "tiny.yaml").write_text(json.dumps(content))  # JSON is YAML
+    env = os.environ | {"CADM_DATA": str(tmp_path / "data"), "CADM_OUTPUTS": str(tmp_path / "out")}
+    command = [sys.executable, "tools/gpu_runs.py", str(tmp_path / "tiny.yaml"), "--jobs", "2"]
+    said, made = [], []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        said.append([text.split("  ", 1)[1] for text in done.stdout.splitlines()])
+        files = [p for f in (tmp_path / "out").rglob("run.json") for p in f.parent.iterdir()]
+        made.append({p: p.stat().st_mtime_ns for p in files})
+    assert said[0] == said[1] and made[0] == made[1]
+    assert [text.startswith("failed: scenes-coco/cadm") for text in said[0]] == [False, False, True]
+    assert sorted(p.name for p in made[0]).count("replicates.npz") == 2
+    assert sorted(p.name for p in made[0]).count("evidence.npz") == 2

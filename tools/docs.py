@@ -175,7 +175,9 @@ def measured(runs) -> dict | None:
     if not runs:
         return None
     tables = [table("table1", runs, datasets=["scenes-coco"]), table("table2", runs, datasets=["scenes-nus"])]
-    blocks = [block for t in tables for block in t.blocks] + dataset_blocks("voc2007", runs, {})
+    blocks = [block for t in tables for block in t.blocks] + [
+        b for d in ("voc2007", "coco40k") for b in dataset_blocks(d, runs, {})
+    ]
     synthetic = any(r.extra.get("synthetic") for r in runs)
 
     def cell(block, line) -> str:

@@ -24,7 +24,7 @@ from cadm_paper.results.statistics import Difference, difference, holm
 # %% ../../nbs/results/claims.ipynb #b14a5177
 PARTS = ("confirm", "control", "explore", "independent", "photographs")
 SECOND = "confirm-scenes"  # the second plan's runs of the parts confirm and control
-ROWS = "rows-scenes"  # the fifth plan: the other methods, with its recipe
+ROWS = "rows-scenes"  # the fifth plan on DigitScenes: the other methods
 # variants of the ablation with their own learning rates: second and third plan
 OWN_RATES = ("own-lr-scenes", "photographs-own-rate")
 ROWS_OWN_RATE = "rows-own-rate"  # the fifth plan: the same for other methods
