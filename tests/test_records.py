@@ -8,14 +8,16 @@ import os
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from cadm_paper.app.batch import WorkflowError
 from cadm_paper.app.report import build_report
 from cadm_paper.app.runs import runs_list, runs_submit, summary
-from cadm_paper.engine.audit import problems
+from cadm_paper.engine.audit import of_streams, problems
 from cadm_paper.engine.checkpoint import load_checkpoint
 from cadm_paper.engine.config import TrainConfig, config_digest
 from cadm_paper.engine.record import RecordError, RunRecord, load_runs, save_arrays, source
@@ -215,6 +217,16 @@ def test_the_committed_records_pass_the_audit():
     assert (
         len(found) > 190 and {r.name: problems(r, kept=False) for r in found if problems(r, kept=False)} == {}
     )
+
+
+def test_the_audit_accepts_streams_whose_scores_round_to_one():
+    """In float32 a logit of 40 has the score 1, so the mean of both logits cannot be computed from scores."""
+    record = SimpleNamespace(config=TrainConfig())
+    score = lambda *logits: expit(np.array([logits], np.float32))
+    found = {"scores_fcls": score(40.0, 1.0), "scores_scls": score(-20.0, 3.0), "scores": score(10.0, 2.0)}
+    assert found["scores_fcls"][0, 0] == 1 and not [*of_streams(record, found)]
+    assert [*of_streams(record, found | {"scores": score(10.0, 3.0)})]
+    assert [*of_streams(record, found | {"scores": score(-4.0, 2.0)})]  # below the mean of 16 and -20
 
 
 BAD = {

@@ -92,8 +92,8 @@ def of_streams(record: RunRecord, found: dict) -> Iterator[str]:
     """Whether the method's streams give its scores, up to the rounding of half precision."""
     method, bounds = record.config.method, []
     streams = streams_of(method, record.config.arguments()) or "scls"
-    for rounding in (1 - 1e-7, 1 + 1e-7):  # float32 resolves a logit poorly where the score is almost 1
-        p = (np.clip(found[name].astype(float) * rounding, 1e-30, 1 - 1e-12) for name in STREAMS[1:])
+    for rounding in (1 - 1e-7, 1 + 1e-7):  # where a score rounds to 1, its logit can be any large number
+        p = (np.clip(found[name].astype(float) * rounding, 1e-30, 1) for name in STREAMS[1:])
         bounds.append(expit(predicted(streams, *map(logit, p))))
     away = np.maximum(bounds[0] - found["scores"], found["scores"] - bounds[1]).max(initial=0)
     if away > 0.02:
