@@ -8,6 +8,7 @@ asks for it, evidence are computed as well (tools/store_runs.py).
 """
 
 import argparse
+import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -50,6 +51,7 @@ def one_run(run: Run) -> str:
 def train_all(runs: list[Run], jobs: int) -> int:
     """Train runs in order, `jobs` at a time; returns 1 if one failed."""
     decoded(runs)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else each process measures with as many threads as cores
     failed = 0
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for line in pool.map(one_run, runs):

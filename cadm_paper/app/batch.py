@@ -226,7 +226,8 @@ def wanted(now: State, batch: Batch) -> bool:
 def lacks_evidence(run: Run) -> bool:
     """Whether the evidence of a run is still to be measured, once the run is finished.
 
-    Only if the batch asks for it, for models with maps on DigitScenes and PASCAL VOC, never for an exploration (`holdout`).
+    Only if the batch asks for it, for models with maps on DigitScenes and PASCAL VOC, never for an
+    exploration (`holdout`).
     """
     config, model = run.config, run.folder / "checkpoint" / "model" / "model.safetensors"
     asked = (

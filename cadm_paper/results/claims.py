@@ -66,6 +66,7 @@ def complete(
 # %% ../../nbs/results/claims.ipynb #5e07fc34
 GAP, GMP, PLAIN, LOSS = MAIN[1:]  # the baselines with average and max pooling; CADM with λ = 0 and 0.5
 ORIGIN = Variant("cadm", 0.5, (("center", "origin"),))  # Eq. 12 around the origin: no label correlation
+SCLS = Variant("cadm", 0.0, (("streams", "scls"),))  # the second stream alone
 MEASURED = COCO, NUS, VOC = "scenes-coco", "scenes-nus", "voc2007"
 COCO40K = "coco40k"
 
@@ -79,12 +80,10 @@ def study_records(folder=None, second: bool = True) -> dict[str, list[RunRecord]
     folder = Path(folder) if folder else reference_folder()
     if any((folder / part).is_dir() for part in PARTS):
         parts = {part: load_runs(folder / part) for part in PARTS}
-        parts["photographs"] += [
-            run for study in PHOTOGRAPHS for run in load_runs(folder / study) if not run.config.holdout
-        ]
+        tested = lambda *of: [r for study in of for r in load_runs(folder / study) if not r.config.holdout]
+        parts["photographs"] += tested(*PHOTOGRAPHS)
         if second:
-            new = [r for study in (SECOND, ROWS) for r in load_runs(folder / study) if not r.config.holdout]
-            new = sorted(new, key=lambda r: r.dataset["name"])
+            new = sorted(tested(SECOND, ROWS), key=lambda r: r.dataset["name"])
             parts |= {part: [r for r in new if study_part(r) == part] for part in ("confirm", "control")}
         return parts
     runs = load_runs(folder)
