@@ -45,7 +45,7 @@ class PaperHead(CADMHead, Head, method="cadm"):
 # %% ../../nbs/methods/cadm.ipynb #8690d694
 @dataclass(frozen=True)
 class BaselineArgs(CADMArgs):
-    """The first stream alone, with max-pooling as in the paper: the fair baseline."""
+    """The first stream alone, with maximum pooling (Fig. 1)."""
 
     streams: str = "fcls"
 
