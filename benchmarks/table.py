@@ -173,18 +173,22 @@ def heads() -> str:
     """The table of the cost of each method's head."""
     if not (found := result("heads-cpu")):
         return "\nCost of each method's head relative to a plain ResNet-101: **not measured** (`heads.py`).\n"
-    of, about = found["settings"], found["environment"]
+    of, about, timed = found["settings"], found["environment"], ("step_ratio", "predict_ratio")
+    lowest = min(cost[name]["median"] for cost in found["methods"].values() for name in timed)
+    noise = f" No head computes less than the plain one: medians below 1 (down to {lowest:.2f}) are noise, and one as far above 1 may be, too."
     lines = [
         f"\nCost of each method's head relative to pooling and a linear layer on {of['backbone']} at {of['size']} px, batch {of['batch']} "
-        f"(`heads.py`, {about['device']}, {found['date']}; medians of {of['repeats']} rounds of one training step or prediction):\n",
+        f"(`heads.py`, {about['device']}, {found['date']}; medians and, in brackets, extremes of {of['repeats']} rounds of one training step or prediction).{noise * (lowest < 1)}\n",
         "| method | more parameters | training step | prediction | peak memory |",
         "| --- | --: | --: | --: | --: |",
     ]
     for name, cost in found["methods"].items():
-        times = (cost["step_ratio"]["median"], cost["predict_ratio"]["median"], cost["peak_memory_ratio"])
-        lines.append(
-            f"| `{name}` | {cost['more_parameters']:,} | {' | '.join(f'{t:.2f} x' for t in times)} |"
-        )
+        times = [
+            f"{cost[ratio]['median']:.2f} x ({' to '.join(f'{end:.2f}' for end in cost[ratio]['extremes'])})"
+            for ratio in timed
+        ]
+        cells = f"{cost['more_parameters']:,}", *times, f"{cost['peak_memory_ratio']:.2f} x"
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

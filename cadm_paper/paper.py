@@ -34,6 +34,7 @@ class PrintedRow:
         label: name and number in the paper's list, as printed.
         values: percent by `COLUMNS`; None for a dash.
         variant: arguments of the companion's `Variant` (method, λ); empty for borrowed rows.
+        note: backbone and image size where they are known, and what the numbers measure where that differs.
 
     Example:
         >>> TABLE1[-1].label, TABLE1[-1].values["mAP"]
@@ -43,23 +44,38 @@ class PrintedRow:
     label: str
     values: dict[str, float | None]
     variant: tuple = ()
+    note: str = ""
 
 
 # %% ../nbs/00_paper.ipynb #c14eb98e
-def row(label: str, cells: str, *variant) -> PrintedRow:
+def row(label: str, cells: str, *variant, note: str = "") -> PrintedRow:
     """A `PrintedRow` from its thirteen cells, separated by spaces; "-" is a dash."""
     values = [None if cell == "-" else float(cell) for cell in cells.split()]
-    return PrintedRow(label, dict(zip(COLUMNS, values, strict=True)), variant)
+    if variant:  # the paper's own
+        note = "ResNet-101, 448 × 448 px"
+    return PrintedRow(label, dict(zip(COLUMNS, values, strict=True)), variant, note)
 
 
 # %% ../nbs/00_paper.ipynb #1ce329ca
 #                               mAP   CP   CR   CF1  OP   OR   OF1 | CP   CR   CF1  OP   OR   OF1  (top-3)
 #: Rows of Table 1 (MS-COCO) as printed, in percent
 TABLE1 = (
-    row("CNN-RNN [23]", "61.2  -    -    -    -    -    -     66.0 55.6 60.4 69.2 66.4 67.8"),
-    row("Order-Free RNN [24]", "-     -    -    -    -    -    -     71.6 54.8 62.1 74.2 62.2 67.7"),
+    row(
+        "CNN-RNN [23]",
+        "61.2  -    -    -    -    -    -     66.0 55.6 60.4 69.2 66.4 67.8",
+        note="VGG-16; mAP column: MAP@10 of label sequences",
+    ),
+    row(
+        "Order-Free RNN [24]",
+        "-     -    -    -    -    -    -     71.6 54.8 62.1 74.2 62.2 67.7",
+        note="ResNet-152",
+    ),
     row("ML-ZSL [25]", "-     -    -    -    -    -    -     74.1 64.5 69.0 -    -    -"),
-    row("SRN [12]", "77.1  81.6 65.4 71.2 82.7 69.9 75.8  85.2 58.8 67.4 87.4 62.5 72.9"),
+    row(
+        "SRN [12]",
+        "77.1  81.6 65.4 71.2 82.7 69.9 75.8  85.2 58.8 67.4 87.4 62.5 72.9",
+        note="ResNet-101, 224 × 224 px",
+    ),
     row("Multi-Evidence [14]", "-     80.4 70.2 74.9 85.2 72.5 78.4  84.5 62.2 70.6 89.1 64.3 74.7"),
     row(
         "ResNet-101 (Baseline)",
@@ -74,10 +90,18 @@ TABLE1 = (
 #                               mAP   CP   CR   CF1  OP   OR   OF1 | CP   CR   CF1  OP   OR   OF1  (top-3)
 #: Rows of Table 2 (NUS-WIDE) as printed, in percent
 TABLE2 = (
-    row("CNN-RNN [23]", "-     -    -    -    -    -    -     40.5 30.4 34.7 49.9 61.7 55.2"),
-    row("Order-Free RNN [24]", "-     -    -    -    -    -    -     59.4 50.7 54.7 69.0 71.4 70.2"),
+    row("CNN-RNN [23]", "-     -    -    -    -    -    -     40.5 30.4 34.7 49.9 61.7 55.2", note="VGG-16"),
+    row(
+        "Order-Free RNN [24]",
+        "-     -    -    -    -    -    -     59.4 50.7 54.7 69.0 71.4 70.2",
+        note="ResNet-152",
+    ),
     row("ML-ZSL [25]", "-     -    -    -    -    -    -     43.4 48.2 45.7 -    -    -"),
-    row("SRN [12]", "62.0  65.2 55.8 58.5 75.5 71.5 73.4  48.2 58.8 48.9 56.2 69.6 62.2"),
+    row(
+        "SRN [12]",
+        "62.0  65.2 55.8 58.5 75.5 71.5 73.4  48.2 58.8 48.9 56.2 69.6 62.2",
+        note="ResNet-101, 224 × 224 px",
+    ),
     row(
         "ResNet-101 (Baseline)",
         "60.4  63.1 55.5 59.1 74.3 71.7 72.9  64.9 48.3 55.3 76.8 62.1 68.7",

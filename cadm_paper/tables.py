@@ -22,7 +22,7 @@ import pandas as pd
 from .data.datasets import displayed
 from .engine.record import RecordError, RunRecord, outdated, source
 from .engine.status import State, states
-from .engine.variants import MAIN, Variant, by_recipe, recipe, recipe_changes
+from .engine.variants import LABELS, MAIN, Variant, by_recipe, recipe, recipe_changes
 from .files import whole_file
 from .paper import COLUMNS, TABLE1, TABLE2, PrintedRow, signed
 from .results.measures import compare_runs
@@ -135,12 +135,20 @@ def why_stale(record: RunRecord, status: Mapping[str, State]) -> str:
 
 # %% ../nbs/07_tables.ipynb #92c7067b
 def absent_lines(dataset: str, status: Mapping[str, State], present: Sequence[Variant] = ()) -> list[Line]:
-    """A line for each of the five variants without a record, with the reason if it is known."""
-    lines, begun = [], unfinished(status).items()
-    for variant in (v for v in MAIN if v not in present):
+    """Lines for variants without a record: each of the five and each begun run of another method, with the reason;
+    the last line names the methods that were not run.
+    """
+    others = [Variant(method) for method in LABELS if method not in {v.method for v in MAIN}]
+    lines, not_run, begun = [], [], unfinished(status).items()
+    for variant in (v for v in (*MAIN, *others) if v not in present):
         why = next((why for key, why in begun if key.startswith(f"{dataset}/{variant.slug}-seed")), None)
-        state = "failed" if why else "missing"
-        lines.append(Line(variant.label, state=state, note=why or "not run", variant=variant))
+        if why or variant in MAIN:
+            state = "failed" if why else "missing"
+            lines.append(Line(variant.label, state=state, note=why or "not run", variant=variant))
+        else:
+            not_run.append(variant.label)
+    if not_run:
+        lines.append(Line("Other methods", state="missing", note=f"not run: {'; '.join(not_run)}"))
     return lines
 
 
@@ -185,7 +193,7 @@ def block_warnings(runs: Sequence[RunRecord]) -> list[str]:
 # %% ../nbs/07_tables.ipynb #7a039207
 @dataclass
 class Block:
-    """Lines of one data set at one image size with one backbone, printed or measured."""
+    """Lines of one data set: printed ones, or measured ones at one image size with one backbone."""
 
     dataset: str
     image_size: int | None = None
@@ -196,7 +204,7 @@ class Block:
 
     @property
     def size(self) -> str:
-        """Image size and backbone, in words; empty when nothing was run."""
+        """Image size and backbone, in words; empty for printed lines and when nothing was run."""
         return f"{self.image_size} × {self.image_size} px, {self.backbone}" if self.image_size else ""
 
     def best(self, column: str) -> str:
@@ -218,10 +226,24 @@ class Block:
         )
 
 
+# %% ../nbs/07_tables.ipynb #5d3c11a1
+BELOW = "below the linear probe: not fully trained at this learning rate"
+
+
+def mark_below_probe(lines: Sequence[Line]) -> None:
+    """Add a note to measured lines whose mAP is below that of the linear probe with their recipe and test images."""
+    same = lambda line: (recipe(line.runs[0]), COMPARED["test images and labels"](line.runs[0]))
+    measured = [line for line in lines if line.state == "measured"]
+    probes = {same(line): line.values["mAP"] for line in measured if line.variant == MAIN[0]}
+    for line in measured:
+        if line.values["mAP"] < probes.get(same(line), 0):
+            line.note += f"; {BELOW}"
+
+
 # %% ../nbs/07_tables.ipynb #beb1dd2b
 def block(runs: Sequence[RunRecord], status: Mapping[str, State]) -> Block:
     """The five rows for runs of one data set, size and backbone: measured, stale, failed or missing; further
-    variants after them.
+    variants after them, and last the methods that were not run.
     """
     usual, groups = next(iter(by_recipe(runs).values()))[0], {}
     for r in runs:
@@ -232,8 +254,10 @@ def block(runs: Sequence[RunRecord], status: Mapping[str, State]) -> Block:
         notes = {now.reason for r in same if (now := status.get(run_key(r))) and now.word == "finished"}
         notes |= {f"submitted, by {r.submitted}" for r in same if r.submitted is not None}
         lines.append(measured_line(same, changes, *sorted(notes), stale=stale))
+    mark_below_probe(lines)
     lines += absent_lines(runs[0].dataset["name"], status, [line.variant for line in lines])
-    lines.sort(key=lambda line: (line.variant not in MAIN, line.variant, line.state == "stale"))
+    other = lambda line: line.variant is None  # the line of other methods, last
+    lines.sort(key=lambda line: (other(line), line.variant not in MAIN, line.variant, line.state == "stale"))
     config = runs[0].config
     return Block(runs[0].dataset["name"], config.image_size, config.backbone, lines, block_warnings(runs))
 
@@ -457,10 +481,10 @@ def table(
         raise ValueError(f"no table {name!r}: one of {', '.join(PLANS)}")
     plan = PLANS[name]
     lines = [
-        Line(row.label, row.values, {}, "printed", "", Variant(*row.variant) if row.variant else None)
+        Line(row.label, row.values, {}, "printed", row.note, Variant(*row.variant) if row.variant else None)
         for row in plan.printed
     ]
-    printed = Block(plan.data, 448, "ResNet-101", lines, kind="printed")
+    printed = Block(plan.data, lines=lines, kind="printed")
     asked = datasets or plan.datasets
     blocks = [b for d in asked for b in dataset_blocks(d, runs, status or {}, bool(datasets))]
     return ResultTable(name, plan.title, printed, blocks)

@@ -62,10 +62,11 @@ def test_a_beam_of_one_is_greedy_and_repeats_no_label(method):
 
 
 @pytest.mark.parametrize("method, statistic", [("ml_gcn", "graph"), ("cnn_rnn", "rank"), ("ml_zsl", "edges")])
-def test_label_statistics_come_from_the_training_images(tmp_path, method, statistic):
-    """Not from held-out ones; they are saved with the model."""
+@pytest.mark.parametrize("part", [dict(holdout=0.5), dict(limit=48)])
+def test_label_statistics_come_from_the_training_images(tmp_path, method, statistic, part):
+    """Not from images that are held out or beyond the limit; they are saved with the model."""
     given = dict(data_dir=str(tmp_path / "scenes"), out_dir=str(tmp_path / "run"), weights="none")
-    config = TrainConfig(method=method, epochs=1, holdout=0.5, **given)
+    config = TrainConfig(method=method, epochs=1, **part, **given)
     build_scenes(tmp_path / "scenes", train=96, test=8)
     record = train(config)
     saved, fresh = (load_model(record.folder / "checkpoint" / "model").head for _ in range(2))

@@ -141,14 +141,16 @@ def test_rows_without_a_current_record_have_a_reason(runs_copy):
     failed.write_text("ValueError: <b>")
     coco, nus = (table(name, load_runs(folder), status=run_status(folder)) for name in ("table1", "table2"))
     measured = ("measured", "seed 0")
-    assert [(line.state, line.note) for line in coco.blocks[0].lines] == [
+    *lines, others = coco.blocks[0].lines
+    assert others.note.startswith("not run: CNN-RNN; ")
+    assert [(line.state, line.note) for line in lines] == [
         measured,
         measured,
         ("stale", "seed 0; stale: made with another configuration"),
         ("measured", "seed 0; made by commit 9e05b3d, clean"),
         measured,
     ]
-    assert [line.state for line in nus.blocks[0].lines] == ["missing"] * 4 + ["failed"]
+    assert [line.state for line in nus.blocks[0].lines] == ["missing"] * 4 + ["failed", "missing"]
     assert "failed: ValueError: &lt;b&gt;" in nus.html()
 
 

@@ -117,6 +117,14 @@ def test_a_stopped_run_resumes_bit_exactly(config, changes):
     same_run(whole, record)
 
 
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "linear_probe"])  # has no steps
+def test_every_method_resumes_bit_exactly(config, method):
+    """Stopped after the first step; the rest of the state is that of the uninterrupted run."""
+    given = functools.partial(config, method=method, epochs=1)
+    begun(given("stopped"))
+    same_run(train(given("whole")), train(given("stopped"), resume=True))
+
+
 def files(folder):
     return {p: p.stat().st_mtime_ns for p in Path(folder).rglob("*") if p.is_file() and p.name != ".lock"}
 
