@@ -35,7 +35,7 @@ from PIL import Image, PngImagePlugin
 from cadm_paper.data.datasets import DATASETS, displayed, load_split
 from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.record import RecordError, RunRecord, source
-from cadm_paper.engine.variants import Variant, group
+from cadm_paper.engine.variants import ATTENTION, MAP_VALUES, Variant, group
 from cadm_paper.files import whole_file
 from cadm_paper.paper import signed
 from cadm_paper.results.measures import check_same_test
@@ -216,6 +216,16 @@ def map_ranks(maps: np.ndarray, positive: bool = False) -> np.ndarray:
     return np.argsort(order, axis=-1, kind="stable") + 1
 
 
+# %% ../nbs/06_figures.ipynb #6fbf0d51
+def label_ranks(record: RunRecord, maps: dict, positive: bool = False) -> np.ndarray:
+    """Ranks N x C of the labels of the sampled images: those of their maps (`map_ranks`), or of their
+    confidences if the maps are attention.
+    """
+    if Variant.of(record).map_value == ATTENTION:
+        return map_ranks(maps["scores"][..., None, None])
+    return map_ranks(maps["maps"], positive)
+
+
 # %% ../nbs/06_figures.ipynb #65d17860
 def map_limit(*arrays: np.ndarray) -> float:
     """Half-width of one colour scale for all given maps: the 99.5 % quantile of their magnitudes."""
@@ -287,12 +297,12 @@ def draw_map(ax, maps: dict, row: int, c: int, limit: float, corner: tuple, unit
 
 
 # %% ../nbs/06_figures.ipynb #96eea2cf
-def sorted_maps(ax, maps: dict, row: int, limit: float, columns: int, positive: bool) -> float:
-    """Plot one image of Figure 2: the image at the left, then all maps by rank, `columns` per line.
+def sorted_maps(ax, maps: dict, row: int, limit: float, columns: int, ranks: np.ndarray) -> float:
+    """Plot one image of Figure 2: the image at the left, then all maps by rank (C), `columns` per line.
 
     A map is one unit wide, a line 1.4 units high. Returns height / width of the block.
     """
-    order = np.argsort(map_ranks(maps["maps"][row], positive))
+    order = np.argsort(ranks)
     height = 1.4 * -(-len(order) // columns)
     side = min(height - 0.4, 3.6)
     width = side + 0.6 + 1.12 * columns
@@ -319,19 +329,18 @@ def choose_images(maps: dict, images: int | Sequence[int]) -> list[int]:
 
 
 # %% ../nbs/06_figures.ipynb #dda9b225
-def colour_bar(fig, axes: list, limit: float) -> None:
-    """A thin colour scale for all maps, below these axes."""
+def colour_bar(fig, axes: list, limit: float, value: str) -> None:
+    """A thin colour scale for all maps, below these axes; `value`: what is plotted, in words."""
     scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(-limit, limit), MAP_COLOURS)
     bar = fig.colorbar(scale, ax=axes, location="bottom", shrink=0.35, aspect=45, pad=0.01, extend="both")
-    bar.set_label("map value (logit at a position)", fontsize=6)
+    bar.set_label(f"map value ({value})", fontsize=6)
     bar.outline.set_linewidth(0.4)
 
 
 # %% ../nbs/06_figures.ipynb #66fe10ca
-def r_precision(maps: dict, positive: bool) -> str:
-    """The R-precision of the maps' ranks over all sampled images, in words."""
-    there = maps["targets"] == 1
-    leading = there & (map_ranks(maps["maps"], positive) <= there.sum(1, keepdims=True))
+def r_precision(there: np.ndarray, ranks: np.ndarray) -> str:
+    """The R-precision of ranks (N x C, as the present labels) over all sampled images, in words."""
+    leading = there & (ranks <= there.sum(1, keepdims=True))
     return (
         f"R-precision over all {len(there)} sampled images: {leading.sum()} of {there.sum()} present labels."
     )
@@ -342,7 +351,8 @@ def r_precision(maps: dict, positive: bool) -> str:
 def figure2(
     record: RunRecord, images: int | Sequence[int] = 4, positive: bool = False, data_dir=None
 ) -> Picture:
-    """Plot the maps of all classes for sampled test images, sorted by activation (Figure 2).
+    """Plot the maps of all classes for sampled test images, sorted by activation (Figure 2), or by confidence
+    if the maps are attention.
 
     Args:
         record: of a run with maps.
@@ -363,19 +373,24 @@ def figure2(
     maps, name = read_kept(record, "maps"), record.dataset["name"]
     maps["thumbnails"] = drawn_images(record, maps, data_dir)
     rows, columns = choose_images(maps, images), 10 if len(maps["classes"]) <= 40 else 12
-    limit = map_limit(maps["maps"][rows])
+    limit, variant = map_limit(maps["maps"][rows]), Variant.of(record)
+    ranks = label_ranks(record, maps, positive)
     fig, axes = new_figure(PAGE, 1, len(rows))
     for ax, row in zip(axes[:, 0], rows):
-        aspect = sorted_maps(ax, maps, row, limit, columns, positive)
+        aspect = sorted_maps(ax, maps, row, limit, columns, ranks[row])
     fig.set_figheight((aspect * PAGE + 0.05) * len(rows) + 0.55)
-    colour_bar(fig, list(axes[:, 0]), limit)
+    colour_bar(fig, list(axes[:, 0]), limit, variant.map_value)
+    kind = f"Maps ({variant.map_value})" if variant.method in MAP_VALUES else "Class-aware maps"
+    order = f"summed activation ({'positive part of the maps' if positive else 'signed maps'})"
+    counted = r_precision(maps["targets"] == 1, ranks)
+    if variant.map_value == ATTENTION:
+        order, counted = "confidence", "The sum of every map is 1, so there is no rank by activation."
     return Picture(
         fig,
         f"figure2-{name}",
-        f"Class-aware maps of {len(rows)} test images ({displayed(name)}, {Variant.of(record).label}), "
-        "sampled by seed before training; all classes, sorted by summed activation "
-        f"({'positive part of the maps' if positive else 'signed maps'}), descending. Framed and dotted: "
-        f"present labels; numbers: confidence. {r_precision(maps, positive)}",
+        f"{kind} of {len(rows)} test images ({displayed(name)}, {variant.label}), sampled by seed before "
+        f"training; all classes, sorted by {order}, descending. Framed and dotted: present labels; numbers: "
+        f"confidence. {counted}",
         [record],
     )
 
@@ -450,6 +465,8 @@ def figure4_numbers(record_without: RunRecord, record_with: RunRecord, positive:
     """Over all present labels of the sample: ratio of map magnitudes with/without the loss (present labels,
     all classes), and numbers of improved, kept and worsened ranks.
     """
+    if any(Variant.of(r).map_value == ATTENTION for r in (record_without, record_with)):
+        raise RecordError("Figure 4 compares activations, and attention maps have none: each sums to 1")
     pair = same_draw(record_without, record_with)
     there = pair[0]["targets"] == 1
     a, b = (np.abs(m["maps"]).mean((2, 3)) for m in pair)
@@ -487,7 +504,7 @@ def figure4(
         A `Picture`, all maps on one colour scale.
 
     Raises:
-        RecordError: for runs without maps or with different samples.
+        RecordError: for runs without maps, with different samples, or whose maps are attention.
 
     Example:
         >>> figure4(*pair_of_runs(load_runs("outputs/runs"), "scenes-coco"))
@@ -502,7 +519,7 @@ def figure4(
         figure4_line(line[:5], pair, row, chosen, limit)
         rank_panel(line[5], pair, row, chosen, [left.colour, right.colour], positive)
     axes[0, 5].set_title("rank of the map, 1 the strongest\n○ without   ● with", fontsize=6)
-    colour_bar(fig, list(axes[:, :5].flat), limit)
+    colour_bar(fig, list(axes[:, :5].flat), limit, right.map_value)
     n = figure4_numbers(*records, positive)
     return Picture(
         fig,
@@ -547,7 +564,7 @@ def overlays(record: RunRecord, image: int = 0, data_dir=None) -> Picture:
         ax.set_title(f"{short(maps['classes'][c], 16)}\n{maps['scores'][row, c]:.2f}", fontsize=6)
     for ax in axes:
         ax.axis("off")
-    colour_bar(fig, list(axes), limit)
+    colour_bar(fig, list(axes), limit, variant.map_value)
     return Picture(
         fig,
         f"overlay-{record.dataset['name']}-{row}",

@@ -193,6 +193,7 @@ def test_the_figure_of_a_strip_is_small(tmp_path):
     """A scan or a screenshot may be hundreds of times as high as wide; the figure is not."""
     strip = np.zeros((448, 1, 3), np.uint8)
     found = {"image": "strip.png", "picture": strip, "scores": {"cat": 0.9}, "maps": np.ones((1, 2, 2))}
+    found["map_value"] = "logit at a position"
     assert max(Image.open(save_overlays(found, tmp_path / "maps.png")).size) < 2500
 
 

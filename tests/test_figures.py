@@ -4,14 +4,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cadm_paper.app.explorer import explorer_data
 from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.config import TrainConfig
+from cadm_paper.engine.record import RecordError
 from cadm_paper.engine.synthetic import synthetic_run
+from cadm_paper.engine.variants import ATTENTION, Variant
 from cadm_paper.figures import curve_at, drawn_images, figure2, figure4, map_ranks, overlays
+from cadm_paper.methods import METHODS
+from cadm_paper.methods.base import build_network, method_arguments
 from cadm_paper.metrics import average_precision
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -26,6 +32,36 @@ def test_ranks_are_scale_invariant_permutations(images, classes, side, scale, po
     sums = (np.maximum(maps, 0) if positive else maps).sum((2, 3))
     assert (np.diff(np.take_along_axis(sums, np.argsort(ranks, 1), 1), axis=1) <= 0).all()
     assert (map_ranks(maps * 2.0**scale, positive) == ranks).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_that_sum_to_one_are_declared(method):
+    torch.manual_seed(0)
+    args = method_arguments(method, {})
+    model = build_network(method, 5, "narrow_resnet", None, args, image_size=64).eval()
+    maps = model(torch.rand(2, 3, 64, 64)).maps
+    same = maps is not None and bool((maps.sum((2, 3)) - 1).abs().max() < 1e-3)
+    assert (Variant(method).map_value == ATTENTION) == same
+
+
+def test_attention_is_ranked_by_confidence(tmp_path):
+    """The sums of attention maps differ by rounding alone, here against the order of the scores."""
+    run = synthetic_run(tmp_path / "a", method="query2label", images=20, drawn=2, classes=6)
+    maps = run.maps()
+    rounding = 1 - 1e-3 * np.argsort(np.argsort(maps["scores"], 1), 1)
+    maps["maps"] = np.broadcast_to((rounding / 100)[..., None, None], maps["maps"].shape).astype(np.float16)
+    run.maps = lambda: dict(maps)
+    by_score = (np.argsort(np.argsort(-maps["scores"], 1), 1) + 1).tolist()
+    data = explorer_data([run])
+    assert [image["runs"][0]["ranks"] for image in data["images"]] == by_score
+    assert data["runs"][0]["ranked"] == "confidence"
+    picture = figure2(run, [0])
+    names = [t.get_text().removeprefix("● ") for t in picture.figure.axes[0].texts[::2]]
+    assert names == [f"synth-{c}" for c in np.argsort(by_score[0])]
+    assert "sorted by confidence" in picture.caption and "R-precision" not in picture.caption
+    assert "Class-aware" not in picture.caption and ATTENTION in picture.data("svg").decode()
+    with pytest.raises(RecordError, match="each sums to 1"):
+        figure4(run, run)
 
 
 @given(st.integers(1, 30), st.integers(1, 6), SEEDS)

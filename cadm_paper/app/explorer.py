@@ -20,8 +20,8 @@ import numpy as np
 
 from ..data.datasets import displayed
 from ..engine.record import RecordError, RunRecord, source
-from ..engine.variants import Variant, pair_of_runs
-from ..figures import MAP_COLOURS, drawn_images, map_limit, map_ranks, read_kept, same_draw
+from ..engine.variants import ATTENTION, Variant, pair_of_runs
+from ..figures import MAP_COLOURS, drawn_images, label_ranks, map_limit, read_kept, same_draw
 from ..files import whole_file
 from ..tables import render
 
@@ -58,7 +58,7 @@ def image_entry(arrays: Sequence[dict], row: int, step: float) -> dict:
     runs = [
         {
             "maps": base64_of(np.clip(np.rint(maps["maps"][row] / step), -127, 127).astype(np.int8)),
-            "ranks": map_ranks(maps["maps"][row]).tolist(),
+            "ranks": maps["ranks"][row].tolist(),
             "scores": np.stack([maps[s][row] for s in STREAMS], 1).round(4).astype(float).tolist(),
         }
         for maps in arrays
@@ -80,16 +80,22 @@ def explorer_data(runs: Sequence[RunRecord]) -> dict:
     """
     arrays = same_draw(*runs) if len(runs) > 1 else [read_kept(runs[0], "maps")]
     arrays[0]["thumbnails"] = drawn_images(runs[0], arrays[0])
+    for run, found in zip(runs, arrays):
+        found["ranks"] = label_ranks(run, found)
     maps = [found["maps"] for found in arrays]
     step = round(max(float(np.abs(m).max()) for m in maps) / 127 or 1.0, 7)
-    words, labels = ["without", "with"] if len(runs) > 1 else [""], [Variant.of(r).label for r in runs]
-    titles = [": ".join(filter(None, pair)) for pair in zip(words, labels)]
+    words, variants = ["without", "with"] if len(runs) > 1 else [""], [Variant.of(r) for r in runs]
+    titles = [": ".join(filter(None, [word, v.label])) for word, v in zip(words, variants)]
+    ranked = ["confidence" if v.map_value == ATTENTION else "summed activation" for v in variants]
     return {
         "dataset": displayed(runs[0].dataset.get("name")),
         "synthetic": any(r.extra.get("synthetic", False) for r in runs),
         "classes": [str(c) for c in runs[0].dataset["classes"]],
         "streams": list(STREAMS.values()),
-        "runs": [{"word": w, "title": t, "source": source(r)} for w, t, r in zip(words, titles, runs)],
+        "runs": [
+            {"word": word, "title": title, "source": source(r), "value": v.map_value, "ranked": by}
+            for word, title, r, v, by in zip(words, titles, runs, variants, ranked)
+        ],
         "size": list(maps[0].shape[2:]),
         "step": step,
         "limit": round(map_limit(*maps), 4),

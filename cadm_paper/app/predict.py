@@ -24,6 +24,7 @@ import torch
 import cadm_paper
 from ..data.loading import decode_rgb, displayed_image, prepare, resized
 from ..data.photograph import ImageError, read_photograph
+from ..engine.variants import Variant
 from ..files import naming, open_through, refuse_overwriting, whole_file
 from ..methods import load_model
 from ..metrics import checked_rule
@@ -89,7 +90,9 @@ class Predictor:
         return displayed_image(image, self.image_size, self.resize), output
 
     def __call__(self, path) -> dict:
-        """Scores by label (0..1), the image region that the model sees at its own aspect, and maps."""
+        """Scores by label (0..1), the image region that the model sees at its own aspect, and maps with the
+        value of a map in words.
+        """
         picture, output = self.output(path)
         scores = output.scores[0].tolist()
         if not np.isfinite(scores).all():
@@ -99,6 +102,7 @@ class Predictor:
             "scores": dict(zip(self.classes, scores)),
             "picture": picture,
             "maps": None if output.maps is None else output.maps[0].numpy(),
+            "map_value": Variant(getattr(self.model.head, "method", "cadm")).map_value,
         }
 
 
@@ -184,7 +188,7 @@ def save_overlays(found: dict, path: Path, threshold: float = 0.5) -> Path:
             ax.set_title(title)
             ax.axis("off")
         if limit > 0:  # else no map is drawn, and there is no scale
-            colour_bar(figure, list(axes), limit)
+            colour_bar(figure, list(axes), limit, found["map_value"])
         figure.savefig(file, format="png", dpi=120)
     return Path(path)
 

@@ -67,6 +67,14 @@ COLOURS = {
     "csra": "#56B4E9",
 }
 
+# %% ../../nbs/engine/variants.ipynb #fa230095
+ATTENTION = "attention, sum 1"
+MAP_VALUES = {  # other methods: the label's logit at a position (Eq. 6)
+    "csra": "score at a position",
+    "srn": "confidence times attention",
+    "query2label": ATTENTION,
+}
+
 
 # %% ../../nbs/engine/variants.ipynb #d0d2618f
 @dataclass(frozen=True)
@@ -122,6 +130,11 @@ class Variant:
     def colour(self) -> str:
         """Colour in plots; variants without a separate colour share one."""
         return COLOURS.get(self.slug, "#CC79A7")
+
+    @property
+    def map_value(self) -> str:
+        """The value of its maps, in words; `ATTENTION` if each map sums to 1."""
+        return MAP_VALUES.get(self.method, "logit at a position")
 
     def __lt__(self, other: "Variant") -> bool:
         return self._place < other._place

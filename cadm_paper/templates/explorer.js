@@ -99,7 +99,7 @@ function fill(n) {
     track.append(element("i", { style: `width: ${100 * v}%` }));
     meter.append(element("span", {}, D.streams[stream]), track, element("b", {}, v.toFixed(2)));
   });
-  rank.textContent = `map ranks ${run.ranks[state.label]} of ${C} by summed activation`;
+  rank.textContent = `ranks ${run.ranks[state.label]} of ${C} by ${D.runs[n].ranked}`;
 }
 
 // "0.31 without, 0.52 with": one number a run
@@ -109,14 +109,14 @@ const framed = location.protocol === "about:";  // in a notebook
 $("back").hidden = framed;
 
 function show() {
-  const im = D.images[state.image], top = limit();
+  const im = D.images[state.image], top = limit(), scale = top < 1 ? top.toPrecision(2) : top.toFixed(1);
   const known = { 1: " (present)", 0: " (absent)", "-1": " (not known)" }[im.targets[state.label]];
   panels.forEach((_, n) => fill(n));
-  $("low").textContent = `−${top.toFixed(1)}`;
-  $("high").textContent = `+${top.toFixed(1)}`;
+  $("low").textContent = `−${scale}`;
+  $("high").textContent = `+${scale}`;
   $("status").textContent = `Image ${im.id}, ${D.classes[state.label]}${known}: `
     + `confidence ${each(n => im.runs[n].scores[state.label][0].toFixed(2))}; `
-    + `map ranks ${each(n => im.runs[n].ranks[state.label])}.`;
+    + `ranks ${each(n => im.runs[n].ranks[state.label])}.`;
   if (!framed) history.replaceState(null, "", `#image=${state.image}&label=${state.label}`);
 }
 
