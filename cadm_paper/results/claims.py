@@ -105,7 +105,9 @@ def with_committed(runs: Iterable[RunRecord]) -> list[RunRecord]:
     """Runs, and the committed records of each form of DigitScenes that has none among them."""
     runs = list(runs)
     here = {r.dataset["name"] for r in runs}
-    return runs + [r for r in study_records()["confirm"] if r.dataset["name"] not in here]
+    probes = [r for r in load_runs(reference_folder("mini")) if r.config.method == "linear_probe"]
+    committed = [*study_records()["confirm"], *probes]
+    return runs + [r for r in committed if r.dataset["name"] not in here]
 
 
 # %% ../../nbs/results/claims.ipynb #5479384d
