@@ -52,7 +52,7 @@ def row(label: str, cells: str, *variant, note: str = "") -> PrintedRow:
     """A `PrintedRow` from its thirteen cells, separated by spaces; "-" is a dash."""
     values = [None if cell == "-" else float(cell) for cell in cells.split()]
     if variant:  # the paper's own
-        note = "ResNet-101, 448 × 448 px"
+        note = "ResNet-101, 448 px"
     return PrintedRow(label, dict(zip(COLUMNS, values, strict=True)), variant, note)
 
 
@@ -74,7 +74,7 @@ TABLE1 = (
     row(
         "SRN [12]",
         "77.1  81.6 65.4 71.2 82.7 69.9 75.8  85.2 58.8 67.4 87.4 62.5 72.9",
-        note="ResNet-101, 224 × 224 px",
+        note="ResNet-101, 224 px",
     ),
     row("Multi-Evidence [14]", "-     80.4 70.2 74.9 85.2 72.5 78.4  84.5 62.2 70.6 89.1 64.3 74.7"),
     row(
@@ -100,7 +100,7 @@ TABLE2 = (
     row(
         "SRN [12]",
         "62.0  65.2 55.8 58.5 75.5 71.5 73.4  48.2 58.8 48.9 56.2 69.6 62.2",
-        note="ResNet-101, 224 × 224 px",
+        note="ResNet-101, 224 px",
     ),
     row(
         "ResNet-101 (Baseline)",

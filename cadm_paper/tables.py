@@ -136,19 +136,19 @@ def why_stale(record: RunRecord, status: Mapping[str, State]) -> str:
 # %% ../nbs/07_tables.ipynb #92c7067b
 def absent_lines(dataset: str, status: Mapping[str, State], present: Sequence[Variant] = ()) -> list[Line]:
     """Lines for variants without a record: each of the five and each begun run of another method, with the reason;
-    the last line names the methods that were not run.
+    the last line names the methods without a record.
     """
     others = [Variant(method) for method in LABELS if method not in {v.method for v in MAIN}]
-    lines, not_run, begun = [], [], unfinished(status).items()
+    lines, absent, begun = [], [], unfinished(status).items()
     for variant in (v for v in (*MAIN, *others) if v not in present):
         why = next((why for key, why in begun if key.startswith(f"{dataset}/{variant.slug}-seed")), None)
         if why or variant in MAIN:
             state = "failed" if why else "missing"
             lines.append(Line(variant.label, state=state, note=why or "not run", variant=variant))
         else:
-            not_run.append(variant.label)
-    if not_run:
-        lines.append(Line("Other methods", state="missing", note=f"not run: {'; '.join(not_run)}"))
+            absent.append(variant.label)
+    if absent:
+        lines.append(Line("Other methods", state="missing", note=f"no record: {'; '.join(absent)}"))
     return lines
 
 
@@ -243,7 +243,7 @@ def mark_below_probe(lines: Sequence[Line]) -> None:
 # %% ../nbs/07_tables.ipynb #beb1dd2b
 def block(runs: Sequence[RunRecord], status: Mapping[str, State]) -> Block:
     """The five rows for runs of one data set, size and backbone: measured, stale, failed or missing; further
-    variants after them, and last the methods that were not run.
+    variants after them, and last the methods without a record.
     """
     usual, groups = next(iter(by_recipe(runs).values()))[0], {}
     for r in runs:

@@ -142,7 +142,7 @@ def test_rows_without_a_current_record_have_a_reason(runs_copy):
     coco, nus = (table(name, load_runs(folder), status=run_status(folder)) for name in ("table1", "table2"))
     measured = ("measured", "seed 0")
     *lines, others = coco.blocks[0].lines
-    assert others.note.startswith("not run: CNN-RNN; ")
+    assert others.note.startswith("no record: CNN-RNN; ")
     assert [(line.state, line.note) for line in lines] == [
         measured,
         measured,
