@@ -25,9 +25,8 @@ from cadm_paper.results.statistics import Difference, difference, holm
 PARTS = ("confirm", "control", "explore", "independent", "photographs")
 SECOND = "confirm-scenes"  # the second plan's runs of the parts confirm and control
 ROWS = "rows-scenes"  # the fifth plan on DigitScenes: the other methods
-# variants of the ablation with their own learning rates: second and third plan
-OWN_RATES = ("own-lr-scenes", "photographs-own-rate")
-ROWS_OWN_RATE = "rows-own-rate"  # the fifth plan: the same for other methods
+# own learning rates: other methods (fifth plan), variants of the ablation (second and third plan)
+OWN_RATES = ("rows-own-rate", "own-lr-scenes", "photographs-own-rate")
 PHOTOGRAPHS = ("coco40k", "rows-photographs")  # third and fifth plan, beside VOC 2007's ablation
 
 
@@ -94,20 +93,38 @@ def study_records(folder=None, second: bool = True) -> dict[str, list[RunRecord]
 
 
 # %% ../../nbs/results/claims.ipynb #0a7e0001
+def own_rate_runs() -> list[RunRecord]:
+    """Committed runs of variants and methods with their own learning rates."""
+    return [run for study in OWN_RATES for run in load_runs(reference_folder() / study)]
+
+
 def with_own_rate(dataset: str, variant: Variant) -> dict[int, RunRecord]:
     """Committed runs by seed with the variant's own learning rate; empty if that is the shared one, or not run."""
-    runs = [run for study in OWN_RATES for run in load_runs(reference_folder() / study)]
-    return complete(runs, dataset, [variant])[variant]
+    return complete(own_rate_runs(), dataset, [variant])[variant]
 
 
 # %% ../../nbs/results/claims.ipynb #c17d02be
+def committed_probes() -> list[RunRecord]:
+    """The committed linear probe; it is part of `make reproduce` and of no study."""
+    return [r for r in load_runs(reference_folder("mini")) if r.config.method == "linear_probe"]
+
+
 def with_committed(runs: Iterable[RunRecord]) -> list[RunRecord]:
     """Runs, and the committed records of each form of DigitScenes that has none among them."""
     runs = list(runs)
     here = {r.dataset["name"] for r in runs}
-    probes = [r for r in load_runs(reference_folder("mini")) if r.config.method == "linear_probe"]
-    committed = [*study_records()["confirm"], *probes]
+    committed = [*study_records()["confirm"], *committed_probes()]
     return runs + [r for r in committed if r.dataset["name"] not in here]
+
+
+# %% ../../nbs/results/claims.ipynb #917d278c
+def below_probe(held: Iterable[RunRecord]) -> set[tuple[str, Variant, float]]:
+    """Data set, variant and learning rate of held-out runs below the linear probe with the same learning rate."""
+    held = list(held)
+    at = lambda r: (r.dataset["name"], r.config.lr)
+    probes = {at(r): r.metrics["mAP"] for r in held if r.config.method == "linear_probe"}
+    low = [r for r in held if r.metrics["mAP"] < probes.get(at(r), 0)]
+    return {(r.dataset["name"], Variant.of(r), r.config.lr) for r in low}
 
 
 # %% ../../nbs/results/claims.ipynb #5479384d

@@ -44,12 +44,17 @@ def replicates(record: RunRecord, array: str = "scores") -> np.ndarray:
 
 
 # %% ../../nbs/results/measures.ipynb #39239b01
-def spread(runs: Mapping[int, RunRecord], metric: str = "mAP") -> str:
-    """Mean, standard deviation and number of seeds of a metric in percent: *82.3 ± 0.4 (8)*."""
-    values = [100 * run.metrics[metric] for run in runs.values()]
+def in_percent(values: Iterable[float]) -> str:
+    """Mean, standard deviation and number of fractions, in percent: *82.3 ± 0.4 (8)*."""
+    values = [100 * v for v in values]
     if len(values) < 2:
         return f"{values[0]:.1f} (1)" if values else "not run"
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} ({len(values)})"
+
+
+def spread(runs: Mapping[int, RunRecord], metric: str = "mAP") -> str:
+    """A metric over seeds: mean, standard deviation and number of seeds, as `in_percent`."""
+    return in_percent(run.metrics[metric] for run in runs.values())
 
 
 # %% ../../nbs/results/measures.ipynb #39239b03
