@@ -7,6 +7,8 @@ import operator
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,6 +212,21 @@ def test_labels_must_match_the_other_runs(given):
     )
     with pytest.raises(WorkflowError, match="dataset.test: not the images and labels of the other runs"):
         submit(given)
+
+
+def test_runs_added_to_a_study_leave_its_arrays(tmp_path):
+    small = dict(images=30, classes=6, drawn=2, epochs=10)
+
+    def add(seed: int, *options: str) -> dict[int, list[str]]:
+        """Add a run with this seed; return the files of each seed's arrays in the study."""
+        synthetic_run(tmp_path / f"{seed}" / "run", seed=seed, **small)
+        command = [sys.executable, ROOT / "tools" / "store_runs.py", tmp_path / f"{seed}", tmp_path / "study"]
+        subprocess.run([*command, *options], check=True, capture_output=True)
+        return {r.config.seed: [f for f in r.files if r.holds(f)] for r in load_runs(tmp_path / "study")}
+
+    first = add(1, "--keep", "scores.npz", "maps.npz")
+    assert sorted(first[1]) == ["maps.npz", "scores.npz"]
+    assert add(2, "--keep") == {**first, 2: []}
 
 
 def test_the_committed_records_pass_the_audit():

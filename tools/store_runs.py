@@ -22,6 +22,8 @@ from cadm_paper.engine.variants import Variant
 from cadm_paper.files import sha256_file
 from cadm_paper.results.measures import replicates
 
+ARRAYS = ("replicates.npz", "evidence.npz", "scores.npz", "maps.npz")  # all that a study can have
+
 
 def line_of(record: RunRecord) -> dict:
     """The content of a record's run.json."""
@@ -95,8 +97,12 @@ if __name__ == "__main__":
     new = {run.name for run in runs}
     stored = load_runs(given.study) if given.study.is_dir() else []
     runs += [run for run in stored if run.name not in new]
-    scored = lambda r: r.name not in new or r.config.seed in given.scores
-    arrays = {r.name: kept_arrays(r, [*given.keep, *["scores.npz"] * scored(r)]) for r in runs}
+    arrays = {}
+    for run in runs:
+        files = (
+            [*given.keep, *["scores.npz"] * (run.config.seed in given.scores)] if run.name in new else ARRAYS
+        )
+        arrays[run.name] = kept_arrays(run, files)
     shutil.rmtree(given.study, ignore_errors=True)  # everything it has is in memory
     store(runs, arrays, given.study)
     print(f"{len(runs)} runs in {given.study}, {len(new)} of them new")
