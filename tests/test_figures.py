@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cadm_paper.app.explorer import explorer_data
+from cadm_paper.app.explorer import explore, explorer_data
 from cadm_paper.data.split import cooccurrence
 from cadm_paper.engine.config import TrainConfig
 from cadm_paper.engine.record import RecordError
@@ -55,6 +55,9 @@ def test_attention_is_ranked_by_confidence(tmp_path):
     data = explorer_data([run])
     assert [image["runs"][0]["ranks"] for image in data["images"]] == by_score
     assert data["runs"][0]["ranked"] == "confidence"
+    page = explore(run).html  # of one stream: one confidence for each label, and nothing is averaged
+    assert {len(s) for image in data["images"] for s in image["runs"][0]["scores"]} == {1}
+    assert "averages the two streams" not in page
     picture = figure2(run, [0])
     names = [t.get_text().removeprefix("● ") for t in picture.figure.axes[0].texts[::2]]
     assert names == [f"synth-{c}" for c in np.argsort(by_score[0])]

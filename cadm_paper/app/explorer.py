@@ -23,6 +23,7 @@ from ..engine.record import RecordError, RunRecord, source
 from ..engine.variants import ATTENTION, Variant, pair_of_runs
 from ..figures import MAP_COLOURS, drawn_images, label_ranks, map_limit, read_kept, same_draw
 from ..files import whole_file
+from ..methods.base import streams_of
 from ..tables import render
 
 
@@ -59,7 +60,7 @@ def image_entry(arrays: Sequence[dict], row: int, step: float) -> dict:
         {
             "maps": base64_of(np.clip(np.rint(maps["maps"][row] / step), -127, 127).astype(np.int8)),
             "ranks": maps["ranks"][row].tolist(),
-            "scores": np.stack([maps[s][row] for s in STREAMS], 1).round(4).astype(float).tolist(),
+            "scores": np.stack([maps[s][row] for s in maps["shown"]], 1).round(4).astype(float).tolist(),
         }
         for maps in arrays
     ]
@@ -80,8 +81,10 @@ def explorer_data(runs: Sequence[RunRecord]) -> dict:
     """
     arrays = same_draw(*runs) if len(runs) > 1 else [read_kept(runs[0], "maps")]
     arrays[0]["thumbnails"] = drawn_images(runs[0], arrays[0])
-    for run, found in zip(runs, arrays):
+    streams = [streams_of(r.config.method, r.config.arguments()) for r in runs]
+    for run, found, two in zip(runs, arrays, streams):
         found["ranks"] = label_ranks(run, found)
+        found["shown"] = list(STREAMS) if two else ["scores"]
     maps = [found["maps"] for found in arrays]
     step = round(max(float(np.abs(m).max()) for m in maps) / 127 or 1.0, 7)
     words, variants = ["without", "with"] if len(runs) > 1 else [""], [Variant.of(r) for r in runs]
@@ -92,6 +95,7 @@ def explorer_data(runs: Sequence[RunRecord]) -> dict:
         "synthetic": any(r.extra.get("synthetic", False) for r in runs),
         "classes": [str(c) for c in runs[0].dataset["classes"]],
         "streams": list(STREAMS.values()),
+        "averaged": "both" in streams,
         "runs": [
             {"word": word, "title": title, "source": source(r), "value": v.map_value, "ranked": by}
             for word, title, r, v, by in zip(words, titles, runs, variants, ranked)
