@@ -97,12 +97,9 @@ if __name__ == "__main__":
     new = {run.name for run in runs}
     stored = load_runs(given.study) if given.study.is_dir() else []
     runs += [run for run in stored if run.name not in new]
-    arrays = {}
-    for run in runs:
-        files = (
-            [*given.keep, *["scores.npz"] * (run.config.seed in given.scores)] if run.name in new else ARRAYS
-        )
-        arrays[run.name] = kept_arrays(run, files)
+    scored = lambda r: ["scores.npz"] * (r.config.seed in given.scores)
+    files = lambda r: [*given.keep, *scored(r)] if r.name in new else ARRAYS
+    arrays = {r.name: kept_arrays(r, files(r)) for r in runs}
     shutil.rmtree(given.study, ignore_errors=True)  # everything it has is in memory
     store(runs, arrays, given.study)
     print(f"{len(runs)} runs in {given.study}, {len(new)} of them new")
