@@ -105,7 +105,7 @@ def with_own_rate(dataset: str, variant: Variant) -> dict[int, RunRecord]:
 
 # %% ../../nbs/results/claims.ipynb #c17d02be
 def committed_probes() -> list[RunRecord]:
-    """The committed linear probe; it is part of `make reproduce` and of no study."""
+    """The committed linear probe on DigitScenes-C, part of `make reproduce`; that on DigitScenes-N is in `ROWS`."""
     return [r for r in load_runs(reference_folder("mini")) if r.config.method == "linear_probe"]
 
 
